@@ -1,0 +1,136 @@
+"""Simulators: training and evaluation environments, scores, and the check that data and simulator agree."""
+
+import logging
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from common.cli import UserError
+from common.d4rl import reference_returns
+
+warnings.filterwarnings("ignore", message=".*is out of date.*")  # v4 is meant: v5 changed the reward
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class ZeroContactForces(gym.ObservationWrapper):
+    """D4RL's ant observes 84 contact forces that its MuJoCo left at zero; Gymnasium's Ant-v4 leaves them out."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        size = env.observation_space.shape[0] + 84
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return np.concatenate([observation, np.zeros(84)])
+
+
+class Standardised(gym.ObservationWrapper):
+    """Observations as the networks see them: (obs - mean) / std, float32."""
+
+    def __init__(self, env: gym.Env, mean: np.ndarray, std: np.ndarray):
+        super().__init__(env)
+        self.mean, self.std = mean, std
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, mean.shape, np.float32)
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return ((observation - self.mean) / self.std).astype(np.float32)
+
+
+def make_env(simulator: str, mean=None, std=None, **kwargs) -> gym.Env:
+    """One environment of a Gymnasium id, its observations standardised where `mean` and `std` (S,) are given."""
+    env = gym.make(simulator, **kwargs)
+    if simulator == "Ant-v4":
+        env = ZeroContactForces(env)
+    if not (isinstance(env.action_space, gym.spaces.Box) and len(env.observation_space.shape or ()) == 1):
+        raise UserError(f"{simulator} needs flat observations and continuous actions to be used here")
+    if mean is not None:
+        env = Standardised(env, np.asarray(mean, np.float64), np.asarray(std, np.float64))
+    return env
+
+
+class Evaluator:
+    """Plays whole episodes side by side, in environments of its own, from the same start states every time."""
+
+    def __init__(self, simulator: str, mean: torch.Tensor, std: torch.Tensor, episodes: int = 10, seed: int = 10_000):
+        # The seeds start far from the training environment's, so that no evaluation start state is ever trained on.
+        self.seed, self.episodes = seed, episodes
+        mean, std = mean.cpu().numpy(), std.cpu().numpy()
+        self.envs = gym.vector.SyncVectorEnv(
+            [lambda: make_env(simulator, mean, std) for _ in range(episodes)],
+            autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP,
+        )
+        self.reference = reference_returns(simulator)
+
+    @torch.no_grad()
+    def returns(self, policy, device: torch.device | str) -> np.ndarray:
+        """Undiscounted return of one episode per environment, (episodes,). `policy` maps (B, S) to (B, A)."""
+        obs, _ = self.envs.reset(seed=self.seed)
+        total, running = np.zeros(self.episodes), np.ones(self.episodes, bool)
+        while running.any():
+            actions = policy(torch.as_tensor(obs, device=device)).cpu().numpy()
+            obs, rewards, terminations, truncations, _ = self.envs.step(actions)
+            # An environment that is done resets on its next step and plays on; only its first episode counts.
+            total += rewards * running
+            running &= ~(terminations | truncations)
+        return total
+
+    def score(self, returns: np.ndarray) -> float:
+        """D4RL's normalised score: 0 is its random policy, 100 its expert. The plain mean where D4RL has no such."""
+        if self.reference is None:
+            return float(np.mean(returns))
+        low, high = self.reference
+        return float(100 * (np.mean(returns) - low) / (high - low))
+
+    def __call__(self, policy, device: torch.device | str) -> float:
+        return self.score(self.returns(policy, device))
+
+
+def simulator_error(dataset, samples: int = 300, seed: int = 0) -> float | None:
+    """Median difference between what the data say and what the simulator does from the same state and action.
+
+    Puts the environment into dataset states, plays the dataset's actions, and compares next observation and reward
+    (the larger of the two errors, in their own units). None where a state cannot be rebuilt from its observation.
+    Call it before the dataset is standardised.
+    """
+    env = make_env(dataset.simulator)
+    model = getattr(env.unwrapped, "model", None)
+    if not hasattr(env.unwrapped, "set_state") or model is None:
+        return None
+    contacts = 84 if dataset.simulator == "Ant-v4" else 0
+    hidden = model.nq + model.nv - (dataset.obs.shape[1] - contacts)  # root coordinates that are not observed
+    if not 0 <= hidden <= 2:
+        return None
+    clipped = dataset.simulator.startswith(("Hopper", "Walker2d"))  # these show no joint speed above 10
+    errors = []
+    rng = np.random.default_rng(seed)
+    obs_all, next_all = dataset.obs.cpu().numpy(), dataset.next_obs.cpu().numpy()
+    rows = rng.permutation(np.flatnonzero(dataset.terminations.cpu().numpy() == 0))  # after an end comes a new episode
+    for row in rows[:samples]:
+        obs = obs_all[row].astype(np.float64)
+        qpos = np.concatenate([np.zeros(hidden), obs[: model.nq - hidden]])
+        qvel = obs[model.nq - hidden : model.nq - hidden + model.nv]
+        if clipped and np.abs(qvel).max() >= 10:
+            continue
+        env.reset(seed=0)
+        env.unwrapped.set_state(qpos, qvel)
+        next_obs, reward, *_ = env.step(dataset.actions[row].cpu().numpy())
+        error = np.abs(next_obs - next_all[row]).max()
+        errors.append(max(error, abs(reward - float(dataset.rewards[row]))))
+    env.close()
+    return float(np.median(errors)) if errors else None
+
+
+def report_simulator_check(dataset) -> None:
+    """Print the simulator check's result; warn plainly where the data come from another simulator."""
+    error = simulator_error(dataset)
+    if error is None:
+        print(f"simulator check: the states of {dataset.simulator} cannot be rebuilt from observations; not checked")
+    elif error < 1e-3:
+        print(f"simulator check: data and {dataset.simulator} agree (median error {error:.1e})")
+    else:
+        print(
+            f"WARNING: the data do not come from {dataset.simulator} as it is installed here (median error of one step "
+            f"{error:.2g}). Fine-tuning would go on in another environment than the data's."
+        )

@@ -1,0 +1,87 @@
+"""Layers and an optimiser for networks this small: two critics cost one matrix product, not two."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class EnsembleLinear(nn.Module):
+    """`n` linear layers side by side: (n, B, inputs) -> (n, B, outputs), in one batched matrix product.
+
+    Weights are orthogonal, biases zero.
+    """
+
+    def __init__(self, n: int, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(n, 1, outputs))
+        for weight in self.weight:
+            nn.init.orthogonal_(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """Layer normalisation of (n, B, features), with a scale and shift for each of the `n` networks."""
+
+    def __init__(self, n: int, features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n, 1, features))
+        self.bias = nn.Parameter(torch.zeros(n, 1, features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
+
+
+class Adam:
+    """Adam (Kingma & Ba, 2015) on gradients that are passed in: `optimizer.step(torch.autograd.grad(loss, params))`.
+
+    Passing gradients, not storing them in `.grad`, keeps each loss's gradient where it belongs: an actor loss cannot
+    leak into the critics. One fused kernel updates everything, and its state can live in a CUDA graph.
+    """
+
+    def __init__(self, params, lr: float, eps: float = 1e-8):
+        self.params = list(params)
+        device = self.params[0].device
+        self.lr, self.eps = torch.tensor(float(lr), device=device), eps
+        self.exp_avg = [torch.zeros_like(p) for p in self.params]
+        self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
+        self.steps = [torch.zeros((), device=device) for _ in self.params]
+
+    @torch.no_grad()
+    def step(self, grads) -> None:
+        torch._foreach_add_(self.steps, 1)
+        torch._fused_adam_(
+            self.params, list(grads), self.exp_avg, self.exp_avg_sq, [], self.steps,
+            lr=self.lr, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=self.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict:
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "steps": self.steps, "lr": self.lr}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        self.lr.copy_(state["lr"])
+        for name in ("exp_avg", "exp_avg_sq", "steps"):
+            for mine, theirs in zip(getattr(self, name), state[name], strict=True):
+                mine.copy_(theirs)
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau source, for every parameter."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+def gaussian_log_prob(u: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """log N(u; mean, exp(log_std)^2), summed over the last dimension: (..., A) -> (...)."""
+    z = (u - mean) * torch.exp(-log_std)
+    return (-0.5 * z * z - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
+    """log |d tanh(u) / du|, summed over the last dimension, in a form that does not overflow: (..., A) -> (...)."""
+    return (2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)

@@ -1,0 +1,273 @@
+"""One run's folder: its arguments, its log, its checkpoints, and the loop that trains a stage and can be resumed.
+
+    runs/<env_id>__<script>__<offline>__<seed>/
+        args.json  progress.csv  events.out.tfevents…  reevaluate.pt  align.pt  finetune.pt  policy.pt  result.json
+
+Every file is written aside and renamed, so that an interruption never leaves half of one.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common.cli import Interrupted, UserError
+from common.steps import Stepper
+
+# What may differ between two starts of the same run without making it another experiment.
+FREE_ARGS = {"device", "compile", "track", "wandb_project_name", "wandb_entity", "capture_video", "checkpoint_seconds"}
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` aside, then rename. Raises UserError where the disk does not take it."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({error.strerror}); free some space or choose another --run-dir, then start the same "
+            "command again: it continues from the last checkpoint"
+        ) from error
+
+
+def save_tensors(path: Path, state: dict) -> None:
+    """`torch.save`, atomically. `state` holds tensors, numbers, strings, lists and dictionaries alone."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getbuffer())
+
+
+def rng_state() -> dict:
+    """The states of every random generator that training draws from."""
+    state = {"torch": torch.get_rng_state(), "python": json.dumps(random.getstate())}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = json.loads(state["python"])
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+class Run:
+    def __init__(self, args, name: str):
+        self.args, self.name = args, name
+        self.dir = Path(args.run_dir) / name
+        self.rows: list[dict] = []  # everything logged so far, one dictionary a row: the content of progress.csv
+        self.seconds: dict[str, float] = {}  # training time of each stage
+        self.last_score = math.nan
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            (self.dir / ".writable").touch()
+            (self.dir / ".writable").unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.dir} ({error.strerror}); choose --run-dir") from error
+        self._keep_args()
+        if (self.dir / "progress.csv").exists():
+            with open(self.dir / "progress.csv", newline="") as file:
+                self.rows = [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+        for old in self.dir.glob("events.out.tfevents*"):
+            old.unlink()  # written again from progress.csv, so that a resumed run shows no step twice
+        if getattr(args, "track", False):
+            self._track()
+        self.writer = SummaryWriter(str(self.dir))
+        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(
+            f"|{key}|{value}|" for key, value in vars(args).items()))  # fmt: skip
+        for row in self.rows:
+            self._to_tensorboard(row)
+        self.stop = False
+        signal.signal(signal.SIGINT, self._ask_to_stop)
+        signal.signal(signal.SIGTERM, self._ask_to_stop)
+
+    # ------------------------------------------------------------------------------------------ start
+
+    def _keep_args(self) -> None:
+        path = self.dir / "args.json"
+        new = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
+        if path.exists():
+            old = json.loads(path.read_text())
+            differ = [k for k in new if k not in FREE_ARGS and old.get(k) != new[k]]
+            if differ:
+                was = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {new[k]})" for k in differ)
+                raise UserError(
+                    f"{self.dir} holds a run with other arguments: {was}; give this one a name of its own with "
+                    "--exp-name, or delete that folder"
+                )
+        write_atomic(path, json.dumps(new, indent=2).encode())
+
+    def _track(self) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--track needs Weights & Biases; install it with: pip install wandb") from error
+        wandb.init(
+            project=self.args.wandb_project_name, entity=self.args.wandb_entity, sync_tensorboard=True,
+            config=vars(self.args), name=self.name, id=self.name, resume="allow", dir=str(self.dir),
+        )  # fmt: skip
+
+    def _ask_to_stop(self, *_) -> None:
+        self.stop = True
+
+    # ------------------------------------------------------------------------------------------ log
+
+    def log(self, stage: str, step: int, scalars: dict[str, float]) -> None:
+        """Log scalars under their TensorBoard names. Raises UserError when one of them is NaN or infinite."""
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                saved = self.dir / f"{stage}.pt"
+                last = f"the last checkpoint is {saved}" if saved.exists() else "there is no checkpoint of this stage"
+                raise UserError(
+                    f"{name} became {value} in stage {stage!r} before step {step}; {last}. Look at the losses in "
+                    "TensorBoard, and try a smaller learning rate"
+                )
+            if name.endswith("score"):
+                self.last_score = value
+        row = {"stage": stage, "step": step, **scalars}
+        self.rows.append(row)
+        self._to_tensorboard(row)
+
+    def _to_tensorboard(self, row: dict) -> None:
+        for name, value in row.items():
+            if name not in ("stage", "step"):
+                self.writer.add_scalar(name, value, row["step"])
+
+    def write_csv(self) -> None:
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.dir / "progress.csv", text.getvalue().encode())
+
+    def scores(self, stage: str) -> list[float]:
+        """Every evaluation score of a stage, in order."""
+        return [v for row in self.rows if row["stage"] == stage for k, v in row.items() if k.endswith("/score")]
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self, stage: str, step: int, done: bool, state: dict) -> None:
+        """Write everything that `restore` needs to go on as if nothing had happened."""
+        self.write_csv()
+        self.writer.flush()
+        tensors = {name: thing.state_dict() for name, thing in state.items()}
+        save_tensors(
+            self.dir / f"{stage}.pt",
+            {"step": step, "done": done, "state": tensors, "rng": rng_state(), "rows": len(self.rows),
+             "seconds": self.seconds.get(stage, 0.0), "last_score": self.last_score},
+        )  # fmt: skip
+
+    def restore(self, stage: str, state: dict, device: torch.device) -> tuple[int, bool]:
+        """Load a stage's checkpoint into `state` (things with `load_state_dict`); (step, done), or (0, False)."""
+        path = self.dir / f"{stage}.pt"
+        if not path.exists():
+            return 0, False
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            for name, thing in state.items():
+                thing.load_state_dict(saved["state"][name])
+        except Exception as error:  # a damaged file fails in as many ways as there are bytes
+            raise UserError(f"{path} is not a checkpoint of this run ({error}); delete it and start again") from error
+        set_rng_state(saved["rng"])
+        if not saved["done"]:
+            self.rows = self.rows[: saved["rows"]]
+            tqdm.write(f"{stage}: continuing at step {saved['step']:,}")
+        self.seconds[stage], self.last_score = saved["seconds"], saved["last_score"]
+        return saved["step"], saved["done"]
+
+    # ------------------------------------------------------------------------------------------ train
+
+    def train(self, stage: str, step, steps: int, state: dict, *, device, compile=False, log_every: int,
+              evaluate=None, evaluate_every: int = 0) -> None:  # fmt: skip
+        """Call `step()` `steps` times in all, resuming where an earlier start of the same command stopped.
+
+        `step` returns named scalar tensors, logged as their means over `log_every` steps; `evaluate()` returns a score
+        every `evaluate_every` steps; `state` names all that training changes.
+        """
+        stepper = Stepper(step, device, graph=compile)
+        state = state | {"stepper": stepper}
+        done_steps, done = self.restore(stage, state, device)
+        if done:
+            return
+        with self.progress(stage, steps, done_steps) as bar:
+            clock = Clock(self, stage)
+            while done_steps < steps:
+                n = min(_until(done_steps, log_every, steps), _until(done_steps, evaluate_every or steps, steps), 50)
+                stepper.run(n)
+                done_steps += n
+                scalars = {}
+                if done_steps % log_every == 0 or done_steps == steps:
+                    scalars = {f"{stage}/{name}": value for name, value in stepper.means().items()}
+                if evaluate and (done_steps % evaluate_every == 0 or done_steps == steps):
+                    scalars[f"{stage}/score"] = evaluate()
+                if scalars:
+                    self.log(stage, done_steps, scalars)
+                self.show(bar, n)
+                clock.tick(done_steps, done_steps == steps, state)
+
+    def progress(self, stage: str, total: int, initial: int) -> tqdm:
+        return tqdm(total=total, initial=initial, desc=f"{stage:<10}", unit="step", mininterval=0.5, smoothing=0.05,
+                    dynamic_ncols=True)  # fmt: skip
+
+    def show(self, bar: tqdm, n: int) -> None:
+        if math.isfinite(self.last_score):
+            bar.set_postfix_str(f"score {self.last_score:.1f}", refresh=False)
+        bar.update(n)
+
+
+class Clock:
+    """Adds up a stage's time and saves it every `--checkpoint-seconds`, at its end, and when asked to stop."""
+
+    def __init__(self, run: Run, stage: str):
+        self.run, self.stage = run, stage
+        self.before, self.start = run.seconds.get(stage, 0.0), time.monotonic()
+        self.saved = self.start
+
+    def tick(self, step: int, done: bool, state: dict) -> None:
+        now = time.monotonic()
+        self.run.seconds[self.stage] = self.before + now - self.start
+        if done or self.run.stop or now - self.saved >= self.run.args.checkpoint_seconds:
+            self.run.save(self.stage, step, done, state)
+            self.saved = now
+        if self.run.stop:
+            raise Interrupted(
+                f"{self.stage} is saved at step {step:,} in {self.run.dir}; the same command continues from there"
+            )
+
+
+def _until(step: int, every: int, total: int) -> int:
+    """Steps from `step` to the next multiple of `every`, or to the end."""
+    return min(every - step % every, total - step)
+
+
+def _number(text: str):
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return int(value) if value.is_integer() and "." not in text and "e" not in text else value
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,104 @@
+"""Running a training step many times: compiled, captured in a CUDA graph, or plain. The numbers are the same."""
+
+import ctypes
+import shutil
+import sys
+
+import torch
+
+
+def setup(device: torch.device, seed: int, deterministic: bool = False) -> None:
+    """Seed PyTorch and set what makes it fast on `device`."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if deterministic else "high")
+    elif sys.platform == "linux":
+        # Activations of half a megabyte are above glibc's limit for reuse: without this every one of them is mapped,
+        # zeroed page by page and unmapped again, a third of a step's time. (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 1 << 30)
+            libc.mallopt(-1, 1 << 30)
+
+
+def compiled(fn, enabled: bool):
+    """`torch.compile(fn)` as one graph, its backward passes included, drawing the same random numbers as eagerly."""
+    if not enabled:
+        return fn
+    torch._inductor.config.fallback_random = True
+    torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(fn, fullgraph=True, dynamic=False)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler on the CPU, Triton on a GPU."""
+    if device.type == "cuda":
+        return torch.utils._triton.has_triton()
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))
+
+
+class Stepper:
+    """Runs `step()` n times and averages what it returns, without reading anything from the device on the way.
+
+    `step` returns a dictionary of scalar tensors. On CUDA, `steps_per_graph` whole steps are captured in one graph
+    after three warm-up steps, which count; the rest of a call that does not fill a graph runs one by one.
+    """
+
+    def __init__(self, step, device: torch.device, graph: bool = False, steps_per_graph: int = 10):
+        self.step, self.device, self.names = step, device, None
+        self.sums, self.count = None, 0
+        self.use_graph = graph and device.type == "cuda"
+        self.steps_per_graph, self.warmup, self.graph = steps_per_graph, 3, None
+
+    def run(self, n: int) -> None:
+        self.count += n
+        while n and not (self.use_graph and self.warmup == 0 and n >= self.steps_per_graph):
+            self._eager() if self.use_graph and self.warmup else self._one()
+            n -= 1
+        if not n:
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records the steps and does not run them
+                for _ in range(self.steps_per_graph):
+                    self._one()
+        while n >= self.steps_per_graph:
+            self.graph.replay()
+            n -= self.steps_per_graph
+        for _ in range(n):
+            self._one()
+
+    def _one(self) -> None:
+        metrics = self.step()
+        values = torch.stack([value.detach() for value in metrics.values()])
+        if self.sums is None:
+            self.names, self.sums = list(metrics), torch.zeros_like(values)
+        self.sums.add_(values)
+
+    def _eager(self) -> None:
+        """A warm-up step on a stream of its own, as capturing demands."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._one()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.warmup -= 1
+
+    def means(self) -> dict[str, float]:
+        """Averages since the last call: the one place where a stage waits for the device."""
+        if self.sums is None:
+            return {}
+        means = dict(zip(self.names, (self.sums / max(self.count, 1)).tolist(), strict=True))
+        self.sums.zero_()
+        self.count = 0
+        return means
+
+    def state_dict(self) -> dict:
+        sums = torch.zeros(0) if self.sums is None else self.sums
+        return {"names": self.names or [], "sums": sums, "count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["names"]:
+            self.names, self.sums = state["names"], state["sums"].to(self.device).clone()
+        self.count = state["count"]
