@@ -7,7 +7,7 @@ import difflib
 import os
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gymnasium
@@ -42,6 +42,7 @@ class Dataset:
     returns: torch.Tensor
     simulator: str
     source: str
+    _table: torch.Tensor | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -55,9 +56,14 @@ class Dataset:
         self.obs, self.next_obs = (self.obs - mean) / std, (self.next_obs - mean) / std
         self._table = None
 
+    def head(self, n: int) -> "Dataset":
+        """The first `n` transitions."""
+        columns = ("obs", "actions", "rewards", "next_obs", "terminations", "episode")
+        return replace(self, **{name: getattr(self, name)[:n] for name in columns})
+
     def table(self) -> torch.Tensor:
         """All transitions as one (N, 2 S + A + 2) tensor, so that a batch is gathered in one go."""
-        if getattr(self, "_table", None) is None:
+        if self._table is None:
             columns = [self.obs, self.actions, self.next_obs, self.rewards[:, None], self.terminations[:, None]]
             self._table = torch.cat(columns, dim=1)
         return self._table

@@ -56,9 +56,9 @@ class Evaluator:
     def __init__(self, simulator: str, mean: torch.Tensor, std: torch.Tensor, episodes: int = 10, seed: int = 10_000):
         # The seeds start far from the training environment's, so that no evaluation start state is ever trained on.
         self.seed, self.episodes = seed, episodes
-        mean, std = mean.cpu().numpy(), std.cpu().numpy()
+        self.mean, self.std = mean.cpu().numpy(), std.cpu().numpy()
         self.envs = gym.vector.SyncVectorEnv(
-            [lambda: make_env(simulator, mean, std) for _ in range(episodes)],
+            [lambda: make_env(simulator, self.mean, self.std) for _ in range(episodes)],
             autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP,
         )
         self.reference = reference_returns(simulator)
@@ -134,3 +134,62 @@ def report_simulator_check(dataset) -> None:
             f"WARNING: the data do not come from {dataset.simulator} as it is installed here (median error of one step "
             f"{error:.2g}). Fine-tuning would go on in another environment than the data's."
         )
+
+
+class Episodes:
+    """A training environment that can be saved in the middle of an episode.
+
+    Every episode starts from a seed of its own, so that seed and the actions taken so far are its whole state: loading
+    it resets the environment and plays them again.
+    """
+
+    def __init__(self, env: gym.Env, seed: int):
+        self.env, self.first_seed, self.episode = env, seed * 1_000_003, 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.obs, _ = self.env.reset(seed=self.first_seed + self.episode)
+        self.actions, self.total = [], 0.0
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, float | None]:
+        """(next_obs (S,), reward, whether it really terminated, the episode's return if this was its last step).
+
+        `obs` is then the observation to act on next: that of a new episode after the last step of one.
+        """
+        next_obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.obs = next_obs
+        self.actions.append(action)
+        self.total += float(reward)
+        total = self.total
+        if terminated or truncated:
+            self.episode += 1
+            self._reset()
+        return next_obs, float(reward), terminated, total if terminated or truncated else None
+
+    def state_dict(self) -> dict:
+        return {"episode": self.episode, "actions": torch.tensor(np.array(self.actions))}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.episode = state["episode"]
+        self._reset()
+        for action in state["actions"].cpu().numpy():
+            self.step(action)
+
+
+def record_video(simulator: str, mean, std, policy, device, folder) -> None:
+    """Film one episode of `policy` into `folder`. Raises UserError where what it needs is missing."""
+    try:
+        env = gym.wrappers.RecordVideo(make_env(simulator, mean, std, render_mode="rgb_array"), str(folder))
+        obs, _ = env.reset(seed=0)
+        done = False
+        while not done:
+            with torch.no_grad():
+                action = policy(torch.as_tensor(obs, device=device)[None])[0].cpu().numpy()
+            obs, _, terminated, truncated, _ = env.step(action)
+            done = terminated or truncated
+        env.close()
+    except Exception as error:  # rendering depends on the machine's graphics stack and fails in many ways
+        raise UserError(
+            f"--capture-video failed ({error}); it needs `pip install moviepy` and, without a screen, MUJOCO_GL=egl or "
+            "MUJOCO_GL=osmesa"
+        ) from error

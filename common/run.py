@@ -81,7 +81,9 @@ class Run:
             (self.dir / ".writable").touch()
             (self.dir / ".writable").unlink()
         except OSError as error:
-            raise UserError(f"cannot write to the run folder {self.dir} ({error.strerror}); choose --run-dir") from error
+            raise UserError(
+                f"cannot write to the run folder {self.dir} ({error.strerror}); choose --run-dir"
+            ) from error
         self._keep_args()
         if (self.dir / "progress.csv").exists():
             with open(self.dir / "progress.csv", newline="") as file:
@@ -167,6 +169,9 @@ class Run:
 
     def save(self, stage: str, step: int, done: bool, state: dict) -> None:
         """Write everything that `restore` needs to go on as if nothing had happened."""
+        sums = state["stepper"].sums
+        if sums is not None and not sums.isfinite().all():  # never over a good checkpoint
+            self.log(stage, step, {f"{stage}/{k}": v for k, v in state["stepper"].means().items()})
         self.write_csv()
         self.writer.flush()
         tensors = {name: thing.state_dict() for name, thing in state.items()}
@@ -196,18 +201,20 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ train
 
-    def train(self, stage: str, step, steps: int, state: dict, *, device, compile=False, log_every: int,
+    def train(self, stage: str, make_step, steps: int, state: dict, *, device, compile=False, log_every: int,
               evaluate=None, evaluate_every: int = 0) -> None:  # fmt: skip
-        """Call `step()` `steps` times in all, resuming where an earlier start of the same command stopped.
+        """Train a stage for `steps` steps in all, resuming where an earlier start of the same command stopped.
 
-        `step` returns named scalar tensors, logged as their means over `log_every` steps; `evaluate()` returns a score
-        every `evaluate_every` steps; `state` names all that training changes.
+        `state` names all that training changes. `make_step()`, called once that is restored, gives the step; it
+        returns named scalar tensors, logged as their means over `log_every` steps. `evaluate()` returns a score every
+        `evaluate_every` steps.
         """
-        stepper = Stepper(step, device, graph=compile)
+        stepper = Stepper(None, device, graph=compile)
         state = state | {"stepper": stepper}
         done_steps, done = self.restore(stage, state, device)
         if done:
             return
+        stepper.step = make_step()
         with self.progress(stage, steps, done_steps) as bar:
             clock = Clock(self, stage)
             while done_steps < steps:
@@ -265,6 +272,28 @@ def _number(text: str):
     except ValueError:
         return text
     return int(value) if value.is_integer() and "." not in text and "e" not in text else value
+
+
+class Best:
+    """The best policy so far: its score and a copy of its weights."""
+
+    def __init__(self, score: float, policy: torch.nn.Module):
+        self.score, self.weights = score, {}
+        self.update(score, policy, force=True)
+
+    def update(self, score: float, policy: torch.nn.Module, force: bool = False) -> bool:
+        """Take `policy` over where it scores better; whether it did."""
+        better = force or score > self.score
+        if better:
+            self.score = score
+            self.weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+        return better
+
+    def state_dict(self) -> dict:
+        return {"score": self.score, "weights": self.weights}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.score, self.weights = state["score"], state["weights"]
 
 
 def seed_everything(seed: int) -> None:

@@ -2,7 +2,9 @@
 
 import ctypes
 import shutil
+import statistics
 import sys
+import time
 
 import torch
 
@@ -102,3 +104,15 @@ class Stepper:
         if state["names"]:
             self.names, self.sums = state["names"], state["sums"].to(self.device).clone()
         self.count = state["count"]
+
+
+def seconds_per_step(step, device: torch.device, n: int = 5) -> float:
+    """Median time of one `step()`, after two that are not counted."""
+    times = []
+    for _ in range(n + 2):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
@@ -85,6 +84,11 @@ class Args:
     """episodes of an evaluation, played side by side"""
 
 
+# What o2sac.py hands on when it calls this script
+SHARED = ("preset", "env_id", "dataset_path", "seed", "device", "compile", "deterministic", "run_dir",
+          "checkpoint_seconds", "eval_episodes")  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------- networks
 
 
@@ -110,7 +114,9 @@ class Critic(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 3):
         super().__init__()
         sizes = [obs_dim + action_dim] + [256] * hidden_layers
-        layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (EnsembleLinear(2, i, o), nn.ReLU(True))]
+        layers = [
+            layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (EnsembleLinear(2, i, o), nn.ReLU(True))
+        ]
         self.net = nn.Sequential(*layers, EnsembleLinear(2, 256, 1))
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -136,12 +142,21 @@ class Agent(nn.Module):
         self.log_temperature = nn.Parameter(torch.zeros(()))
 
 
-def training_step(args: Args, data: datasets.Dataset, agent: Agent):
-    """The step, and the optimisers that it changes."""
+class Optimizers(dict):
+    """One Adam for each thing that is learned."""
+
+    def __init__(self, args: Args, agent: Agent):
+        super().__init__(
+            actor_optimizer=Adam(agent.actor.parameters(), args.actor_lr),
+            critic_optimizer=Adam(agent.critic.parameters(), args.critic_lr),
+            temperature_optimizer=Adam([agent.log_temperature], args.actor_lr),
+        )
+
+
+def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: Optimizers):
+    """One update of critics, actor and temperature on a batch of the dataset."""
     actor, critic, critic_target = agent.actor, agent.critic, agent.critic_target
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
-    actor_optimizer, critic_optimizer = Adam(actor_params, args.actor_lr), Adam(critic_params, args.critic_lr)
-    temperature_optimizer = Adam([agent.log_temperature], args.actor_lr)
     action_dim, n, batch_size = data.actions.shape[1], args.n_actions, args.batch_size
     log_uniform = action_dim * math.log(0.5)  # log density of the uniform actions in [-1, 1]^A
 
@@ -189,14 +204,13 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent):
 
     def step():
         critic_grads, actor_grads, temperature_grads, metrics = gradients()
-        temperature_optimizer.step(temperature_grads)
-        actor_optimizer.step(actor_grads)
-        critic_optimizer.step(critic_grads)
+        optimizers["temperature_optimizer"].step(temperature_grads)
+        optimizers["actor_optimizer"].step(actor_grads)
+        optimizers["critic_optimizer"].step(critic_grads)
         polyak(critic_target, critic, args.tau)
         return metrics
 
-    optimizers = dict(actor=actor_optimizer, critic=critic_optimizer, temperature=temperature_optimizer)
-    return step, optimizers
+    return step
 
 
 def run_name(args: Args) -> str:
@@ -206,8 +220,10 @@ def run_name(args: Args) -> str:
 
 
 def train(args: Args, data: datasets.Dataset) -> Path:
-    """Train on `data` (not yet standardised; it will be) and return the policy's path. A finished run trains nothing."""
-    cli.check_positive(args, "steps", "batch_size", "n_actions", "hidden_layers", "log_every", "eval_every", "eval_episodes")
+    """Train on `data`, which is standardised here, and return the policy's path. A finished run trains nothing."""
+    cli.check_positive(
+        args, "steps", "batch_size", "n_actions", "hidden_layers", "log_every", "eval_every", "eval_episodes"
+    )
     run = Run(args, run_name(args))
     path = run.dir / "policy.pt"
     mean, std = data.statistics()
@@ -218,10 +234,10 @@ def train(args: Args, data: datasets.Dataset) -> Path:
     seed_everything(args.seed)
     obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
     agent = Agent(obs_dim, action_dim, args.hidden_layers).to(device)
-    step, optimizers = training_step(args, data, agent)
+    optimizers = Optimizers(args, agent)
     evaluator = envs.Evaluator(data.simulator, mean, std, args.eval_episodes)
     run.train(
-        "cql", step, args.steps, {"agent": agent, **optimizers}, device=device, compile=args.compile,
+        "cql", lambda: training_step(args, data, agent, optimizers), args.steps, {"agent": agent, **optimizers}, device=device, compile=args.compile,
         log_every=args.log_every, evaluate_every=args.eval_every,
         evaluate=lambda: evaluator(lambda obs: torch.tanh(agent.actor(obs)[0]), device),
     )  # fmt: skip

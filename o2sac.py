@@ -1,0 +1,566 @@
+"""O2SAC: fine-tune any offline squashed-Gaussian policy with SAC, without the collapse that usually follows.
+
+Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & Huang, NeurIPS 2024, arXiv 2412.18855):
+1. reevaluate - new critics by fitted Q evaluation of the frozen offline policy, in SAC's own Bellman equation;
+2. align      - make their ranking of actions agree with the policy's log-probabilities;
+3. finetune   - SAC, with a Lagrangian constraint on the divergence from the best policy so far.
+
+    python o2sac.py --preset demo
+    python o2sac.py --env-id hopper-medium-v2 --offline cql
+"""
+
+import copy
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from common import cli, datasets, envs, report, steps
+from common.nn import Adam, EnsembleLayerNorm, EnsembleLinear, gaussian_log_prob, polyak, tanh_log_det
+from common.policies import load_policy, save_policy
+from common.replay import ReplayBuffer, sample
+from common.run import Best, Clock, Run, seed_everything
+from offline import cql
+
+PRESETS = {
+    "demo": dict(env_id="hopper-medium-demo", reevaluate_steps=6_000, align_steps=2_000, online_steps=6_000, utd=2,
+                 log_every=500, align_eval_every=2_000, eval_every=1_000, compile=False),
+    "quick": dict(reevaluate_steps=50_000, align_steps=20_000, online_steps=20_000, log_every=1_000, utd=4,
+                  align_eval_every=5_000),
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    preset: Literal["none", "demo", "quick"] = "none"
+    """demo: the whole pipeline in 10 minutes on 2 cores; quick: about an hour there; none: the paper's budgets"""
+    exp_name: str = "o2sac"
+    """the name of this experiment, a part of the run folder's name"""
+    env_id: str = "hopper-medium-v2"
+    """the dataset: a D4RL name, hopper-medium-demo, or a Minari id"""
+    dataset_path: str = ""
+    """an HDF5 file in D4RL's layout, used in place of the one that --env-id names"""
+    offline: str = "cql"
+    """the offline policy: cql (trained first if there is none yet), or the PATH of a policy.pt"""
+    offline_steps: int | None = None
+    """gradient steps of the offline algorithm, if it has to be trained; None: its own default or the preset's"""
+    seed: int = 0
+    """seed of the networks, of all sampling and of the training environment"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes the GPU where there is one"""
+    compile: bool = True
+    """compile the training steps (and capture them in CUDA graphs on a GPU)"""
+    deterministic: bool = False
+    """bitwise repeatable kernels, and no TF32 on a GPU"""
+    run_dir: str = "runs"
+    """where run folders are made"""
+    checkpoint_seconds: float = 60.0
+    """time between checkpoints; an interrupted run continues from the last one"""
+    track: bool = False
+    """log to Weights & Biases too (needs `pip install wandb`)"""
+    wandb_project_name: str = "o2rl"
+    """the project there"""
+    wandb_entity: str | None = None
+    """the team there"""
+    capture_video: bool = False
+    """film an episode of the final policy (needs `pip install moviepy`)"""
+
+    # every stage
+    batch_size: int = 256
+    """transitions in a batch"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """Polyak factor of the target critics (the paper's τ is --kl-threshold-…)"""
+    critic_lr: float = 3e-4
+    """learning rate of the critics"""
+    actor_lr: float = 1e-4
+    """learning rate of the actor"""
+    critic_layers: int = 3
+    """hidden layers of 256 units in each critic"""
+    alpha: float = 0.2
+    """temperature: fixed in re-evaluation and alignment, the start of its tuning in fine-tuning"""
+    log_every: int = 5_000
+    """gradient steps between logged means in re-evaluation and alignment"""
+    eval_episodes: int = 10
+    """episodes of an evaluation, played side by side"""
+
+    # 1. re-evaluation
+    reevaluate: bool = True
+    """re-evaluate the critic; without it the offline algorithm's own critic goes on"""
+    reevaluate_steps: int = 500_000
+    """gradient steps of fitted Q evaluation"""
+
+    # 2. alignment
+    align: bool = True
+    """align the critic with the policy"""
+    align_steps: int = 500_000
+    """gradient steps of alignment"""
+    align_eval_every: int = 50_000
+    """gradient steps between evaluations of the actor that is being aligned"""
+
+    # 3. constrained fine-tuning
+    constrain: bool = True
+    """constrain the policy to the reference policy"""
+    online_steps: int = 100_000
+    """environment steps"""
+    learning_starts: int = 1_000
+    """environment steps before the first update"""
+    utd: int = 10
+    """updates per environment step"""
+    buffer: Literal["half", "all", "part", "none"] = "half"
+    """offline data in online batches: half of each batch, all in one buffer, the 50 best episodes, or none"""
+    alpha_lr: float = 3e-4
+    """learning rate of the temperature"""
+    target_entropy: float | None = None
+    """entropy that the temperature is tuned to; None: minus the number of action dimensions"""
+    lagrange_init: float = 1.0
+    """λ at the start"""
+    lagrange_lr: float = 5e-5
+    """learning rate of log λ"""
+    lagrange_expectile: float = 0.7
+    """asymmetry of λ's loss: weight of violated states (0.7) against satisfied ones (0.3)"""
+    log_prob_floor: float = -50.0
+    """log π_ref(a|s) is clamped from below at this"""
+    kl_threshold_start: float | None = None
+    """the paper's τ at the first step; None: 0.125, on expert data 0.005"""
+    kl_threshold_end: float | None = None
+    """the paper's τ after --kl-threshold-steps; None: 2.0, on expert data 0.125; a quarter with --reference interval"""
+    kl_threshold_steps: int = 100_000
+    """environment steps over which the threshold grows linearly"""
+    reference: Literal["best", "interval"] = "best"
+    """move π_ref to π when an evaluation beats the best so far, or every --reference-interval steps"""
+    reference_interval: int = 1_000
+    """environment steps between moves of π_ref (the paper: 1,000 or 10,000)"""
+    eval_every: int = 1_000
+    """environment steps between evaluations"""
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+class Actor(nn.Module):
+    """Squashed Gaussian policy: (B, S) -> mean and log std of u, (B, A) each; the action is tanh(u)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 3):
+        super().__init__()
+        sizes = [obs_dim] + [256] * hidden_layers
+        layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(*layers, nn.Linear(256, 2 * action_dim))
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = self.net(obs).chunk(2, dim=-1)
+        return mean, (log_std - 1.0).clamp(-20.0, 2.0)
+
+
+class Critic(nn.Module):
+    """Twin Q networks side by side: (B, S), (B, A) -> (2, B)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 3, layer_norm: bool = True):
+        super().__init__()
+        layers, inputs = [], obs_dim + action_dim
+        for _ in range(hidden_layers):
+            norm = [EnsembleLayerNorm(2, 256)] if layer_norm else []
+            layers += [EnsembleLinear(2, inputs, 256), *norm, nn.ReLU()]
+            inputs = 256
+        self.net = nn.Sequential(*layers, EnsembleLinear(2, 256, 1))
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], dim=-1)
+        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+
+
+def sample_actions(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """a = tanh(u), u ~ N(mean, std), reparameterised: a (B, A), u (B, A), log π(a|s) (B,)."""
+    u = mean + log_std.exp() * torch.randn_like(mean)
+    return torch.tanh(u), u, log_prob_of(u, mean, log_std)
+
+
+def log_prob_of(u: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """log π(tanh(u)|s) (B,). Taking u, not the action, leaves no atanh near ±1 to go wrong."""
+    return gaussian_log_prob(u, mean, log_std) - tanh_log_det(u)
+
+
+class Agent(nn.Module):
+    """All that is learned: π, π_off, π_ref, Q, Q̄, log α, log λ. The offline and reference policies are copies."""
+
+    def __init__(self, args: Args, policy: dict):
+        super().__init__()
+        obs_dim, action_dim = policy["obs_dim"], policy["action_dim"]
+        self.actor = Actor(obs_dim, action_dim, policy["hidden_layers"])
+        self.actor.load_state_dict(policy["actor"])
+        self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)
+        self.actor_reference = copy.deepcopy(self.actor_offline)
+        shape = dict(hidden_layers=args.critic_layers, layer_norm=True)
+        if not args.reevaluate:  # the naive switch: the offline algorithm's critic, in that algorithm's shape
+            shape = {key: policy["critic"][key] for key in shape}
+        self.critic = Critic(obs_dim, action_dim, **shape)
+        if not args.reevaluate:
+            self.critic.load_state_dict(policy["critic"]["critic"])
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
+        self.log_lagrange = nn.Parameter(torch.tensor(math.log(args.lagrange_init)))
+
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """The most likely action, tanh of the mean."""
+        return torch.tanh(self.actor(obs)[0])
+
+
+class Optimizers(dict):
+    """One Adam for each thing that is learned; actor's and critics' moments carry over from stage to stage."""
+
+    def __init__(self, args: Args, agent: Agent):
+        super().__init__(
+            actor_optimizer=Adam(agent.actor.parameters(), args.actor_lr),
+            critic_optimizer=Adam(agent.critic.parameters(), args.critic_lr),
+            alpha_optimizer=Adam([agent.log_alpha], args.alpha_lr),
+            lagrange_optimizer=Adam([agent.log_lagrange], args.lagrange_lr),
+        )
+
+
+@torch.no_grad()
+def in_chunks(fn, *tensors: torch.Tensor, size: int = 65_536) -> list[torch.Tensor]:
+    """`fn` on all rows of the tensors, a chunk at a time; it returns a tuple of tensors."""
+    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return [torch.cat(parts) for parts in zip(*(fn(*chunk) for chunk in chunks), strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------- 1. re-evaluation
+
+
+def reevaluation_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: Optimizers):
+    """Fitted Q evaluation of the frozen π_off in SAC's Bellman equation, on the dataset (the paper's Eq. 4)."""
+    critic, critic_target = agent.critic, agent.critic_target
+    critic_params = list(critic.parameters())
+    # π_off never changes, so its Gaussian at every next state of the data is computed once, not once a step
+    next_mean, next_log_std = in_chunks(agent.actor_offline, data.next_obs)
+
+    def gradients():
+        obs, actions, rewards, next_obs, terminations, rows = sample(data, args.batch_size)
+        # y = r + γ (1 - d) [ min_i Q̄_i(s', a') - α log π_off(a'|s') ],  a' ~ π_off
+        with torch.no_grad():
+            next_actions, _, next_log_prob = sample_actions(next_mean[rows], next_log_std[rows])
+            next_v = critic_target(next_obs, next_actions).amin(0) - args.alpha * next_log_prob
+            y = rewards + args.gamma * (1 - terminations) * next_v
+        q = critic(obs, actions)
+        critic_loss = ((q - y) ** 2).mean(1).sum()
+        metrics = {"critic_loss": critic_loss.detach(), "q": q.detach().mean(), "q_target": y.mean()}
+        return torch.autograd.grad(critic_loss, critic_params), metrics
+
+    gradients = steps.compiled(gradients, args.compile)
+
+    def step():
+        critic_grads, metrics = gradients()
+        optimizers["critic_optimizer"].step(critic_grads)
+        polyak(critic_target, critic, args.tau)
+        return metrics
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------- 2. alignment
+
+
+def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: Optimizers):
+    """Make the critic rank actions as π_off does, with π_off's most likely action ȧ as the anchor (Eq. 6)."""
+    actor, critic, critic_target = agent.actor, agent.critic, agent.critic_target
+    actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
+
+    def anchor(obs):
+        mean, log_std = agent.actor_offline(obs)
+        action = torch.tanh(mean)
+        return action, log_prob_of(mean, mean, log_std), critic_target(obs, action).amin(0), mean, log_std
+
+    # π_off and Q̄ are frozen here: the anchor ȧ, log π_off(ȧ|s) and Q̄(s, ȧ) of every state are computed once
+    anchor_actions, anchor_log_prob, anchor_q, offline_mean, offline_log_std = in_chunks(anchor, data.obs)
+
+    def gradients():
+        obs, *_, rows = sample(data, args.batch_size)
+        actions, u, log_prob = sample_actions(*actor(obs))
+        # Q'(s, a) = min{ Q̄(s, ȧ) - α [log π_off(ȧ|s) - log π_off(a|s)],  Q̄(s, a) },  a ~ π
+        with torch.no_grad():
+            offline_log_prob = log_prob_of(u, offline_mean[rows], offline_log_std[rows])
+            ceiling = anchor_q[rows] - args.alpha * (anchor_log_prob[rows] - offline_log_prob)
+            q_aligned = torch.minimum(ceiling, critic_target(obs, actions).amin(0))
+        # (Q_i(s, a) - Q'(s, a))² + (Q_i(s, ȧ) - Q̄(s, ȧ))²
+        q, q_anchor = critic(obs, actions), critic(obs, anchor_actions[rows])
+        aligned_loss = ((q - q_aligned) ** 2).mean(1).sum()
+        anchor_loss = ((q_anchor - anchor_q[rows]) ** 2).mean(1).sum()
+        # SAC's actor loss, α fixed: α log π(a|s) - min_i Q_i(s, a)
+        actor_loss = (args.alpha * log_prob - q.amin(0)).mean()
+        metrics = {"aligned_loss": aligned_loss, "anchor_loss": anchor_loss, "actor_loss": actor_loss, "q": q.mean(),
+                   "q_anchor": q_anchor.mean(), "entropy": -log_prob.mean()}  # fmt: skip
+        return (
+            torch.autograd.grad(aligned_loss + anchor_loss, critic_params, retain_graph=True),
+            torch.autograd.grad(actor_loss, actor_params),
+            {name: value.detach() for name, value in metrics.items()},
+        )
+
+    gradients = steps.compiled(gradients, args.compile)
+
+    def step():
+        critic_grads, actor_grads, metrics = gradients()
+        optimizers["actor_optimizer"].step(actor_grads)
+        optimizers["critic_optimizer"].step(critic_grads)
+        return metrics  # the targets stay where re-evaluation left them
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------- 3. fine-tuning
+
+
+def threshold_at(args: Args, env_step: int) -> float:
+    """The constraint's threshold (the paper's τ): linear from start to end over `kl_threshold_steps`."""
+    expert = "expert" in args.env_id and "medium" not in args.env_id
+    start = args.kl_threshold_start if args.kl_threshold_start is not None else (0.005 if expert else 0.125)
+    end = args.kl_threshold_end if args.kl_threshold_end is not None else (0.125 if expert else 2.0)
+    if args.reference == "interval":
+        end /= 4
+    return start + (end - start) * min(env_step / args.kl_threshold_steps, 1.0)
+
+
+def lagrange_loss(log_lagrange: torch.Tensor, slack: torch.Tensor, expectile: float) -> torch.Tensor:
+    """λ mean(|0.7 - 1[u > 0]| u), u = τ - f (B,): a violated state counts more, so one batch cannot drop λ."""
+    return log_lagrange.exp() * ((expectile - (slack > 0).float()).abs() * slack).mean()
+
+
+def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: Optimizers, threshold: torch.Tensor):
+    """SAC's `utd` updates of one environment step, under E[log π(a|s) - log π_ref(a|s)] < τ (Eq. 10 and 11).
+
+    `threshold` is τ as a scalar tensor, filled in by the caller.
+    """
+    actor, critic, critic_target, reference = agent.actor, agent.critic, agent.critic_target, agent.actor_reference
+    actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
+    target_entropy = -float(replay.action_dim) if args.target_entropy is None else args.target_entropy
+    batch_size = args.batch_size
+
+    def gradients():
+        obs, actions, rewards, next_obs, terminations = replay.sample(batch_size)
+        alpha = agent.log_alpha.exp().detach()
+        lagrange = agent.log_lagrange.exp().detach() if args.constrain else torch.zeros_like(alpha)
+        with torch.no_grad():
+            reference_mean, reference_log_std = reference(torch.cat([obs, next_obs]))
+
+        def divergence(u, log_prob, half):  # f(s, a) = log π(a|s) - log π_ref(a|s)
+            reference_log_prob = log_prob_of(u, reference_mean[half], reference_log_std[half])
+            return log_prob - reference_log_prob.clamp(min=args.log_prob_floor)
+
+        # critic: y = r + γ (1 - d) [ min_i Q̄_i(s', a') - α log π(a'|s') - λ f(s', a') ]
+        with torch.no_grad():
+            next_actions, next_u, next_log_prob = sample_actions(*actor(next_obs))
+            next_f = divergence(next_u, next_log_prob, slice(batch_size, None))
+            next_q = critic_target(next_obs, next_actions).amin(0)
+            y = rewards + args.gamma * (1 - terminations) * (next_q - alpha * next_log_prob - lagrange * next_f)
+        q = critic(obs, actions)
+        critic_loss = ((q - y) ** 2).mean(1).sum()
+
+        # actor: α log π(a|s) - min_i Q_i(s, a) + λ f(s, a)
+        new_actions, u, log_prob = sample_actions(*actor(obs))
+        f = divergence(u, log_prob, slice(None, batch_size))
+        actor_loss = (alpha * log_prob - critic(obs, new_actions).amin(0) + lagrange * f).mean()
+
+        # temperature towards the target entropy, multiplier towards E f = τ
+        alpha_loss = -agent.log_alpha * (log_prob.detach() + target_entropy).mean()
+        multiplier_loss = lagrange_loss(agent.log_lagrange, threshold - f.detach(), args.lagrange_expectile)
+
+        metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, "q": q.mean(), "q_target": y.mean(),
+                   "alpha": alpha, "entropy": -log_prob.mean(), "kl": f.mean(), "lagrange": lagrange}  # fmt: skip
+        return (
+            torch.autograd.grad(critic_loss, critic_params),
+            torch.autograd.grad(actor_loss, actor_params),
+            torch.autograd.grad(alpha_loss, [agent.log_alpha]),
+            torch.autograd.grad(multiplier_loss, [agent.log_lagrange]),
+            {name: value.detach() for name, value in metrics.items()},
+        )
+
+    gradients = steps.compiled(gradients, args.compile)
+
+    def step():
+        for update in range(args.utd):
+            critic_grads, actor_grads, alpha_grads, lagrange_grads, metrics = gradients()
+            if update == 0 and args.constrain:  # λ moves on the first of the ten only
+                optimizers["lagrange_optimizer"].step(lagrange_grads)
+            optimizers["alpha_optimizer"].step(alpha_grads)
+            optimizers["actor_optimizer"].step(actor_grads)
+            optimizers["critic_optimizer"].step(critic_grads)
+            polyak(critic_target, critic, args.tau)
+        return metrics  # of the last update
+
+    return step
+
+
+def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, best_score: float):
+    """Interact, update, evaluate, and move π_ref. `best_score` is π_ref's at the start."""
+    device = data.obs.device
+    replay = ReplayBuffer(data, args.online_steps, args.buffer)
+    threshold = torch.zeros((), device=device)
+    stepper = steps.Stepper(
+        finetuning_step(args, replay, agent, optimizers, threshold), device, graph=args.compile, steps_per_graph=1
+    )
+    env = envs.Episodes(envs.make_env(data.simulator, evaluator.mean, evaluator.std), args.seed)
+    best = Best(best_score, agent.actor_reference)
+    state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "stepper": stepper}
+    start, done = run.restore("finetune", state, device)
+    if done:
+        return best
+
+    @torch.no_grad()
+    def explore(obs):
+        mean, log_std = agent.actor(torch.as_tensor(obs, device=device)[None])
+        return sample_actions(mean, log_std)[0][0].cpu().numpy()
+
+    clock, began = Clock(run, "finetune"), time.monotonic()
+    with run.progress("finetune", args.online_steps, start) as bar:
+        for env_step in range(start + 1, args.online_steps + 1):
+            obs, action = env.obs, explore(env.obs)
+            next_obs, reward, terminated, episodic_return = env.step(action)
+            replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
+            if episodic_return is not None:
+                run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
+            if env_step > args.learning_starts:
+                threshold.fill_(threshold_at(args, env_step))
+                stepper.run(1)
+            if env_step % args.eval_every == 0 or env_step == args.online_steps:
+                score = evaluator(agent.act, device)
+                losses = {f"losses/{name}": value for name, value in stepper.means().items()}
+                sps = (env_step - start) / (time.monotonic() - began)
+                run.log("finetune", env_step, {"charts/score": score, "charts/SPS": sps,
+                        "charts/kl_threshold": threshold.item(), "charts/best_score": max(score, best.score),
+                        **losses})  # fmt: skip
+                improved = best.update(score, agent.actor)
+                if improved and args.reference == "best":
+                    agent.actor_reference.load_state_dict(agent.actor.state_dict())
+            if args.reference == "interval" and env_step % args.reference_interval == 0:
+                agent.actor_reference.load_state_dict(agent.actor.state_dict())
+            run.show(bar, 1)
+            clock.tick(env_step, env_step == args.online_steps, state)
+    return best
+
+
+# ---------------------------------------------------------------------------------------------- the whole run
+
+
+def run_name(args: Args) -> str:
+    """<env_id>__<script>__<offline>__<seed>, with the ablations and the preset where there are any."""
+    label = Path(args.dataset_path).stem or args.env_id.replace("/", "-")
+    ablations = "".join(f"-no-{name}" for name in ("reevaluate", "align", "constrain") if not getattr(args, name))
+    offline = args.offline if args.offline == "cql" else Path(args.offline).stem
+    preset = "" if args.preset == "none" else f"__{args.preset}"
+    return f"{label}__{args.exp_name}{ablations}__{offline}__{args.seed}{preset}"
+
+
+def cql_args(args: Args) -> cql.Args:
+    """What CQL is trained with, where `--offline cql` has no checkpoint yet."""
+    chosen = cql.PRESETS.get(args.preset, {}) | {key: getattr(args, key) for key in cql.SHARED}
+    if args.offline_steps is not None:
+        chosen |= dict(steps=args.offline_steps, exp_name=f"cql-{args.offline_steps}")
+    return cql.Args(**chosen)
+
+
+def offline_policy(args: Args, data: datasets.Dataset) -> dict:
+    """The policy that `--offline` names; CQL is trained first if it was not yet. Standardises `data`."""
+    path = cql.train(cql_args(args), copy.copy(data)) if args.offline == "cql" else Path(args.offline)
+    policy = load_policy(path, data.simulator, data.obs.shape[1], data.actions.shape[1], data.obs.device)
+    if policy["kind"] != "squashed_gaussian":
+        raise cli.UserError(f"{path} holds a {policy['kind']} policy; o2sac.py needs a squashed Gaussian one, as CQL's")
+    if not args.reevaluate and "critic" not in policy:
+        raise cli.UserError(f"{path} has no critic, which --no-reevaluate needs; leave that flag out")
+    data.standardise(policy["state_mean"], policy["state_std"])  # as the policy was trained
+    policy["progress"] = path.parent / "progress.csv"
+    return policy
+
+
+def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
+    """Seconds of each stage from a few timed steps, on networks that are thrown away."""
+    args, data, device = copy.copy(args), data.head(10_000), data.obs.device
+    args.compile, args.reevaluate = False, True
+    obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
+    policy = dict(
+        obs_dim=obs_dim, action_dim=action_dim, hidden_layers=3, actor=Actor(obs_dim, action_dim).state_dict()
+    )
+    agent = Agent(args, policy).to(device)
+    optimizers = Optimizers(args, agent)
+    offline = copy.copy(cql_args(args))
+    offline.compile = False
+    offline_agent = cql.Agent(obs_dim, action_dim, offline.hidden_layers).to(device)
+    offline_step = cql.training_step(offline, data, offline_agent, cql.Optimizers(offline, offline_agent))
+    replay, threshold = ReplayBuffer(data, 1, "half"), torch.ones((), device=device)
+    steps_of = {
+        "cql": (offline_step, offline.steps if args.offline == "cql" else 0),
+        "reevaluate": (reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps),
+        "align": (alignment_step(args, data, agent, optimizers), args.align_steps if args.align else 0),
+        "finetune": (finetuning_step(args, replay, agent, optimizers, threshold), args.online_steps),
+    }
+    return {stage: n * steps.seconds_per_step(step, device) if n else 0.0 for stage, (step, n) in steps_of.items()}
+
+
+def check(args: Args) -> None:
+    cli.check_positive(
+        args, "batch_size", "critic_layers", "log_every", "eval_episodes", "reevaluate_steps", "align_steps",
+        "align_eval_every", "online_steps", "utd", "reference_interval", "eval_every", "kl_threshold_steps",
+    )  # fmt: skip
+    cli.check_positive(args, "learning_starts", "log_every", at_least=0)
+    if args.offline_steps is not None:
+        cli.check_positive(args, "offline_steps")
+    if args.batch_size % 2:
+        raise cli.UserError(f"--batch-size is {args.batch_size}, but has to be even: half of it is offline data")
+
+
+def main() -> None:
+    args = cli.parse(Args, PRESETS)
+    check(args)
+    device = cli.resolve_device(args.device)
+    steps.setup(device, args.seed, args.deterministic)
+    args.compile = args.compile and steps.can_compile(device)
+    run = Run(args, run_name(args))
+
+    data = datasets.load(args.env_id, args.dataset_path, device)
+    print(f"data: {len(data):,} transitions, {data.source}")
+    envs.report_simulator_check(data)
+    report.estimate(run, estimate(args, data))
+
+    policy = offline_policy(args, data)
+    seed_everything(args.seed)
+    agent = Agent(args, policy).to(device)
+    optimizers = Optimizers(args, agent)
+    state = {"agent": agent, **optimizers}
+    evaluator = envs.Evaluator(data.simulator, policy["state_mean"], policy["state_std"], args.eval_episodes)
+    offline_score = run.last_score = evaluator(agent.act, device)
+
+    if args.reevaluate:
+        run.train(
+            "reevaluate", lambda: reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps, state,
+            device=device, compile=args.compile, log_every=args.log_every,
+        )  # fmt: skip
+    if args.align:
+        run.train(
+            "align", lambda: alignment_step(args, data, agent, optimizers), args.align_steps, state,
+            device=device, compile=args.compile, log_every=args.log_every,
+            evaluate=lambda: evaluator(agent.act, device), evaluate_every=args.align_eval_every,
+        )  # fmt: skip
+        agent.critic_target.load_state_dict(agent.critic.state_dict())
+    aligned_score = evaluator(agent.act, device)
+    if aligned_score > offline_score:  # else π_off stays the reference
+        agent.actor_reference.load_state_dict(agent.actor.state_dict())
+
+    best = finetune(args, run, data, agent, optimizers, evaluator, max(offline_score, aligned_score))
+
+    kept = {key: policy[key] for key in ("obs_dim", "action_dim", "hidden_layers", "state_mean", "state_std")}
+    for name, score, weights in (("policy", run.scores("finetune")[-1], agent.actor.state_dict()),
+                                 ("best", best.score, best.weights)):  # fmt: skip
+        save_policy(
+            run.dir / f"{name}.pt", kind="squashed_gaussian", **kept, algorithm="o2sac", env_id=args.env_id,
+            simulator=data.simulator, seed=args.seed, steps=args.online_steps, score=score, actor=weights,
+        )  # fmt: skip
+    report.finish(run, offline_score, aligned_score if args.align else None, best.score, data, policy)
+    if args.capture_video:
+        envs.record_video(data.simulator, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
+
+
+if __name__ == "__main__":
+    cli.run(main)
