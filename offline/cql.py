@@ -237,8 +237,8 @@ def train(args: Args, data: datasets.Dataset) -> Path:
     optimizers = Optimizers(args, agent)
     evaluator = envs.Evaluator(data.simulator, mean, std, args.eval_episodes)
     run.train(
-        "cql", lambda: training_step(args, data, agent, optimizers), args.steps, {"agent": agent, **optimizers}, device=device, compile=args.compile,
-        log_every=args.log_every, evaluate_every=args.eval_every,
+        "cql", lambda: training_step(args, data, agent, optimizers), args.steps, {"agent": agent, **optimizers},
+        device=device, compile=args.compile, log_every=args.log_every, evaluate_every=args.eval_every,
         evaluate=lambda: evaluator(lambda obs: torch.tanh(agent.actor(obs)[0]), device),
     )  # fmt: skip
     save_policy(
