@@ -158,7 +158,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
     actor, critic, critic_target = agent.actor, agent.critic, agent.critic_target
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
     action_dim, n, batch_size = data.actions.shape[1], args.n_actions, args.batch_size
-    log_uniform = action_dim * math.log(0.5)  # log density of the uniform actions in [-1, 1]^A
+    chunk = batch_size if data.obs.is_cuda else 64
 
     def gradients():
         obs, actions, rewards, next_obs, terminations, _ = sample(data, batch_size)
@@ -170,31 +170,40 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
             next_actions, _ = sample_actions(next_mean, next_log_std)
             y = rewards + args.gamma * (1 - terminations) * critic_target(next_obs, next_actions).amin(0)
 
-        # Q on the data's action and on 3 n others, all at s, in one product: (2, 1 + 3 n, B)
+        # 3 n other actions at s (3 n, B, A), with the log density that each was drawn with
         mean, log_std = actor(obs)
         with torch.no_grad():
             uniform = torch.empty(n, batch_size, action_dim, device=obs.device).uniform_(-1, 1)
             current, current_log_prob = sample_actions(mean.expand(n, -1, -1), log_std.expand(n, -1, -1))
             following, following_log_prob = sample_actions(next_mean.expand(n, -1, -1), next_log_std.expand(n, -1, -1))
             candidates = torch.cat([actions[None], uniform, current, following])
-            states = obs.expand(len(candidates), -1, -1)
-        q_all = critic(states.flatten(0, 1), candidates.flatten(0, 1)).view(2, -1, batch_size)
-        q, q_others = q_all[:, 0], q_all[:, 1:]
-        # R(s) = log E_a [exp Q(s, a) / density(a)] - Q(s, a_data): the importance-sampled CQL(H) regulariser
-        log_density = torch.cat([torch.full_like(current_log_prob, log_uniform), current_log_prob, following_log_prob])
-        gap = (torch.logsumexp(q_others - log_density, dim=1) - q).mean(1).sum()
-        td_loss = ((q - y) ** 2).mean(1).sum()
-        critic_loss = td_loss + args.alpha * gap
+            uniform_log_prob = torch.full_like(current_log_prob, action_dim * math.log(0.5))
+            log_density = torch.cat([uniform_log_prob, current_log_prob, following_log_prob])
+
+        # critic, some states at a time, so that a CPU's cache holds the activations of all their actions
+        parts = []
+        for start in range(0, batch_size, chunk):
+            part = slice(start, start + chunk)
+            a = candidates[:, part]  # (1 + 3 n, states, A)
+            s = obs[part].expand(*a.shape[:2], -1)
+            q_all = critic(s.flatten(0, 1), a.flatten(0, 1)).view(2, *a.shape[:2])
+            q, q_others = q_all[:, 0], q_all[:, 1:]
+            td_loss = ((q - y[part]) ** 2).sum() / batch_size
+            # R(s) = log E_a [exp Q(s, a) / density(a)] - Q(s, a_data): CQL(H) with importance sampling
+            gap = (torch.logsumexp(q_others - log_density[:, part], dim=1) - q).sum() / batch_size
+            grads = torch.autograd.grad(td_loss + args.alpha * gap, critic_params)
+            parts.append((td_loss.detach(), gap.detach() / 2, q.detach().sum() / (2 * batch_size), *grads))
+        td_loss, gap, q, *critic_grads = [sum(part) for part in zip(*parts, strict=True)]
 
         # actor: temperature log pi - min_i Q_i, and the temperature towards the entropy -A
         new_actions, log_prob = sample_actions(mean, log_std)
         actor_loss = (temperature * log_prob - critic(obs, new_actions).amin(0)).mean()
         temperature_loss = -agent.log_temperature * (log_prob.detach() - action_dim).mean()
 
-        metrics = {"critic_loss": td_loss, "conservative_gap": gap / 2, "actor_loss": actor_loss, "q": q.mean(),
+        metrics = {"critic_loss": td_loss, "conservative_gap": gap, "actor_loss": actor_loss, "q": q,
                    "temperature": temperature, "entropy": -log_prob.mean()}  # fmt: skip
         return (
-            torch.autograd.grad(critic_loss, critic_params, retain_graph=True),
+            critic_grads,
             torch.autograd.grad(actor_loss, actor_params),
             torch.autograd.grad(temperature_loss, [agent.log_temperature]),
             {name: value.detach() for name, value in metrics.items()},
