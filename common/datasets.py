@@ -150,6 +150,9 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
                     "and, if episodes were cut by a time limit, timeouts"
                 )
             optional = [key for key in ("timeouts", "next_observations") if key in file]
+            for key in (*needed, *optional):
+                if not isinstance(file[key], h5py.Dataset) or file[key].dtype.kind not in "fiub":
+                    raise UserError(f"{path}: {key} is no array of numbers; give a file in D4RL's layout")
             raw = {key: file[key][()] for key in (*needed, *optional)}
             source = file.attrs.get("source", "D4RL" if path.stem.replace("_", "-") in D4RL_IDS else "unknown")
             return raw | {"source": source.decode() if isinstance(source, bytes) else str(source)}

@@ -1,0 +1,84 @@
+"""Shared fixtures: a small dataset in D4RL's layout, and a command line that runs in this process."""
+
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from common import datasets
+
+TINY = [
+    "--device", "cpu", "--no-compile", "--checkpoint-seconds", "0", "--batch-size", "32", "--eval-episodes", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def random_raw():
+    """Arrays in D4RL's layout with terminals and time-outs at random places."""
+
+    def make(n=2_000, seed=0, next_observations=False, timeouts=True):
+        rng = np.random.default_rng(seed)
+        raw = {
+            "observations": rng.normal(size=(n, 11)).astype(np.float32),
+            "actions": rng.uniform(-1, 1, (n, 3)).astype(np.float32),
+            "rewards": rng.normal(size=n).astype(np.float32),
+            "terminals": rng.random(n) < 0.02,
+        }
+        if timeouts:
+            raw["timeouts"] = rng.random(n) < 0.01
+        if next_observations:
+            raw["next_observations"] = rng.normal(size=(n, 11)).astype(np.float32)
+        return raw
+
+    return make
+
+
+@pytest.fixture
+def hdf5(tmp_path, random_raw):
+    """Writes an HDF5 file in D4RL's layout, with some arrays replaced or left out (None); returns its path."""
+
+    def write(name="data.hdf5", **changes):
+        raw = random_raw() | changes
+        with h5py.File(tmp_path / name, "w") as file:
+            for key, value in raw.items():
+                if value is not None:
+                    file[key] = value
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def data(random_raw):
+    """A standardised dataset of 1,999 random transitions of hopper's size."""
+    view = datasets.qlearning_view(random_raw(), 1_000)
+    tensors = {key: torch.as_tensor(value) for key, value in view.items()}
+    data = datasets.Dataset(**tensors, simulator="Hopper-v4", source="random")
+    data.standardise(*data.statistics())
+    return data
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Runs a script's `main` under `cli.run` with a command line: (exit code, what it printed to stdout, to stderr)."""
+    from common import cli
+
+    def run(module, *argv):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
+        try:
+            cli.run(module.main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
