@@ -119,8 +119,10 @@ def test_minari(tmp_path, monkeypatch):
             id=episode, observations=np.array([*obs, *(step[0] for step in steps)]), actions=np.array(actions),
             rewards=[step[1] for step in steps], terminations=[False] * 10, truncations=[False] * 10,
         ))  # fmt: skip
-    minari.create_dataset_from_buffers("mujoco/hopper/tiny-v0", buffers, env=env, algorithm_name="random",
-                                       author="o2rl", author_email="a@b.c", code_permalink="none", description="-")  # fmt: skip
+    minari.create_dataset_from_buffers(
+        "mujoco/hopper/tiny-v0", buffers, env=env, algorithm_name="random", author="o2rl", author_email="a@b.c",
+        code_permalink="none", description="-",
+    )  # fmt: skip
     data = datasets.load("mujoco/hopper/tiny-v0")
     assert len(data) == 27 and not data.terminations.any()  # the cut step of each episode is dropped
     assert data.episode.tolist() == [0] * 9 + [1] * 9 + [2] * 9

@@ -1,0 +1,21 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test bench
+
+demo: .venv/installed  ## the whole pipeline, CQL included, on the dataset that ships with the repository
+	$(BIN)/python o2sac.py --preset demo
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q
+
+bench: .venv/installed  ## steps per second of every stage on this machine
+	$(BIN)/python benchmarks/steps.py
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -r requirements.txt
+	$(BIN)/pip install --no-deps d4rl==1.1
+	touch $@

@@ -1,0 +1,344 @@
+"""Every loss and target of O2SAC and CQL against an independent float64 version, written from the equations.
+
+The reference code shares nothing with the scripts but the weights: networks are evaluated layer by layer, the squashed
+Gaussian's density comes from torch.distributions, and gradients from one plain backward pass of the whole objective.
+The scripts' gradients are read by replacing their optimisers.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
+
+import o2sac
+from common import replay
+from offline import cql
+
+B, S, A = 32, 11, 3
+
+
+class Recorder(dict):
+    """Stands in for the optimisers: keeps the gradients that they are given and changes nothing."""
+
+    class Slot:
+        def __init__(self):
+            self.calls = []
+
+        def step(self, grads):
+            self.calls.append([grad.clone() for grad in grads])
+
+    def __missing__(self, name):
+        self[name] = self.Slot()
+        return self[name]
+
+
+@pytest.fixture
+def agent():
+    torch.manual_seed(3)
+    args = o2sac.Args()
+    actor = o2sac.Actor(S, A).state_dict()
+    agent = o2sac.Agent(args, dict(obs_dim=S, action_dim=A, hidden_layers=3, actor=actor))
+    with torch.no_grad():  # everything different from everything else
+        for module in (agent.actor, agent.actor_reference, agent.critic_target, agent.critic):
+            for parameter in module.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        agent.log_lagrange.fill_(0.3)
+        agent.log_alpha.fill_(-1.1)
+    return agent
+
+
+def actor64(actor, obs):
+    x = obs.double()
+    linears = [layer for layer in actor.net if isinstance(layer, torch.nn.Linear)]
+    for i, layer in enumerate(linears):
+        x = x @ layer.weight.double().T + layer.bias.double()
+        x = torch.relu(x) if i < len(linears) - 1 else x
+    return x[:, :A], torch.clamp(x[:, A:] - 1, -20, 2).exp()
+
+
+def critic64(critic, obs, actions):
+    out = []
+    for k in range(2):
+        x = torch.cat([obs.double(), actions.double()], 1)
+        for layer in critic.net:
+            if isinstance(layer, torch.nn.ReLU):
+                x = torch.relu(x)
+            elif isinstance(layer, o2sac.EnsembleLayerNorm):
+                mean, variance = x.mean(1, keepdim=True), x.var(1, keepdim=True, correction=0)
+                x = (x - mean) / torch.sqrt(variance + 1e-5) * layer.weight[k].double() + layer.bias[k].double()
+            else:
+                x = x @ layer.weight[k].double() + layer.bias[k].double()
+        out.append(x[:, 0])
+    return torch.stack(out)
+
+
+def squashed(mean, std):
+    return TransformedDistribution(Normal(mean, std), [TanhTransform(cache_size=1)])
+
+
+def log_prob64(distribution, actions):
+    return distribution.log_prob(actions).sum(-1)
+
+
+def noises(monkeypatch, *shapes):
+    """Fixes what `torch.randn_like` gives, call by call; returns the list of it in float64."""
+    torch.manual_seed(11)
+    queue = [torch.randn(*shape) for shape in shapes]
+    fed = iter(queue)
+    monkeypatch.setattr(torch, "randn_like", lambda _: next(fed))
+    return [noise.double() for noise in queue]
+
+
+def fixed_rows(monkeypatch, module, data):
+    """Makes `sample` return one known batch; returns it."""
+    rows = torch.randint(len(data), (B,))
+    batch = (*replay.split(data.table()[rows], S, A), rows)
+    monkeypatch.setattr(module, "sample", lambda *_: batch)
+    return batch
+
+
+def same(grads, loss, parameters, rtol=2e-4):
+    expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for grad, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(
+            grad.double(), want.double(), rtol=rtol, atol=1e-5 * max(1.0, want.abs().max().item())
+        )
+
+
+# ----------------------------------------------------------------------------------------------- networks
+
+
+def test_log_prob_is_that_of_torch_distributions():
+    mean, log_std, u = torch.randn(3, 200, A).double() * 1.5
+    expected = log_prob64(squashed(mean, log_std.exp()), torch.tanh(u))
+    torch.testing.assert_close(o2sac.log_prob_of(u, mean, log_std), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_log_prob_is_finite_where_tanh_saturates():
+    u = torch.tensor([[40.0, -40.0, 12.0]])
+    assert o2sac.log_prob_of(u, u, torch.zeros_like(u)).isfinite().all()
+
+
+def test_critic_is_two_networks(agent):
+    obs, actions = torch.randn(B, S), torch.rand(B, A)
+    torch.testing.assert_close(
+        agent.critic(obs, actions).double(), critic64(agent.critic, obs, actions), rtol=1e-4, atol=1e-4
+    )
+    assert not torch.allclose(agent.critic.net[0].weight[0], agent.critic.net[0].weight[1])
+
+
+def test_weights_are_orthogonal():
+    weight = o2sac.Critic(S, A).net[3].weight[1]
+    torch.testing.assert_close(weight @ weight.T, torch.eye(256), rtol=0, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- the three stages
+
+
+def test_reevaluation(agent, data, monkeypatch):
+    args, optimizers = o2sac.Args(compile=False, batch_size=B), Recorder()
+    obs, actions, rewards, next_obs, terminations, _ = fixed_rows(monkeypatch, o2sac, data)
+    (noise,) = noises(monkeypatch, (B, A))
+    before = copy.deepcopy(agent.critic_target)
+    metrics = o2sac.reevaluation_step(args, data, agent, optimizers)()
+
+    mean, std = actor64(agent.actor_offline, next_obs)  # the frozen offline policy, not the online actor
+    distribution = squashed(mean, std)
+    next_actions = torch.tanh(mean + std * noise)
+    q_next = critic64(before, next_obs, next_actions).min(0).values
+    y = rewards.double() + 0.99 * (1 - terminations.double()) * (q_next - 0.2 * log_prob64(distribution, next_actions))
+    loss = sum(((q - y.detach()) ** 2).mean() for q in critic64(agent.critic, obs, actions))
+    torch.testing.assert_close(metrics["critic_loss"].double(), loss.detach(), rtol=1e-4, atol=1e-4)
+    same(optimizers["critic_optimizer"].calls[0], loss, list(agent.critic.parameters()))
+    assert set(optimizers) == {"critic_optimizer"}  # nothing else is trained
+    for old, new, source in zip(
+        before.parameters(), agent.critic_target.parameters(), agent.critic.parameters(), strict=True
+    ):
+        torch.testing.assert_close(new, 0.995 * old + 0.005 * source, rtol=1e-5, atol=1e-6)
+
+
+def test_alignment(agent, data, monkeypatch):
+    args, optimizers = o2sac.Args(compile=False, batch_size=B), Recorder()
+    obs, *_ = fixed_rows(monkeypatch, o2sac, data)
+    (noise,) = noises(monkeypatch, (B, A))
+    frozen = copy.deepcopy((agent.critic_target, agent.actor_offline))
+    metrics = o2sac.alignment_step(args, data, agent, optimizers)()
+
+    mean, std = actor64(agent.actor, obs)
+    actions = torch.tanh(mean + std * noise)
+    log_prob = log_prob64(squashed(mean, std), actions)
+    offline_mean, offline_std = actor64(agent.actor_offline, obs)
+    offline = squashed(offline_mean, offline_std)
+    anchor = torch.tanh(offline_mean)
+    q_bar_anchor = critic64(agent.critic_target, obs, anchor).min(0).values
+    q_bar = critic64(agent.critic_target, obs, actions).min(0).values
+    ceiling = q_bar_anchor - 0.2 * (log_prob64(offline, anchor) - log_prob64(offline, actions))
+    assert (ceiling < q_bar).any() and (ceiling > q_bar).any()  # both sides of the minimum are tested
+    q_aligned = torch.min(ceiling, q_bar).detach()
+    critic_loss = 0
+    for q, q_anchor in zip(
+        critic64(agent.critic, obs, actions.detach()), critic64(agent.critic, obs, anchor), strict=True
+    ):
+        critic_loss = critic_loss + ((q - q_aligned) ** 2).mean() + ((q_anchor - q_bar_anchor.detach()) ** 2).mean()
+    actor_loss = (0.2 * log_prob - critic64(agent.critic, obs, actions).min(0).values).mean()
+    torch.testing.assert_close(metrics["actor_loss"].double(), actor_loss.detach(), rtol=1e-4, atol=1e-4)
+    same(optimizers["critic_optimizer"].calls[0], critic_loss, list(agent.critic.parameters()))
+    same(optimizers["actor_optimizer"].calls[0], actor_loss, list(agent.actor.parameters()))
+    assert set(optimizers) == {"critic_optimizer", "actor_optimizer"}
+    for module, copied in zip((agent.critic_target, agent.actor_offline), frozen, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), copied.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("constrain", [True, False])
+def test_finetuning(agent, data, monkeypatch, constrain):
+    args, optimizers = o2sac.Args(compile=False, batch_size=B, utd=2, constrain=constrain), Recorder()
+    buffer = replay.ReplayBuffer(data, 10, "half")
+    rows = torch.randint(len(data), (2, B))
+    batches = [replay.split(data.table()[r], S, A) for r in rows]
+    fed = iter(batches)
+    monkeypatch.setattr(buffer, "sample", lambda _: next(fed))
+    noise = noises(monkeypatch, *[(B, A)] * 4)
+    frozen = copy.deepcopy((agent.actor_reference, agent.actor_offline))
+    before = copy.deepcopy(agent.critic_target)
+    threshold = torch.tensor(0.4)
+    metrics = o2sac.finetuning_step(args, buffer, agent, optimizers, threshold)()
+
+    alpha = math.exp(-1.1)
+    lagrange = math.exp(0.3) if constrain else 0.0
+    target = before
+    for update, (obs, actions, rewards, next_obs, terminations) in enumerate(batches):
+
+        def draw(states, eps):
+            mean, std = actor64(agent.actor, states)
+            chosen = torch.tanh(mean + std * eps)
+            log_prob = log_prob64(squashed(mean, std), chosen)
+            reference = log_prob64(squashed(*actor64(agent.actor_reference, states)), chosen)
+            return chosen, log_prob, log_prob - reference.clamp(min=-50)
+
+        next_actions, next_log_prob, next_f = draw(next_obs, noise[2 * update])
+        q_next = critic64(target, next_obs, next_actions).min(0).values
+        not_done = 1 - terminations.double()
+        y = rewards.double() + 0.99 * not_done * (q_next - alpha * next_log_prob - lagrange * next_f)
+        critic_loss = sum(((q - y.detach()) ** 2).mean() for q in critic64(agent.critic, obs, actions))
+        new_actions, log_prob, f = draw(obs, noise[2 * update + 1])
+        q_new = critic64(agent.critic, obs, new_actions).min(0).values
+        actor_loss = (alpha * log_prob - q_new + lagrange * f).mean()
+        same(optimizers["critic_optimizer"].calls[update], critic_loss, list(agent.critic.parameters()))
+        same(optimizers["actor_optimizer"].calls[update], actor_loss, list(agent.actor.parameters()))
+        # d/d log α of -log α (log π + H_target), H_target = -A
+        want = -(log_prob.detach() - A).mean()
+        torch.testing.assert_close(optimizers["alpha_optimizer"].calls[update][0].double(), want, rtol=1e-4, atol=1e-5)
+        if update == 0 and constrain:
+            u = 0.4 - f.detach()
+            want = lagrange * ((0.7 - (u > 0).double()).abs() * u).mean()
+            got = optimizers["lagrange_optimizer"].calls[0][0].double()
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        target = copy.deepcopy(target)
+        for a, b in zip(target.parameters(), agent.critic.parameters(), strict=True):
+            a.data.lerp_(b.data, 0.005)
+    assert len(optimizers["lagrange_optimizer"].calls) == (1 if constrain else 0)  # on the first update only
+    torch.testing.assert_close(metrics["kl"].double(), f.mean().detach(), rtol=1e-4, atol=1e-4)
+    for module, copied in zip((agent.actor_reference, agent.actor_offline), frozen, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), copied.parameters(), strict=True))
+
+
+def test_reference_log_prob_is_floored(agent, data, monkeypatch):
+    """A reference that finds the actions all but impossible costs 50 nats, not thousands."""
+    with torch.no_grad():
+        agent.actor_reference.net[-1].bias[A:] = -15.0
+        agent.actor_reference.net[-1].bias[:A] = 3.0
+    args = o2sac.Args(compile=False, batch_size=B, utd=1)
+    buffer = replay.ReplayBuffer(data, 10, "all")
+    metrics = o2sac.finetuning_step(args, buffer, agent, Recorder(), torch.tensor(1.0))()
+    assert 40 < metrics["kl"] < 60
+
+
+# ----------------------------------------------------------------------------------------------- the constraint
+
+
+@pytest.mark.parametrize(("slack", "direction"), [(-0.5, 1), (0.5, -1)])
+def test_multiplier_rises_when_violated_and_falls_when_met(slack, direction):
+    log_lagrange = torch.nn.Parameter(torch.zeros(()))
+    optimizer = o2sac.Adam([log_lagrange], 1e-3)
+    loss = o2sac.lagrange_loss(log_lagrange, torch.full((8,), slack), 0.7)
+    optimizer.step(torch.autograd.grad(loss, [log_lagrange]))
+    assert torch.sign(log_lagrange) == direction
+
+
+def test_a_violation_weighs_more_than_its_opposite():
+    log_lagrange = torch.zeros((), requires_grad=True)
+    assert o2sac.lagrange_loss(log_lagrange, torch.tensor([1.0, -1.0]), 0.7).item() == pytest.approx(-0.2)
+
+
+def test_threshold_schedule():
+    args = o2sac.Args()
+    assert o2sac.threshold_at(args, 0) == 0.125
+    assert o2sac.threshold_at(args, 50_000) == pytest.approx((0.125 + 2.0) / 2)
+    assert o2sac.threshold_at(args, 100_000) == o2sac.threshold_at(args, 300_000) == 2.0
+    expert = o2sac.Args(env_id="hopper-expert-v2")
+    assert (o2sac.threshold_at(expert, 0), o2sac.threshold_at(expert, 100_000)) == (0.005, 0.125)
+    assert o2sac.threshold_at(o2sac.Args(env_id="hopper-medium-expert-v2"), 0) == 0.125
+    assert o2sac.threshold_at(o2sac.Args(reference="interval"), 100_000) == 0.5
+    assert o2sac.threshold_at(o2sac.Args(kl_threshold_start=1.0, kl_threshold_end=3.0), 50_000) == 2.0
+
+
+# ----------------------------------------------------------------------------------------------- CQL
+
+
+def test_cql(data, monkeypatch):
+    args, optimizers = cql.Args(compile=False, batch_size=B, n_actions=4), Recorder()
+    torch.manual_seed(5)
+    agent = cql.Agent(S, A, 3)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    obs, actions, rewards, next_obs, terminations, _ = fixed_rows(monkeypatch, cql, data)
+    noise = noises(monkeypatch, (B, A), (4, B, A), (4, B, A), (B, A))
+    torch.manual_seed(6)
+    uniform = torch.empty(4, B, A).uniform_(-1, 1).double()
+    torch.manual_seed(6)
+    before = copy.deepcopy(agent.critic_target)
+    cql.training_step(args, data, agent, optimizers)()
+
+    mean, std = actor64(agent.actor, obs)
+    next_mean, next_std = actor64(agent.actor, next_obs)
+    q_next = critic64(before, next_obs, torch.tanh(next_mean + next_std * noise[0])).min(0).values
+    y = (rewards.double() + 0.99 * (1 - terminations.double()) * q_next).detach()
+    loss = 0
+    for k in range(2):
+        q = critic64(agent.critic, obs, actions)[k]
+        weighted = []  # exp Q(s, a) / density(a), in logs
+        for j in range(4):
+            weighted.append(critic64(agent.critic, obs, uniform[j])[k] + A * math.log(2))
+            for m, s, eps in ((mean, std, noise[1][j]), (next_mean, next_std, noise[2][j])):
+                a = torch.tanh(m + s * eps).detach()
+                log_density = log_prob64(squashed(m, s), torch.tanh(m + s * eps)).detach()
+                weighted.append(critic64(agent.critic, obs, a)[k] - log_density)
+        loss = loss + ((q - y) ** 2).mean() + 10 * (torch.logsumexp(torch.stack(weighted), 0) - q).mean()
+    same(optimizers["critic_optimizer"].calls[0], loss, list(agent.critic.parameters()))
+    new_actions = torch.tanh(mean + std * noise[3])
+    log_prob = log_prob64(squashed(mean, std), new_actions)
+    temperature = agent.log_temperature.exp().item()
+    actor_loss = (temperature * log_prob - critic64(agent.critic, obs, new_actions).min(0).values).mean()
+    same(optimizers["actor_optimizer"].calls[0], actor_loss, list(agent.actor.parameters()))
+    want = -(log_prob.detach() - A).mean()
+    torch.testing.assert_close(optimizers["temperature_optimizer"].calls[0][0].double(), want, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- optimiser
+
+
+def test_adam_is_pytorchs():
+    mine = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(3))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    ours, reference = o2sac.Adam(mine, 3e-4), torch.optim.Adam(theirs, 3e-4)
+    for _ in range(20):
+        grads = [torch.randn_like(p) for p in mine]
+        ours.step(grads)
+        for p, grad in zip(theirs, grads, strict=True):
+            p.grad = grad
+        reference.step()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

@@ -1,0 +1,344 @@
+"""The whole of O2SAC at tiny budgets: what it writes, how it resumes, what it refuses."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import o2sac
+from common import run as runs
+from common.replay import ReplayBuffer
+from offline import cql
+from tests.conftest import TINY
+
+ROOT = Path(o2sac.__file__).parent
+SMALL = [
+    "--env-id", "hopper-medium-demo", "--offline-steps", "4", "--reevaluate-steps", "12", "--align-steps", "12",
+    "--online-steps", "120", "--learning-starts", "60", "--utd", "2", "--eval-every", "40", "--align-eval-every", "6",
+    "--log-every", "5",
+]  # fmt: skip
+NAME = "hopper-medium-demo__o2sac__cql__0"
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def execute(command):
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run, in a process of its own; its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, "o2sac.py", *SMALL, *TINY, "--run-dir", str(folder)]
+    done = execute(command)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, done.stderr
+
+
+def weights(folder):
+    saved = torch.load(folder / NAME / "finetune.pt", weights_only=True)
+    state = dict(saved["state"]["agent"])
+    for name in ("actor_optimizer", "critic_optimizer", "alpha_optimizer", "lagrange_optimizer"):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state |= {f"{name}.{moment}.{i}": t for i, t in enumerate(saved["state"][name][moment])}
+    return state | {"replay": saved["state"]["replay"]["table"], "rng": saved["rng"]["torch"]}
+
+
+def progress(folder):
+    with open(folder / NAME / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+# ----------------------------------------------------------------------------------------------- a run
+
+
+def test_what_a_run_leaves(finished):
+    folder, out, err = finished
+    run = folder / NAME
+    stages = {"reevaluate.pt", "align.pt", "finetune.pt", "policy.pt", "best.pt"}
+    assert stages | {"args.json", "progress.csv", "result.json", "curve.png"} <= {path.name for path in run.iterdir()}
+    assert not list(folder.rglob("*.part"))
+    result = json.loads((run / "result.json").read_text())
+    assert result["best_online"] >= max(result["offline"], result["aligned"])
+    assert "not D4RL" in result["source"] and result["seconds"].keys() == {"reevaluate", "align", "finetune"}
+    for word in ("simulator check", "estimated time", "aligned", "best online", "last online", "not D4RL's data"):
+        assert word in out
+    for stage in ("cql", "reevaluate", "align", "finetune"):
+        assert f"{stage:<10}: 100%" in err and "step/s" in err
+    rows = progress(folder)
+    scores = [row for row in rows if row.get("charts/score")]
+    assert [int(row["step"]) for row in scores] == [40, 80, 120]
+    assert {"losses/critic_loss", "losses/kl", "losses/lagrange", "charts/SPS"} <= rows[0].keys()
+
+
+def test_tensorboard_has_every_scalar_once(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished[0] / NAME))
+    events.Reload()
+    assert {"charts/score", "charts/episodic_return", "losses/actor_loss", "align/score", "reevaluate/q"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [event.step for event in events.Scalars("charts/score")] == [40, 80, 120]
+
+
+def test_a_finished_stage_is_not_run_again(finished):
+    folder, *_ = finished
+    before = (folder / NAME / "align.pt").stat().st_mtime_ns
+    command = [sys.executable, "o2sac.py", *SMALL, *TINY, "--run-dir", str(folder)]
+    done = execute(command)
+    assert done.returncode == 0 and "step/s" not in done.stderr and "last online" in done.stdout
+    assert (folder / NAME / "align.pt").stat().st_mtime_ns == before
+
+
+def kill_at(stage: str, step: int) -> str:
+    """A program that runs o2sac.py and dies, without a word, at a step of a stage, some steps after a checkpoint."""
+    return f"""
+import os, signal, sys
+sys.argv[0] = "o2sac.py"
+import o2sac
+from common import cli, run
+tick = run.Clock.tick
+def deadly(self, step, done, state):
+    if self.stage == {stage!r} and step >= {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    self.run.args.checkpoint_seconds = 0 if step % 10 == 0 else 1e9
+    tick(self, step, done, state)
+run.Clock.tick = o2sac.Clock.tick = deadly
+run.Run.train.__globals__["_until"] = lambda step, every, total: 1
+cli.run(o2sac.main)
+"""
+
+
+@pytest.mark.parametrize(("stage", "step"), [("reevaluate", 8), ("align", 11), ("finetune", 95)])
+def test_a_killed_run_ends_with_the_same_weights(finished, tmp_path, stage, step):
+    command = [sys.executable, "-c", kill_at(stage, step), *SMALL, *TINY, "--run-dir", str(tmp_path)]
+    killed = execute(command)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    command = [sys.executable, "o2sac.py", *SMALL, *TINY, "--run-dir", str(tmp_path)]
+    done = execute(command)
+    assert done.returncode == 0, done.stderr
+    assert ("continuing at step" in done.stdout) == (step > 10)
+    assert_same_weights(weights(finished[0]), weights(tmp_path))
+    for a, b in zip(progress(finished[0]), progress(tmp_path), strict=True):
+        assert {k: v for k, v in a.items() if k != "charts/SPS"} == {k: v for k, v in b.items() if k != "charts/SPS"}
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-u", "o2sac.py", *SMALL, *TINY, "--online-steps", "100000", "--run-dir", str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    seen = ""
+    while "finetune" not in seen:
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130
+    assert "the same command continues from there" in rest and "Traceback" not in rest
+    assert torch.load(tmp_path / NAME / "finetune.pt", weights_only=True)["step"] > 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--no-reevaluate", "--no-align", "--no-constrain"],
+        ["--buffer", "all"],
+        ["--buffer", "part"],
+        ["--buffer", "none"],
+        ["--reference", "interval", "--reference-interval", "30"],
+    ],
+)
+def test_variants(finished, run_script, flags):
+    code, out, err = run_script(
+        o2sac, *SMALL, *TINY, "--run-dir", finished[0], "--exp-name", "v" + "".join(flags), *flags
+    )
+    assert code == 0, err
+    assert "last online" in out and ("aligned" in out) == ("--no-align" not in flags)
+
+
+def test_fine_tuned_policy_can_be_fine_tuned_again(finished, run_script):
+    best = finished[0] / NAME / "best.pt"
+    code, out, err = run_script(o2sac, *SMALL, *TINY, "--run-dir", finished[0], "--offline", best)
+    assert code == 0, err
+    assert "offline (o2sac" in out
+
+
+def test_compiled_steps_equal_eager_ones(data):
+    def trained(compile):
+        torch.manual_seed(0)
+        args = o2sac.Args(compile=compile, batch_size=32, utd=2)
+        actor = o2sac.Actor(11, 3).state_dict()
+        agent = o2sac.Agent(args, dict(obs_dim=11, action_dim=3, hidden_layers=3, actor=actor))
+        optimizers = o2sac.Optimizers(args, agent)
+        buffer = ReplayBuffer(data, 100, "half")
+        buffer.size.fill_(100)
+        makers = [
+            lambda: o2sac.reevaluation_step(args, data, agent, optimizers),
+            lambda: o2sac.alignment_step(args, data, agent, optimizers),
+            lambda: o2sac.finetuning_step(args, buffer, agent, optimizers, torch.tensor(0.1)),
+        ]
+        for make in makers:
+            step = make()
+            for _ in range(5):
+                step()
+        c = cql.Args(compile=compile, batch_size=32, n_actions=2)
+        offline = cql.Agent(11, 3, 3)
+        step = cql.training_step(c, data, offline, cql.Optimizers(c, offline))
+        for _ in range(5):
+            step()
+        return {**agent.state_dict(), **{f"cql.{k}": v for k, v in offline.state_dict().items()}}
+
+    eager, fast = trained(False), trained(True)
+    for name in eager:
+        torch.testing.assert_close(
+            fast[name], eager[name], rtol=1e-3, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------- replay
+
+
+def test_replay_stores_the_executed_action_and_no_truncation(data):
+    buffer = ReplayBuffer(data, 5, "none")
+    obs, action, next_obs = torch.randn(11).numpy(), torch.rand(3).numpy(), torch.randn(11).numpy()
+    buffer.add(obs, action, 2.5, next_obs, False)
+    got = buffer.sample(4)
+    for tensor, want in zip(got, (obs, action, 2.5, next_obs, 0.0), strict=True):
+        torch.testing.assert_close(tensor, torch.as_tensor(want, dtype=torch.float32).expand_as(tensor))
+    buffer.add(obs, action, 2.5, next_obs, True)
+    assert buffer.table[1, -1] == 1.0
+
+
+def test_truncation_is_no_termination():
+    """Hopper's 1,000th step ends an episode without being an end: the target must go on bootstrapping there."""
+    import gymnasium
+    import numpy as np
+
+    from common.envs import Episodes
+
+    env = gymnasium.make("Hopper-v4", max_episode_steps=3)
+    episodes = Episodes(env, 0)
+    ends = [episodes.step(np.zeros(3, np.float32)) for _ in range(6)]
+    assert [end[2] for end in ends] == [False] * 6
+    assert [end[3] is not None for end in ends] == [False, False, True] * 2
+    assert not np.array_equal(ends[2][0], episodes.obs)  # next_obs is the last state, not the next episode's first
+
+
+@pytest.mark.parametrize(("mode", "start"), [("half", 0), ("all", 1_999), ("none", 0)])
+def test_buffer_modes(data, mode, start):
+    buffer = ReplayBuffer(data, 50, mode)
+    assert buffer.length <= len(data) and (buffer.length == 0) == (start == 0)
+    marked = torch.full((11,), 77.0)
+    for _ in range(50):
+        buffer.add(marked, torch.zeros(3), 0.0, marked, False)
+    share = (buffer.sample(2_000)[0] == 77.0).all(1).float().mean().item()
+    assert share == pytest.approx({"half": 0.5, "all": 50 / (50 + len(data)), "none": 1.0}[mode], abs=0.03)
+
+
+def test_part_keeps_the_best_episodes(data):
+    buffer = ReplayBuffer(data, 10, "part")
+    best = sorted(range(len(data.returns)), key=lambda i: -data.returns[i])[:50]
+    expected = [i for i, episode in enumerate(data.episode.tolist()) if episode in best]
+    assert torch.equal(buffer.table[: buffer.length], data.table()[expected])
+
+
+# ----------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--env-id", "hoper-medium-v2"], "the nearest names are: hopper-medium-"),
+        (["--device", "cuda:7"], "this machine has: cpu"),
+        (["--device", "gpu"], "this machine has: cpu"),
+        (["--online-steps", "0"], "--online-steps is 0"),
+        (["--reevaluate-steps", "-5"], "--reevaluate-steps is -5"),
+        (["--offline-steps", "0"], "--offline-steps is 0"),
+        (["--batch-size", "33"], "has to be even"),
+        (["--offline", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
+        (["--run-dir", "/dev/null/runs"], "choose --run-dir"),
+        (["--align-steps", "99"], "holds a run with other arguments"),
+        (["--track"], "pip install wandb"),
+    ],
+)
+def test_refused_with_one_sentence(finished, run_script, monkeypatch, flags, words):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = run_script(o2sac, *SMALL, *TINY, "--run-dir", finished[0], *flags)
+    assert code == 2 and words in err
+    assert err.strip().count("\n") == 0 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("kind", ["other environment", "pickle", "text", "tensors", "cut"])
+def test_wrong_checkpoints(finished, run_script, tmp_path, kind):
+    path = tmp_path / "policy.pt"
+    good = finished[0] / NAME / "best.pt"
+    if kind == "other environment":
+        torch.save(torch.load(good) | {"simulator": "HalfCheetah-v4", "obs_dim": 17}, path)
+    elif kind == "pickle":
+        torch.save({"actor": Path("x")}, path)
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind == "tensors":
+        torch.save({"actor": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(good.read_bytes()[:-3_000])
+    code, _, err = run_script(o2sac, *SMALL, *TINY, "--run-dir", tmp_path / "runs", "--offline", path)
+    assert code == 2 and str(path) in err and "Traceback" not in err and err.strip().count("\n") == 0
+
+
+def test_a_damaged_stage_checkpoint(finished, run_script, tmp_path):
+    name = "hopper-medium-demo__o2sac__best__0"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "reevaluate.pt").write_text("no checkpoint")
+    flags = [*SMALL, *TINY, "--run-dir", tmp_path, "--offline", finished[0] / NAME / "best.pt"]
+    code, _, err = run_script(o2sac, *flags)
+    assert code == 2 and "is not a checkpoint of this run" in err
+
+
+def test_nan_stops_the_run_with_the_last_checkpoint(finished, run_script, tmp_path):
+    flags = ["--offline", finished[0] / NAME / "best.pt", "--critic-lr", "1e18", "--checkpoint-seconds", "1000"]
+    code, _, err = run_script(o2sac, *SMALL, *TINY, "--run-dir", tmp_path, *flags)
+    assert code == 2 and "in stage 'reevaluate' before step" in err and "checkpoint" in err
+    assert not list(tmp_path.rglob("reevaluate.pt"))  # what is no good is not saved
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "stage.pt"
+    runs.save_tensors(path, {"step": 1})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(runs.UserError, match="No space left on device"):
+        runs.save_tensors(path, {"step": 2})
+    assert torch.load(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["stage.pt"]
+
+
+def test_long_runs_say_so(run_script, monkeypatch, tmp_path):
+    monkeypatch.setattr(o2sac, "offline_policy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    code, out, _ = run_script(o2sac, "--env-id", "hopper-medium-demo", "--device", "cpu", "--run-dir", tmp_path)
+    assert code == 130 and "--preset quick" in out and "days" in out
+
+
+def test_presets_are_defaults_that_the_command_line_overrides():
+    from common import cli
+
+    args = cli.parse(o2sac.Args, o2sac.PRESETS, ["--preset", "demo", "--utd", "7"])
+    assert args.env_id == "hopper-medium-demo" and args.utd == 7
+    assert args.online_steps == o2sac.PRESETS["demo"]["online_steps"]
