@@ -27,7 +27,7 @@ from common.run import Best, Clock, Run, seed_everything
 from offline import cql
 
 PRESETS = {
-    "demo": dict(env_id="hopper-medium-demo", reevaluate_steps=6_000, align_steps=2_000, online_steps=6_000, utd=2,
+    "demo": dict(env_id="hopper-medium-demo", reevaluate_steps=6_000, reevaluate_tau=0.05, align_steps=2_000, online_steps=6_000, utd=2,
                  log_every=500, align_eval_every=2_000, eval_every=1_000, compile=False),
     "quick": dict(reevaluate_steps=50_000, align_steps=20_000, online_steps=20_000, log_every=1_000, utd=4,
                   align_eval_every=5_000),
@@ -94,6 +94,8 @@ class Args:
     """re-evaluate the critic; without it the offline algorithm's own critic goes on"""
     reevaluate_steps: int = 500_000
     """gradient steps of fitted Q evaluation"""
+    reevaluate_tau: float = 0.005
+    """Polyak factor there; with few steps a larger one is needed for Q to reach its fixed point"""
 
     # 2. alignment
     align: bool = True
@@ -256,7 +258,7 @@ def reevaluation_step(args: Args, data: datasets.Dataset, agent: Agent, optimize
     def step():
         critic_grads, metrics = gradients()
         optimizers["critic_optimizer"].step(critic_grads)
-        polyak(critic_target, critic, args.tau)
+        polyak(critic_target, critic, args.reevaluate_tau)
         return metrics
 
     return step
