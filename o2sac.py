@@ -20,15 +20,16 @@ import torch
 from torch import nn
 
 from common import cli, datasets, envs, report, steps
+from common.checkpoint import Best, seed_everything
 from common.nn import Adam, EnsembleLayerNorm, EnsembleLinear, gaussian_log_prob, polyak, tanh_log_det
 from common.policies import load_policy, save_policy
 from common.replay import ReplayBuffer, sample
-from common.run import Best, Clock, Run, seed_everything
+from common.run import Clock, Run
 from offline import cql
 
 PRESETS = {
-    "demo": dict(env_id="hopper-medium-demo", reevaluate_steps=6_000, reevaluate_tau=0.05, align_steps=2_000, online_steps=6_000, utd=2,
-                 log_every=500, align_eval_every=2_000, eval_every=1_000, compile=False),
+    "demo": dict(env_id="hopper-medium-demo", reevaluate_steps=6_000, reevaluate_tau=0.05, align_steps=2_000,
+                 online_steps=6_000, utd=2, log_every=500, align_eval_every=2_000, eval_every=1_000, compile=False),
     "quick": dict(reevaluate_steps=50_000, align_steps=20_000, online_steps=20_000, log_every=1_000, utd=4,
                   align_eval_every=5_000),
 }  # fmt: skip
@@ -115,7 +116,9 @@ class Args:
     utd: int = 10
     """updates per environment step"""
     buffer: Literal["half", "all", "part", "none"] = "half"
-    """offline data in online batches: half of each batch, all in one buffer, the 50 best episodes, or none"""
+    """offline data in online batches: half of each batch, all in one buffer, only the best episodes, or none"""
+    part_episodes: int = 50
+    """how many episodes, those of highest return, --buffer part keeps"""
     alpha_lr: float = 3e-4
     """learning rate of the temperature"""
     target_entropy: float | None = None
@@ -399,7 +402,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
 def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, best_score: float):
     """Interact, update, evaluate, and move π_ref. `best_score` is π_ref's at the start."""
     device = data.obs.device
-    replay = ReplayBuffer(data, args.online_steps, args.buffer)
+    replay = ReplayBuffer(data, args.online_steps, args.buffer, args.part_episodes)
     threshold = torch.zeros((), device=device)
     stepper = steps.Stepper(
         finetuning_step(args, replay, agent, optimizers, threshold), device, graph=args.compile, steps_per_graph=1
@@ -505,10 +508,13 @@ def check(args: Args) -> None:
     cli.check_positive(
         args, "batch_size", "critic_layers", "log_every", "eval_episodes", "reevaluate_steps", "align_steps",
         "align_eval_every", "online_steps", "utd", "reference_interval", "eval_every", "kl_threshold_steps",
+        "part_episodes",
     )  # fmt: skip
     cli.check_positive(args, "learning_starts", "log_every", at_least=0)
     if args.offline_steps is not None:
         cli.check_positive(args, "offline_steps")
+    if args.capture_video:
+        envs.check_video()
     if args.batch_size % 2:
         raise cli.UserError(f"--batch-size is {args.batch_size}, but has to be even: half of it is offline data")
 

@@ -1,5 +1,6 @@
 """Simulators: training and evaluation environments, scores, and the check that data and simulator agree."""
 
+import importlib.util
 import logging
 import warnings
 
@@ -176,6 +177,12 @@ class Episodes:
             self.step(action)
 
 
+def check_video() -> None:
+    """Refuse `--capture-video` at the start of a run, not at its end, where a package is missing."""
+    if importlib.util.find_spec("moviepy") is None:
+        raise UserError("--capture-video needs MoviePy; install it with: pip install moviepy")
+
+
 def record_video(simulator: str, mean, std, policy, device, folder) -> None:
     """Film one episode of `policy` into `folder`. Raises UserError where what it needs is missing."""
     try:
@@ -190,6 +197,6 @@ def record_video(simulator: str, mean, std, policy, device, folder) -> None:
         env.close()
     except Exception as error:  # rendering depends on the machine's graphics stack and fails in many ways
         raise UserError(
-            f"--capture-video failed ({error}); it needs `pip install moviepy` and, without a screen, MUJOCO_GL=egl or "
-            "MUJOCO_GL=osmesa"
+            f"--capture-video failed ({error}), everything else is done and saved; without a screen it needs the "
+            "environment variable MUJOCO_GL=egl or MUJOCO_GL=osmesa"
         ) from error

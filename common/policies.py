@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoint import save_tensors
 from common.cli import UserError
-from common.run import save_tensors
 
 FORMAT = "o2rl-policy-1"
 KINDS = ("squashed_gaussian", "gaussian", "deterministic")

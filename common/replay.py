@@ -21,11 +21,11 @@ class ReplayBuffer:
     """Online transitions, and the offline ones that `mode` keeps:
 
     half - every batch is half offline and half online; all - the whole dataset is put into the online buffer;
-    part - only its 50 episodes of highest return are; none - no offline data.
+    part - only its `part_episodes` episodes of highest return are; none - no offline data.
     Nothing is ever overwritten: there is room for all `steps` online transitions.
     """
 
-    def __init__(self, dataset: Dataset, steps: int, mode: str = "half"):
+    def __init__(self, dataset: Dataset, steps: int, mode: str = "half", part_episodes: int = 50):
         table = dataset.table()
         self.obs_dim, self.action_dim = dataset.obs.shape[1], dataset.actions.shape[1]
         self.offline = table if mode == "half" else table[:0]
@@ -33,7 +33,7 @@ class ReplayBuffer:
         if mode == "all":
             start = table
         elif mode == "part":
-            best = torch.as_tensor(dataset.returns, device=table.device).argsort(descending=True)[:50]
+            best = torch.as_tensor(dataset.returns, device=table.device).argsort(descending=True)[:part_episodes]
             start = table[torch.isin(dataset.episode, best)]
         self.table = torch.cat([start, table.new_zeros(steps, table.shape[1])])
         self.length = len(start)

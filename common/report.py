@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.run import Run, write_atomic
+from common.checkpoint import write_atomic
+from common.run import Run
 
 DAY = 24 * 3600
 

@@ -11,62 +11,29 @@ import dataclasses
 import io
 import json
 import math
-import os
-import random
 import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from common.checkpoint import rng_state, save_tensors, set_rng_state, write_atomic
 from common.cli import Interrupted, UserError
 from common.steps import Stepper
 
 # What may differ between two starts of the same run without making it another experiment.
-FREE_ARGS = {"device", "compile", "track", "wandb_project_name", "wandb_entity", "capture_video", "checkpoint_seconds"}
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` aside, then rename. Raises UserError where the disk does not take it."""
-    aside = path.with_name(path.name + ".part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path} ({error.strerror}); free some space or choose another --run-dir, then start the same "
-            "command again: it continues from the last checkpoint"
-        ) from error
-
-
-def save_tensors(path: Path, state: dict) -> None:
-    """`torch.save`, atomically. `state` holds tensors, numbers, strings, lists and dictionaries alone."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(path, buffer.getbuffer())
-
-
-def rng_state() -> dict:
-    """The states of every random generator that training draws from."""
-    state = {"torch": torch.get_rng_state(), "python": json.dumps(random.getstate())}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    version, internal, gauss = json.loads(state["python"])
-    random.setstate((version, tuple(internal), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+FREE_ARGS = {
+    "run_dir",
+    "device",
+    "compile",
+    "track",
+    "wandb_project_name",
+    "wandb_entity",
+    "capture_video",
+    "checkpoint_seconds",
+}
 
 
 class Run:
@@ -272,31 +239,3 @@ def _number(text: str):
     except ValueError:
         return text
     return int(value) if value.is_integer() and "." not in text and "e" not in text else value
-
-
-class Best:
-    """The best policy so far: its score and a copy of its weights."""
-
-    def __init__(self, score: float, policy: torch.nn.Module):
-        self.score, self.weights = score, {}
-        self.update(score, policy, force=True)
-
-    def update(self, score: float, policy: torch.nn.Module, force: bool = False) -> bool:
-        """Take `policy` over where it scores better; whether it did."""
-        better = force or score > self.score
-        if better:
-            self.score = score
-            self.weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-        return better
-
-    def state_dict(self) -> dict:
-        return {"score": self.score, "weights": self.weights}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.score, self.weights = state["score"], state["weights"]
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

@@ -17,10 +17,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli, datasets, envs, steps  # noqa: E402
+from common.checkpoint import seed_everything  # noqa: E402
 from common.nn import Adam, EnsembleLinear, gaussian_log_prob, polyak, tanh_log_det  # noqa: E402
 from common.policies import save_policy  # noqa: E402
 from common.replay import sample  # noqa: E402
-from common.run import Run, seed_everything  # noqa: E402
+from common.run import Run  # noqa: E402
 
 PRESETS = {
     "demo": dict(env_id="hopper-medium-demo", steps=1_500, n_actions=4, actor_lr=3e-4, log_every=250,

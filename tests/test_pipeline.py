@@ -1,6 +1,7 @@
 """The whole of O2SAC at tiny budgets: what it writes, how it resumes, what it refuses."""
 
 import csv
+import importlib.util
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 import o2sac
-from common import run as runs
+from common import checkpoint
+from common.cli import UserError
 from common.replay import ReplayBuffer
 from offline import cql
 from tests.conftest import TINY
@@ -274,10 +276,16 @@ def test_part_keeps_the_best_episodes(data):
         (["--run-dir", "/dev/null/runs"], "choose --run-dir"),
         (["--align-steps", "99"], "holds a run with other arguments"),
         (["--track"], "pip install wandb"),
+        (["--capture-video"], "pip install moviepy"),
     ],
 )
 def test_refused_with_one_sentence(finished, run_script, monkeypatch, flags, words):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as on a machine that has neither of the two
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, find=importlib.util.find_spec: name != "moviepy" and find(name) or None,
+    )
     code, _, err = run_script(o2sac, *SMALL, *TINY, "--run-dir", finished[0], *flags)
     assert code == 2 and words in err
     assert err.strip().count("\n") == 0 and "Traceback" not in err
@@ -319,14 +327,14 @@ def test_nan_stops_the_run_with_the_last_checkpoint(finished, run_script, tmp_pa
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "stage.pt"
-    runs.save_tensors(path, {"step": 1})
+    checkpoint.save_tensors(path, {"step": 1})
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(runs.UserError, match="No space left on device"):
-        runs.save_tensors(path, {"step": 2})
+    with pytest.raises(UserError, match="No space left on device"):
+        checkpoint.save_tensors(path, {"step": 2})
     assert torch.load(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["stage.pt"]
 
 
