@@ -60,11 +60,10 @@ class Adam:
         )  # fmt: skip
 
     def state_dict(self) -> dict:
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "steps": self.steps, "lr": self.lr}
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "steps": self.steps}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        self.lr.copy_(state["lr"])
         for name in ("exp_avg", "exp_avg_sq", "steps"):
             for mine, theirs in zip(getattr(self, name), state[name], strict=True):
                 mine.copy_(theirs)

@@ -235,10 +235,12 @@ def test_truncation_is_no_termination():
 
     env = gymnasium.make("Hopper-v4", max_episode_steps=3)
     episodes = Episodes(env, 0)
+    first = episodes.obs
     ends = [episodes.step(np.zeros(3, np.float32)) for _ in range(6)]
     assert [end[2] for end in ends] == [False] * 6
     assert [end[3] is not None for end in ends] == [False, False, True] * 2
-    assert not np.array_equal(ends[2][0], episodes.obs)  # next_obs is the last state, not the next episode's first
+    assert not np.array_equal(first, episodes.obs)  # another start state
+    assert not np.array_equal(ends[5][0], episodes.obs)  # next_obs is the last state, not the next episode's first
 
 
 @pytest.mark.parametrize(("mode", "start"), [("half", 0), ("all", 1_999), ("none", 0)])
