@@ -37,6 +37,8 @@ FREE_ARGS = {
 
 
 class Run:
+    stop = False  # whether a signal asked to stop
+
     def __init__(self, args, name: str):
         self.args, self.name = args, name
         self.dir = Path(args.run_dir) / name
@@ -64,9 +66,9 @@ class Run:
             f"|{key}|{value}|" for key, value in vars(args).items()))  # fmt: skip
         for row in self.rows:
             self._to_tensorboard(row)
-        self.stop = False
-        signal.signal(signal.SIGINT, self._ask_to_stop)
-        signal.signal(signal.SIGTERM, self._ask_to_stop)
+        Run.stop = False
+        signal.signal(signal.SIGINT, Run.ask_to_stop)
+        signal.signal(signal.SIGTERM, Run.ask_to_stop)
 
     # ------------------------------------------------------------------------------------------ start
 
@@ -94,8 +96,10 @@ class Run:
             config=vars(self.args), name=self.name, id=self.name, resume="allow", dir=str(self.dir),
         )  # fmt: skip
 
-    def _ask_to_stop(self, *_) -> None:
-        self.stop = True
+    @staticmethod
+    def ask_to_stop(*_) -> None:
+        """Of a signal. Whichever run is being trained, an offline one or this one, saves and stops at its next step."""
+        Run.stop = True
 
     # ------------------------------------------------------------------------------------------ log
 
