@@ -16,6 +16,7 @@ bench: .venv/installed  ## steps per second of every stage on this machine
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --upgrade pip
 	$(BIN)/pip install -r requirements.txt
 	$(BIN)/pip install --no-deps d4rl==1.1
 	touch $@
