@@ -42,7 +42,7 @@ class Dataset:
     returns: torch.Tensor
     simulator: str
     source: str
-    _table: torch.Tensor | None = field(default=None, init=False, repr=False)
+    table: torch.Tensor = field(init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -51,22 +51,20 @@ class Dataset:
         """Mean and standard deviation (+ 1e-3) of the observations, (S,) each."""
         return self.obs.mean(0), self.obs.std(0, correction=0) + 1e-3
 
+    def __post_init__(self) -> None:
+        # All transitions as one (N, 2 S + A + 2) tensor, so that a batch is gathered in one go
+        columns = [self.obs, self.actions, self.next_obs, self.rewards[:, None], self.terminations[:, None]]
+        self.table = torch.cat(columns, dim=1)
+
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Map every observation to (obs - mean) / std, once."""
         self.obs, self.next_obs = (self.obs - mean) / std, (self.next_obs - mean) / std
-        self._table = None
+        self.__post_init__()
 
     def head(self, n: int) -> "Dataset":
         """The first `n` transitions."""
         columns = ("obs", "actions", "rewards", "next_obs", "terminations", "episode")
         return replace(self, **{name: getattr(self, name)[:n] for name in columns})
-
-    def table(self) -> torch.Tensor:
-        """All transitions as one (N, 2 S + A + 2) tensor, so that a batch is gathered in one go."""
-        if self._table is None:
-            columns = [self.obs, self.actions, self.next_obs, self.rewards[:, None], self.terminations[:, None]]
-            self._table = torch.cat(columns, dim=1)
-        return self._table
 
 
 def load(env_id: str, dataset_path: str = "", device: torch.device | str = "cpu") -> Dataset:

@@ -8,7 +8,7 @@ from common.datasets import Dataset
 def sample(dataset: Dataset, batch_size: int) -> tuple[torch.Tensor, ...]:
     """A uniform batch (obs, actions, rewards, next_obs, terminations) and its rows (B,), drawn on the device."""
     rows = torch.randint(len(dataset), (batch_size,), device=dataset.rewards.device)
-    return *split(dataset.table()[rows], dataset.obs.shape[1], dataset.actions.shape[1]), rows
+    return *split(dataset.table[rows], dataset.obs.shape[1], dataset.actions.shape[1]), rows
 
 
 def split(table: torch.Tensor, obs_dim: int, action_dim: int) -> tuple[torch.Tensor, ...]:
@@ -26,7 +26,7 @@ class ReplayBuffer:
     """
 
     def __init__(self, dataset: Dataset, steps: int, mode: str = "half", part_episodes: int = 50):
-        table = dataset.table()
+        table = dataset.table
         self.obs_dim, self.action_dim = dataset.obs.shape[1], dataset.actions.shape[1]
         self.offline = table if mode == "half" else table[:0]
         start = table[:0]

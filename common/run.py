@@ -108,6 +108,7 @@ class Run:
         for name, value in scalars.items():
             if not math.isfinite(value):
                 saved = self.dir / f"{stage}.pt"
+                self.writer.flush()
                 last = f"the last checkpoint is {saved}" if saved.exists() else "there is no checkpoint of this stage"
                 raise UserError(
                     f"{name} became {value} in stage {stage!r} before step {step}; {last}. Look at the losses in "
@@ -156,6 +157,7 @@ class Run:
         """Load a stage's checkpoint into `state` (things with `load_state_dict`); (step, done), or (0, False)."""
         path = self.dir / f"{stage}.pt"
         if not path.exists():
+            self.rows = [row for row in self.rows if row["stage"] != stage]
             return 0, False
         try:
             saved = torch.load(path, map_location=device, weights_only=True)
@@ -189,7 +191,7 @@ class Run:
         with self.progress(stage, steps, done_steps) as bar:
             clock = Clock(self, stage)
             while done_steps < steps:
-                n = min(_until(done_steps, log_every, steps), _until(done_steps, evaluate_every or steps, steps), 50)
+                n = min(_until(done_steps, log_every, steps), _until(done_steps, evaluate_every or steps, steps), 10)
                 stepper.run(n)
                 done_steps += n
                 scalars = {}

@@ -83,7 +83,7 @@ def test_standardised_once():
     raw = data.obs.clone()
     data.standardise(mean, std)
     torch.testing.assert_close(data.obs, (raw - raw.mean(0)) / (raw.std(0, correction=0) + 1e-3))
-    assert torch.equal(data.table()[:, :11], data.obs)
+    assert torch.equal(data.table[:, :11], data.obs)
 
 
 def test_every_mujoco_name_has_an_address_and_reference_returns():

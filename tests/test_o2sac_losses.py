@@ -94,7 +94,7 @@ def noises(monkeypatch, *shapes):
 def fixed_rows(monkeypatch, module, data):
     """Makes `sample` return one known batch; returns it."""
     rows = torch.randint(len(data), (B,))
-    batch = (*replay.split(data.table()[rows], S, A), rows)
+    batch = (*replay.split(data.table[rows], S, A), rows)
     monkeypatch.setattr(module, "sample", lambda *_: batch)
     return batch
 
@@ -196,7 +196,7 @@ def test_finetuning(agent, data, monkeypatch, constrain):
     args, optimizers = o2sac.Args(compile=False, batch_size=B, utd=2, constrain=constrain), Recorder()
     buffer = replay.ReplayBuffer(data, 10, "half")
     rows = torch.randint(len(data), (2, B))
-    batches = [replay.split(data.table()[r], S, A) for r in rows]
+    batches = [replay.split(data.table[r], S, A) for r in rows]
     fed = iter(batches)
     monkeypatch.setattr(buffer, "sample", lambda _: next(fed))
     noise = noises(monkeypatch, *[(B, A)] * 4)

@@ -258,7 +258,7 @@ def test_part_keeps_the_best_episodes(data):
     buffer = ReplayBuffer(data, 10, "part")
     best = sorted(range(len(data.returns)), key=lambda i: -data.returns[i])[:50]
     expected = [i for i, episode in enumerate(data.episode.tolist()) if episode in best]
-    assert torch.equal(buffer.table[: buffer.length], data.table()[expected])
+    assert torch.equal(buffer.table[: buffer.length], data.table[expected])
 
 
 # ----------------------------------------------------------------------------------------------- bad input
