@@ -90,12 +90,13 @@ def plot(run: Run, offline: float, policy: dict) -> None:
                 for row in rows if row["stage"] == stage for name in names if name in row
             ]  # fmt: skip
             if points:
-                panel.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3)
+                marker = "o" if len(points) < 30 else None
+                panel.plot(*zip(*points, strict=True), color=f"C{i}", marker=marker, markersize=3)
             panel.axvline(i, color="0.7", linewidth=0.8)
         panel.set_ylabel(label)
         panel.grid(alpha=0.2)
     axes[0].axhline(offline, color="0.4", linestyle="--", linewidth=1, label=f"offline policy {offline:.1f}")
-    axes[0].legend(loc="lower right")
+    axes[0].legend(loc="upper left", framealpha=0.6)
     axes[0].set_title(run.name, fontsize=10)
     axes[1].set_xticks([i + 0.5 for i in range(len(stages))])
     axes[1].set_xticklabels([f"{stage}\n{last[stage]:,} steps" for stage in stages])
