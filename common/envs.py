@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+import os
+import sys
 import warnings
 
 import gymnasium as gym
@@ -181,6 +183,8 @@ def check_video() -> None:
     """Refuse `--capture-video` at the start of a run, not at its end, where a package is missing."""
     if importlib.util.find_spec("moviepy") is None:
         raise UserError("--capture-video needs MoviePy; install it with: pip install moviepy")
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # draw without a screen
 
 
 def record_video(simulator: str, mean, std, policy, device, folder) -> None:
@@ -197,6 +201,6 @@ def record_video(simulator: str, mean, std, policy, device, folder) -> None:
         env.close()
     except Exception as error:  # rendering depends on the machine's graphics stack and fails in many ways
         raise UserError(
-            f"--capture-video failed ({error}), everything else is done and saved; without a screen it needs the "
-            "environment variable MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+            f"--capture-video failed ({error}), everything else is done and saved; try the environment "
+            "variable MUJOCO_GL=egl, osmesa or glfw"
         ) from error
