@@ -1,4 +1,4 @@
-"""O2SAC: fine-tune any offline squashed-Gaussian policy with SAC, without the collapse that usually follows.
+"""O2SAC: fine-tune any offline policy with SAC, without the collapse that usually follows.
 
 Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & Huang, NeurIPS 2024, arXiv 2412.18855):
 1. reevaluate - new critics by fitted Q evaluation of the frozen offline policy, in SAC's own Bellman equation;
@@ -13,26 +13,25 @@ import copy
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
+import offline
 from common import cli, datasets, envs, report, steps
 from common.checkpoint import Best, seed_everything
-from common.nn import Adam, EnsembleLayerNorm, EnsembleLinear, gaussian_log_prob, polyak, tanh_log_det
-from common.policies import load_policy, save_policy
+from common.nn import Adam, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak, tanh_log_det
+from common.policies import save_online
 from common.replay import ReplayBuffer, sample
-from common.run import Clock, Run
-from offline import cql
+from common.run import Clock, Run, run_name
 
 PRESETS = {
     # The demo is 1/60 to 1/250 of the paper's stages, so what moves slowly there moves faster here: the targets of
     # re-evaluation and λ. The constraint is tighter, for critics that have seen so little are to be trusted less.
     "demo": dict(
         env_id="hopper-medium-demo", reevaluate_steps=6_000, reevaluate_tau=0.05, align_steps=2_000, online_steps=8_000,
-        learning_starts=2_000, utd=2, lagrange_lr=1e-3, kl_threshold_start=0.05, kl_threshold_end=0.2,
+        learning_starts=2_000, utd=2, lagrange_lr=1e-3, kl_threshold_start=0.01, kl_threshold_end=0.05,
         kl_threshold_steps=10_000, log_every=500, align_eval_every=2_000, compile=False,
     ),
     "quick": dict(
@@ -43,39 +42,9 @@ PRESETS = {
 
 
 @dataclass
-class Args:
-    preset: Literal["none", "demo", "quick"] = "none"
-    """demo: the whole pipeline in 10 minutes on 2 cores; quick: about an hour there; none: the paper's budgets"""
+class Args(cli.OnlineArgs):
     exp_name: str = "o2sac"
     """the name of this experiment, a part of the run folder's name"""
-    env_id: str = "hopper-medium-v2"
-    """the dataset: a D4RL name, hopper-medium-demo, or a Minari id"""
-    dataset_path: str = ""
-    """an HDF5 file in D4RL's layout, used in place of the one that --env-id names"""
-    offline: str = "cql"
-    """the offline policy: cql (trained first if there is none yet), or the PATH of a policy.pt"""
-    offline_steps: int | None = None
-    """gradient steps of the offline algorithm, if it has to be trained; None: its own default or the preset's"""
-    seed: int = 0
-    """seed of the networks, of all sampling and of the training environment"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, …; auto takes the GPU where there is one"""
-    compile: bool = True
-    """compile the training steps (and capture them in CUDA graphs on a GPU)"""
-    deterministic: bool = False
-    """bitwise repeatable kernels, and no TF32 on a GPU"""
-    run_dir: str = "runs"
-    """where run folders are made"""
-    checkpoint_seconds: float = 60.0
-    """time between checkpoints; an interrupted run continues from the last one"""
-    track: bool = False
-    """log to Weights & Biases too (needs `pip install wandb`)"""
-    wandb_project_name: str = "o2rl"
-    """the project there"""
-    wandb_entity: str | None = None
-    """the team there"""
-    capture_video: bool = False
-    """film an episode of the final policy (needs `pip install moviepy`)"""
 
     # every stage
     batch_size: int = 256
@@ -94,8 +63,6 @@ class Args:
     """temperature: fixed in re-evaluation and alignment, the start of its tuning in fine-tuning"""
     log_every: int = 5_000
     """gradient steps between logged means in re-evaluation and alignment"""
-    eval_episodes: int = 10
-    """episodes of an evaluation, played side by side"""
 
     # 1. re-evaluation
     reevaluate: bool = True
@@ -160,9 +127,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 3):
         super().__init__()
-        sizes = [obs_dim] + [256] * hidden_layers
-        layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(256, 2 * action_dim))
+        self.net = mlp(obs_dim, hidden_layers, 2 * action_dim)
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, log_std = self.net(obs).chunk(2, dim=-1)
@@ -174,12 +139,7 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 3, layer_norm: bool = True):
         super().__init__()
-        layers, inputs = [], obs_dim + action_dim
-        for _ in range(hidden_layers):
-            norm = [EnsembleLayerNorm(2, 256)] if layer_norm else []
-            layers += [EnsembleLinear(2, inputs, 256), *norm, nn.ReLU()]
-            inputs = 256
-        self.net = nn.Sequential(*layers, EnsembleLinear(2, 256, 1))
+        self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, layer_norm)
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = torch.cat([obs, actions], dim=-1)
@@ -232,13 +192,6 @@ class Optimizers(dict):
             alpha_optimizer=Adam([agent.log_alpha], args.alpha_lr),
             lagrange_optimizer=Adam([agent.log_lagrange], args.lagrange_lr),
         )
-
-
-@torch.no_grad()
-def in_chunks(fn, *tensors: torch.Tensor, size: int = 65_536) -> list[torch.Tensor]:
-    """`fn` on all rows of the tensors, a chunk at a time; it returns a tuple of tensors."""
-    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    return [torch.cat(parts) for parts in zip(*(fn(*chunk) for chunk in chunks), strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------- 1. re-evaluation
@@ -457,36 +410,6 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 # ---------------------------------------------------------------------------------------------- the whole run
 
 
-def run_name(args: Args) -> str:
-    """<env_id>__<script>__<offline>__<seed>, with the ablations and the preset where there are any."""
-    label = Path(args.dataset_path).stem or args.env_id.replace("/", "-")
-    ablations = "".join(f"-no-{name}" for name in ("reevaluate", "align", "constrain") if not getattr(args, name))
-    offline = args.offline if args.offline == "cql" else Path(args.offline).stem
-    preset = "" if args.preset == "none" else f"__{args.preset}"
-    return f"{label}__{args.exp_name}{ablations}__{offline}__{args.seed}{preset}"
-
-
-def cql_args(args: Args) -> cql.Args:
-    """What CQL is trained with, where `--offline cql` has no checkpoint yet."""
-    chosen = cql.PRESETS.get(args.preset, {}) | {key: getattr(args, key) for key in cql.SHARED}
-    if args.offline_steps is not None:
-        chosen |= dict(steps=args.offline_steps, exp_name=f"cql-{args.offline_steps}")
-    return cql.Args(**chosen)
-
-
-def offline_policy(args: Args, data: datasets.Dataset) -> dict:
-    """The policy that `--offline` names; CQL is trained first if it was not yet. Standardises `data`."""
-    path = cql.train(cql_args(args), copy.copy(data)) if args.offline == "cql" else Path(args.offline)
-    policy = load_policy(path, data.simulator, data.obs.shape[1], data.actions.shape[1], data.obs.device)
-    if policy["kind"] != "squashed_gaussian":
-        raise cli.UserError(f"{path} holds a {policy['kind']} policy; o2sac.py needs a squashed Gaussian one, as CQL's")
-    if not args.reevaluate and "critic" not in policy:
-        raise cli.UserError(f"{path} has no critic, which --no-reevaluate needs; leave that flag out")
-    data.standardise(policy["state_mean"], policy["state_std"])  # as the policy was trained
-    policy["progress"] = path.parent / "progress.csv"
-    return policy
-
-
 def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
     """Seconds of each stage from a few timed steps, on networks that are thrown away."""
     args, data, device = copy.copy(args), data.head(10_000), data.obs.device
@@ -497,13 +420,9 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
     )
     agent = Agent(args, policy).to(device)
     optimizers = Optimizers(args, agent)
-    offline = copy.copy(cql_args(args))
-    offline.compile = False
-    offline_agent = cql.Agent(obs_dim, action_dim, offline.hidden_layers).to(device)
-    offline_step = cql.training_step(offline, data, offline_agent, cql.Optimizers(offline, offline_agent))
     replay, threshold = ReplayBuffer(data, 1, "half"), torch.ones((), device=device)
     steps_of = {
-        "cql": (offline_step, offline.steps if args.offline == "cql" else 0),
+        "offline": offline.timed_step(args, data),
         "reevaluate": (reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps),
         "align": (alignment_step(args, data, agent, optimizers), args.align_steps if args.align else 0),
         "finetune": (finetuning_step(args, replay, agent, optimizers, threshold), args.online_steps),
@@ -517,11 +436,8 @@ def check(args: Args) -> None:
         "align_eval_every", "online_steps", "utd", "reference_interval", "eval_every", "kl_threshold_steps",
         "part_episodes",
     )  # fmt: skip
-    cli.check_positive(args, "learning_starts", "log_every", at_least=0)
-    if args.offline_steps is not None:
-        cli.check_positive(args, "offline_steps")
-    if args.capture_video:
-        envs.check_video()
+    cli.check_positive(args, "learning_starts", at_least=0)
+    cli.check_online(args)
     if args.batch_size % 2:
         raise cli.UserError(f"--batch-size is {args.batch_size}, but has to be even: half of it is offline data")
 
@@ -539,12 +455,11 @@ def main() -> None:
     envs.report_simulator_check(data)
     report.estimate(run, estimate(args, data))
 
-    policy = offline_policy(args, data)
+    policy, evaluator = offline.policy(args, run, data, "squashed_gaussian")
     seed_everything(args.seed)
     agent = Agent(args, policy).to(device)
     optimizers = Optimizers(args, agent)
     state = {"agent": agent, **optimizers}
-    evaluator = envs.Evaluator(data.simulator, policy["state_mean"], policy["state_std"], args.eval_episodes)
     offline_score = run.last_score = evaluator(agent.act, device)
 
     if args.reevaluate:
@@ -565,13 +480,7 @@ def main() -> None:
 
     best = finetune(args, run, data, agent, optimizers, evaluator, max(offline_score, aligned_score))
 
-    kept = {key: policy[key] for key in ("obs_dim", "action_dim", "hidden_layers", "state_mean", "state_std")}
-    for name, score, weights in (("policy", run.scores("finetune")[-1], agent.actor.state_dict()),
-                                 ("best", best.score, best.weights)):  # fmt: skip
-        save_policy(
-            run.dir / f"{name}.pt", kind="squashed_gaussian", **kept, algorithm="o2sac", env_id=args.env_id,
-            simulator=data.simulator, seed=args.seed, steps=args.online_steps, score=score, actor=weights,
-        )  # fmt: skip
+    save_online(run, "o2sac", policy, agent.actor, best)
     report.finish(run, offline_score, aligned_score if args.align else None, best.score, data, policy)
     if args.capture_video:
         envs.record_video(data.simulator, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")

@@ -48,20 +48,13 @@ class Args:
 def random_data(args: Args, device: torch.device) -> datasets.Dataset:
     n = args.transitions
     obs, next_obs = torch.randn(2, n, args.obs_dim, device=device)
-    actions = torch.rand(n, args.action_dim, device=device) * 2 - 1
+    actions, next_actions = torch.rand(2, n, args.action_dim, device=device) * 2 - 1
     ends = (torch.rand(n, device=device) < 0.002).float()
-    episode = ends.cumsum(0).long()
     return datasets.Dataset(
-        obs,
-        actions,
-        torch.randn(n, device=device),
-        next_obs,
-        ends,
-        episode,
-        torch.zeros(n).numpy(),
-        "Hopper-v4",
-        "random",
-    )
+        obs=obs, actions=actions, next_actions=next_actions, rewards=torch.randn(n, device=device), next_obs=next_obs,
+        terminations=ends, episode=ends.cumsum(0).long(), returns=torch.zeros(int(ends.sum()) + 1),
+        simulator="Hopper-v4", source="random",
+    )  # fmt: skip
 
 
 def make_step(stage: str, data: datasets.Dataset, compile: bool):

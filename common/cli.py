@@ -1,10 +1,13 @@
 """The command line: presets, and one clear sentence instead of a traceback."""
 
 import dataclasses
+import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 import tyro
@@ -18,6 +21,55 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """The user asked the run to stop (Ctrl-C or SIGTERM); what was trained so far is on disk."""
+
+
+@dataclass
+class RunArgs:
+    """What every script takes, whatever its algorithm."""
+
+    preset: Literal["none", "demo", "quick"] = "none"
+    """demo: minutes on 2 cores, with hopper-medium-demo; quick: up to about an hour there; none: the paper's budgets"""
+    exp_name: str = "run"
+    """the name of this experiment, a part of the run folder's name"""
+    env_id: str = "hopper-medium-v2"
+    """the dataset: a D4RL name, hopper-medium-demo, or a Minari id"""
+    dataset_path: str = ""
+    """an HDF5 file in D4RL's layout, used in place of the one that --env-id names"""
+    seed: int = 0
+    """seed of the networks, of all sampling and of the training environments"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, …; auto takes the GPU where there is one"""
+    compile: bool = True
+    """compile the training steps (and capture them in CUDA graphs on a GPU)"""
+    deterministic: bool = False
+    """bitwise repeatable kernels, and no TF32 on a GPU"""
+    run_dir: str = "runs"
+    """where run folders are made"""
+    checkpoint_seconds: float = 60.0
+    """time between checkpoints; an interrupted run continues from the last one"""
+    track: bool = False
+    """log to Weights & Biases too (needs `pip install wandb`)"""
+    wandb_project_name: str = "o2rl"
+    """the project there"""
+    wandb_entity: str | None = None
+    """the team there"""
+    eval_episodes: int = 10
+    """episodes of an evaluation, played side by side"""
+
+
+@dataclass
+class OnlineArgs(RunArgs):
+    """What the fine-tuning scripts take on top of that."""
+
+    offline: str = "cql"
+    """the offline policy: cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of a
+    policy.pt, a checkpoint of CORL, a policy exported to ONNX or TorchScript, or a .zip of Stable-Baselines3"""
+    offline_steps: int | None = None
+    """gradient steps of the offline algorithm, if it has to be trained; None: its own default or the preset's"""
+    trust_checkpoint: bool = False
+    """load a TorchScript policy, which is a program; all other formats are read without running anything"""
+    capture_video: bool = False
+    """film an episode of the final policy (needs `pip install moviepy`)"""
 
 
 def parse(args_class: type[Args], presets: dict[str, dict], argv: list[str] | None = None) -> Args:
@@ -55,6 +107,22 @@ def check_positive(args, *names: str, at_least: float = 1) -> None:
         if not getattr(args, name) >= at_least:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} is {getattr(args, name)}, but has to be at least {at_least}")
+
+
+def check_online(args: OnlineArgs) -> None:
+    """What a fine-tuning run would only stumble over at its end."""
+    if args.offline_steps is not None:
+        check_positive(args, "offline_steps")
+    if args.capture_video:
+        check_video()
+
+
+def check_video() -> None:
+    """Refuse `--capture-video` at the start of a run, not at its end, where a package is missing."""
+    if importlib.util.find_spec("moviepy") is None:
+        raise UserError("--capture-video needs MoviePy; install it with: pip install moviepy")
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # draw without a screen
 
 
 def resolve_device(name: str) -> torch.device:

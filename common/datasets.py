@@ -28,13 +28,15 @@ DEMO_FILE = Path(__file__).parent.parent / "datasets" / "hopper-medium-demo.hdf5
 class Dataset:
     """Transitions of D4RL's Q-learning view, N rows each, on one device.
 
-    obs, next_obs (N, S) standardised once `standardise` was called; actions (N, A) in [-1, 1]; rewards and
-    terminations (N,), the latter 1.0 only where the episode really ended; episode (N,) numbers the episodes;
-    returns (number of episodes,) undiscounted; simulator is the Gymnasium id, source says where the data come from.
+    obs, next_obs (N, S) standardised once `standardise` was called; actions (N, A) in [-1, 1], next_actions those that
+    the data take at next_obs (meaningless after an end); rewards and terminations (N,), the latter 1.0 only where the
+    episode really ended; episode (N,) numbers the episodes; returns (number of episodes,) undiscounted; simulator is
+    the Gymnasium id, source says where the data come from.
     """
 
     obs: torch.Tensor
     actions: torch.Tensor
+    next_actions: torch.Tensor
     rewards: torch.Tensor
     next_obs: torch.Tensor
     terminations: torch.Tensor
@@ -63,8 +65,17 @@ class Dataset:
 
     def head(self, n: int) -> "Dataset":
         """The first `n` transitions."""
-        columns = ("obs", "actions", "rewards", "next_obs", "terminations", "episode")
-        return replace(self, **{name: getattr(self, name)[:n] for name in columns})
+        return self.rows(slice(n))
+
+    def best_episodes(self, fraction: float) -> "Dataset":
+        """The `fraction` of the episodes that has the highest returns."""
+        n = max(1, round(fraction * len(self.returns)))
+        best = self.returns.argsort(descending=True)[:n]
+        return self.rows(torch.isin(self.episode, best)) if n < len(self.returns) else self
+
+    def rows(self, chosen) -> "Dataset":
+        columns = ("obs", "actions", "next_actions", "rewards", "next_obs", "terminations", "episode")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
 
 def load(env_id: str, dataset_path: str = "", device: torch.device | str = "cpu") -> Dataset:
@@ -234,10 +245,12 @@ def qlearning_view(raw: dict, max_steps: int) -> dict[str, np.ndarray]:
     episode = np.concatenate([[0], np.cumsum(ends)[:-1]])
     rewards = raw["rewards"][:-1].reshape(n).astype(np.float32)
     obs = raw["observations"].astype(np.float32, copy=False)
+    actions = raw["actions"].astype(np.float32, copy=False).clip(-1, 1)
     next_obs = raw["next_observations"][:-1].astype(np.float32, copy=False) if "next_observations" in raw else obs[1:]
     return {
         "obs": obs[:-1][keep],
-        "actions": raw["actions"][:-1][keep].astype(np.float32, copy=False).clip(-1, 1),
+        "actions": actions[:-1][keep],
+        "next_actions": actions[1:][keep],
         "rewards": rewards[keep],
         "next_obs": next_obs[keep],
         "terminations": terminals[keep].astype(np.float32),

@@ -36,6 +36,22 @@ class EnsembleLayerNorm(nn.Module):
         return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
 
 
+def mlp(inputs: int, hidden_layers: int, outputs: int, width: int = 256, activation=nn.ReLU) -> nn.Sequential:
+    """Linear and activation, `hidden_layers` times, then Linear: (..., inputs) -> (..., outputs)."""
+    sizes = [inputs] + [width] * hidden_layers
+    layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), activation())]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+
+
+def ensemble_mlp(n: int, inputs: int, hidden_layers: int, outputs: int, layer_norm: bool = False) -> nn.Sequential:
+    """`n` networks side by side, (n, B, inputs) -> (n, B, outputs): Linear → (LayerNorm →) ReLU, 256 units a layer."""
+    layers = []
+    for _ in range(hidden_layers):
+        layers += [EnsembleLinear(n, inputs, 256), *[EnsembleLayerNorm(n, 256)] * layer_norm, nn.ReLU(inplace=True)]
+        inputs = 256
+    return nn.Sequential(*layers, EnsembleLinear(n, inputs, outputs))
+
+
 class Adam:
     """Adam (Kingma & Ba, 2015) on gradients that are passed in: `optimizer.step(torch.autograd.grad(loss, params))`.
 
@@ -67,6 +83,20 @@ class Adam:
         for name in ("exp_avg", "exp_avg_sq", "steps"):
             for mine, theirs in zip(getattr(self, name), state[name], strict=True):
                 mine.copy_(theirs)
+
+
+def clip_grad_norm(grads, max_norm: float) -> list[torch.Tensor]:
+    """The gradients, scaled down together where their common norm is above `max_norm`."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return [grad * scale for grad in grads]
+
+
+@torch.no_grad()
+def in_chunks(fn, *tensors: torch.Tensor, size: int = 65_536) -> list[torch.Tensor]:
+    """`fn` on all rows of the tensors, a chunk at a time; it returns a tuple of tensors."""
+    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return [torch.cat(parts) for parts in zip(*(fn(*chunk) for chunk in chunks), strict=True)]
 
 
 @torch.no_grad()

@@ -36,6 +36,18 @@ FREE_ARGS = {
 }
 
 
+def dataset_label(args) -> str:
+    """The dataset's part of a run folder's name."""
+    return Path(args.dataset_path).stem or args.env_id.replace("/", "-")
+
+
+def run_name(args) -> str:
+    """<env_id>__<script>__<offline>__<seed> of a fine-tuning run, with its ablations and its preset if it has any."""
+    ablations = "".join(f"-no-{name}" for name in ("reevaluate", "align", "constrain") if not getattr(args, name, True))
+    preset = "" if args.preset == "none" else f"__{args.preset}"
+    return f"{dataset_label(args)}__{args.exp_name}{ablations}__{Path(args.offline).stem}__{args.seed}{preset}"
+
+
 class Run:
     stop = False  # whether a signal asked to stop
 

@@ -1,0 +1,60 @@
+"""Offline algorithms, one file each. The online scripts take them by name: `--offline cql`."""
+
+import copy
+import importlib
+from pathlib import Path
+
+from common import cli, envs
+from common.datasets import Dataset
+from common.foreign import load_policy
+from common.policies import save_policy
+from common.transfer import transfer
+
+ALGORITHMS = ("cql", "iql", "td3_bc", "bc", "awac", "rebrac")
+
+# What an online script hands on to the offline one that it calls
+SHARED = ("preset", "env_id", "dataset_path", "seed", "device", "compile", "deterministic", "run_dir",
+          "checkpoint_seconds", "eval_episodes")  # fmt: skip
+
+
+def algorithm_args(args):
+    """The script that `--offline NAME` names, and the arguments that it is called with."""
+    script = importlib.import_module(f"offline.{args.offline}")
+    chosen = script.PRESETS.get(args.preset, {}) | {key: getattr(args, key) for key in SHARED}
+    if args.offline_steps is not None:
+        cli.check_positive(args, "offline_steps")
+        chosen |= dict(steps=args.offline_steps, exp_name=f"{args.offline}-{args.offline_steps}")
+    return script, script.Args(**chosen)
+
+
+def policy(args, run, data: Dataset, kind: str) -> tuple[dict, envs.Evaluator]:
+    """The policy that `--offline` names as one of `kind`, and the evaluator of its environment. Standardises `data`.
+
+    An algorithm that was not trained yet is trained first; a policy of another kind is handed on by `transfer`, once.
+    """
+    if args.offline in ALGORITHMS:
+        script, chosen = algorithm_args(args)
+        path = script.train(chosen, copy.copy(data))
+    else:
+        path = Path(args.offline)
+    handed_on = run.dir / "offline.pt"
+    found = load_policy(handed_on if handed_on.exists() else path, data, args.trust_checkpoint)
+    if not args.reevaluate and "critic" not in found and kind != "gaussian":
+        raise cli.UserError(f"{path} has no critic, which --no-reevaluate needs; leave that flag out")
+    data.standardise(found["state_mean"], found["state_std"])  # as the policy was trained
+    evaluator = envs.Evaluator(data.simulator, found["state_mean"], found["state_std"], args.eval_episodes)
+    if found["kind"] != kind:
+        found = transfer(found, kind, data, evaluator, lambda total: run.progress("transfer", total, 0))
+        save_policy(handed_on, **found)
+    found["progress"] = path.parent / "progress.csv"
+    return found, evaluator
+
+
+def timed_step(args, data: Dataset):
+    """One plain step of that algorithm, to be timed, and how many of them it trains for; (None, 0) for a PATH."""
+    if args.offline not in ALGORITHMS:
+        return None, 0
+    script, chosen = algorithm_args(args)
+    chosen.compile = False
+    agent = script.Agent(chosen, data.obs.shape[1], data.actions.shape[1]).to(data.obs.device)
+    return script.training_step(chosen, data, agent, script.Optimizers(chosen, agent)), chosen.steps

@@ -9,19 +9,15 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
-from common import cli, datasets, envs, steps  # noqa: E402
-from common.checkpoint import seed_everything  # noqa: E402
-from common.nn import Adam, EnsembleLinear, gaussian_log_prob, polyak, tanh_log_det  # noqa: E402
-from common.policies import save_policy  # noqa: E402
+from common import cli, datasets, pretrain, steps  # noqa: E402
+from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det  # noqa: E402
 from common.replay import sample  # noqa: E402
-from common.run import Run  # noqa: E402
 
 PRESETS = {
     "demo": dict(env_id="hopper-medium-demo", steps=1_500, n_actions=4, actor_lr=3e-4, log_every=250,
@@ -31,33 +27,9 @@ PRESETS = {
 
 
 @dataclass
-class Args:
-    preset: Literal["none", "demo", "quick"] = "none"
-    """demo: minutes on 2 cores, with hopper-medium-demo; quick: about a quarter of an hour; none: the paper's"""
+class Args(pretrain.PretrainArgs):
     exp_name: str = "cql"
     """the name of this experiment, a part of the run folder's name"""
-    env_id: str = "hopper-medium-v2"
-    """the dataset: a D4RL name, hopper-medium-demo, or a Minari id"""
-    dataset_path: str = ""
-    """an HDF5 file in D4RL's layout, used in place of the one that --env-id names"""
-    seed: int = 0
-    """seed of the networks and of all sampling"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, …; auto takes the GPU where there is one"""
-    compile: bool = True
-    """compile the training step (and capture it in a CUDA graph on a GPU)"""
-    deterministic: bool = False
-    """bitwise repeatable kernels, and no TF32 on a GPU"""
-    run_dir: str = "runs"
-    """where run folders are made"""
-    checkpoint_seconds: float = 60.0
-    """time between checkpoints; an interrupted run continues from the last one"""
-    track: bool = False
-    """log to Weights & Biases too (needs `pip install wandb`)"""
-    wandb_project_name: str = "o2rl"
-    """the project there"""
-    wandb_entity: str | None = None
-    """the team there"""
 
     steps: int = 1_000_000
     """gradient steps"""
@@ -77,17 +49,6 @@ class Args:
     """weight of the conservative term"""
     n_actions: int = 10
     """actions sampled from each of: uniform, policy at s, policy at s'"""
-    log_every: int = 1_000
-    """steps between logged means"""
-    eval_every: int = 5_000
-    """steps between evaluations"""
-    eval_episodes: int = 10
-    """episodes of an evaluation, played side by side"""
-
-
-# What o2sac.py hands on when it calls this script
-SHARED = ("preset", "env_id", "dataset_path", "seed", "device", "compile", "deterministic", "run_dir",
-          "checkpoint_seconds", "eval_episodes")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -96,11 +57,9 @@ SHARED = ("preset", "env_id", "dataset_path", "seed", "device", "compile", "dete
 class Actor(nn.Module):
     """Squashed Gaussian policy: (B, S) -> mean and log std of u, (B, A) each; the action is tanh(u)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 3):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
         super().__init__()
-        sizes = [obs_dim] + [256] * hidden_layers
-        layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), nn.ReLU())]
-        self.net = nn.Sequential(*layers, nn.Linear(256, 2 * action_dim))
+        self.net = mlp(obs_dim, hidden_layers, 2 * action_dim)
         nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
         nn.init.zeros_(self.net[-1].bias)
 
@@ -112,13 +71,11 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q networks: (B, S), (B, A) -> (2, B), without layer normalisation, as in the paper."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 3):
+    layer_norm = False
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
         super().__init__()
-        sizes = [obs_dim + action_dim] + [256] * hidden_layers
-        layers = [
-            layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (EnsembleLinear(2, i, o), nn.ReLU(True))
-        ]
-        self.net = nn.Sequential(*layers, EnsembleLinear(2, 256, 1))
+        self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, self.layer_norm)
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = torch.cat([obs, actions], dim=-1)
@@ -135,12 +92,17 @@ def sample_actions(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Ten
 
 
 class Agent(nn.Module):
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    kind = "squashed_gaussian"
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
         self.critic_target = copy.deepcopy(self.critic)
         self.log_temperature = nn.Parameter(torch.zeros(()))
+
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.actor(obs)[0])
 
 
 class Optimizers(dict):
@@ -223,54 +185,11 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
     return step
 
 
-def run_name(args: Args) -> str:
-    label = Path(args.dataset_path).stem or args.env_id.replace("/", "-")
-    preset = "" if args.preset == "none" else f"__{args.preset}"
-    return f"{label}__{args.exp_name}__{args.seed}{preset}"
-
-
 def train(args: Args, data: datasets.Dataset) -> Path:
-    """Train on `data`, which is standardised here, and return the policy's path. A finished run trains nothing."""
-    cli.check_positive(
-        args, "steps", "batch_size", "n_actions", "hidden_layers", "log_every", "eval_every", "eval_episodes"
-    )
-    run = Run(args, run_name(args))
-    path = run.dir / "policy.pt"
-    mean, std = data.statistics()
-    data.standardise(mean, std)
-    if path.exists():
-        return path
-    device = data.obs.device
-    seed_everything(args.seed)
-    obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
-    agent = Agent(obs_dim, action_dim, args.hidden_layers).to(device)
-    optimizers = Optimizers(args, agent)
-    evaluator = envs.Evaluator(data.simulator, mean, std, args.eval_episodes)
-    run.train(
-        "cql", lambda: training_step(args, data, agent, optimizers), args.steps, {"agent": agent, **optimizers},
-        device=device, compile=args.compile, log_every=args.log_every, evaluate_every=args.eval_every,
-        evaluate=lambda: evaluator(lambda obs: torch.tanh(agent.actor(obs)[0]), device),
-    )  # fmt: skip
-    save_policy(
-        path, kind="squashed_gaussian", obs_dim=obs_dim, action_dim=action_dim, hidden_layers=args.hidden_layers,
-        state_mean=mean, state_std=std, algorithm="cql", env_id=args.env_id, simulator=data.simulator, seed=args.seed,
-        steps=args.steps, score=run.scores("cql")[-1], actor=agent.actor.state_dict(),
-        critic={"layer_norm": False, "hidden_layers": args.hidden_layers, "critic": agent.critic.state_dict(),
-                "critic_target": agent.critic_target.state_dict()},
-    )  # fmt: skip
-    return path
-
-
-def main() -> None:
-    args = cli.parse(Args, PRESETS)
-    device = cli.resolve_device(args.device)
-    steps.setup(device, args.seed, args.deterministic)
-    args.compile = args.compile and steps.can_compile(device)
-    data = datasets.load(args.env_id, args.dataset_path, device)
-    print(f"data: {len(data):,} transitions, {data.source}")
-    envs.report_simulator_check(data)
-    print(f"policy: {train(args, data)}")
+    """Train on `data` and return the policy's path; see `pretrain.train`."""
+    cli.check_positive(args, "n_actions")
+    return pretrain.train("cql", args, data, Agent, Optimizers, training_step)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(lambda: pretrain.main(Args, PRESETS, train))

@@ -14,6 +14,7 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import o2sac
 from common import replay
+from common.nn import EnsembleLayerNorm
 from offline import cql
 
 B, S, A = 32, 11, 3
@@ -65,7 +66,7 @@ def critic64(critic, obs, actions):
         for layer in critic.net:
             if isinstance(layer, torch.nn.ReLU):
                 x = torch.relu(x)
-            elif isinstance(layer, o2sac.EnsembleLayerNorm):
+            elif isinstance(layer, EnsembleLayerNorm):
                 mean, variance = x.mean(1, keepdim=True), x.var(1, keepdim=True, correction=0)
                 x = (x - mean) / torch.sqrt(variance + 1e-5) * layer.weight[k].double() + layer.bias[k].double()
             else:
@@ -290,7 +291,7 @@ def test_threshold_schedule():
 def test_cql(data, monkeypatch):
     args, optimizers = cql.Args(compile=False, batch_size=B, n_actions=4), Recorder()
     torch.manual_seed(5)
-    agent = cql.Agent(S, A, 3)
+    agent = cql.Agent(args, S, A)
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

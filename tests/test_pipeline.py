@@ -199,7 +199,7 @@ def test_compiled_steps_equal_eager_ones(data):
             for _ in range(5):
                 step()
         c = cql.Args(compile=compile, batch_size=32, n_actions=2)
-        offline = cql.Agent(11, 3, 3)
+        offline = cql.Agent(c, 11, 3)
         step = cql.training_step(c, data, offline, cql.Optimizers(c, offline))
         for _ in range(5):
             step()
@@ -341,7 +341,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 def test_long_runs_say_so(run_script, monkeypatch, tmp_path):
-    monkeypatch.setattr(o2sac, "offline_policy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(o2sac.offline, "policy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     code, out, _ = run_script(o2sac, "--env-id", "hopper-medium-demo", "--device", "cpu", "--run-dir", tmp_path)
     assert code == 130 and "--preset quick" in out and "days" in out
 

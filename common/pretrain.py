@@ -1,0 +1,68 @@
+"""What every script in offline/ does around its algorithm: run folder, evaluation, policy file, command line."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import cli, datasets, envs, steps
+from common.checkpoint import seed_everything
+from common.policies import save_policy
+from common.run import Run, dataset_label
+
+
+@dataclass
+class PretrainArgs(cli.RunArgs):
+    log_every: int = 1_000
+    """steps between logged means"""
+    eval_every: int = 5_000
+    """steps between evaluations"""
+
+
+def train(algorithm: str, args, data: datasets.Dataset, Agent, Optimizers, training_step) -> Path:
+    """Train on `data`, which is standardised here, and return the policy's path. A finished run trains nothing.
+
+    `Agent(args, obs_dim, action_dim)` has `kind`, `actor`, `act(obs)` (its most likely actions) and, where it learns
+    one, `critic` with `critic_target`; `training_step(args, data, agent, optimizers)` gives the step.
+    """
+    cli.check_positive(args, "steps", "batch_size", "hidden_layers", "log_every", "eval_every", "eval_episodes")
+    preset = "" if args.preset == "none" else f"__{args.preset}"
+    run = Run(args, f"{dataset_label(args)}__{args.exp_name}__{args.seed}{preset}")
+    path = run.dir / "policy.pt"
+    mean, std = data.statistics()
+    data.standardise(mean, std)
+    if path.exists():
+        return path
+    seed_everything(args.seed)
+    obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
+    agent = Agent(args, obs_dim, action_dim).to(data.obs.device)
+    optimizers = Optimizers(args, agent)
+    evaluator = envs.Evaluator(data.simulator, mean, std, args.eval_episodes)
+    run.train(
+        algorithm, lambda: training_step(args, data, agent, optimizers), args.steps, {"agent": agent, **optimizers},
+        device=data.obs.device, compile=args.compile, log_every=args.log_every, evaluate_every=args.eval_every,
+        evaluate=lambda: evaluator(agent.act, data.obs.device),
+    )  # fmt: skip
+    critics = {}
+    if hasattr(agent, "critic"):
+        critics = {"critic": {
+            "layer_norm": agent.critic.layer_norm, "hidden_layers": args.hidden_layers,
+            "critic": agent.critic.state_dict(), "critic_target": agent.critic_target.state_dict(),
+        }}  # fmt: skip
+    save_policy(
+        path, kind=agent.kind, obs_dim=obs_dim, action_dim=action_dim, hidden_layers=args.hidden_layers,
+        state_mean=mean, state_std=std, algorithm=algorithm, env_id=args.env_id, simulator=data.simulator,
+        seed=args.seed, steps=args.steps, score=run.scores(algorithm)[-1], actor=agent.actor.state_dict(), **critics,
+    )  # fmt: skip
+    return path
+
+
+def main(Args, presets: dict, train: Callable) -> None:
+    """The command line of a script in offline/."""
+    args = cli.parse(Args, presets)
+    device = cli.resolve_device(args.device)
+    steps.setup(device, args.seed, args.deterministic)
+    args.compile = args.compile and steps.can_compile(device)
+    data = datasets.load(args.env_id, args.dataset_path, device)
+    print(f"data: {len(data):,} transitions, {data.source}")
+    envs.report_simulator_check(data)
+    print(f"policy: {train(args, data)}")

@@ -1,0 +1,160 @@
+"""Advantage-weighted actor-critic (Nair et al., 2020), its offline part: policy evaluation by TD, and a policy by
+advantage-weighted regression. Writes the policy and its critics to runs/<env_id>__awac__<seed>/policy.pt.
+
+    python offline/awac.py --env-id hopper-medium-v2
+"""
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
+
+from common import cli, datasets, pretrain, steps  # noqa: E402
+from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak  # noqa: E402
+from common.replay import sample  # noqa: E402
+
+PRESETS = {
+    "demo": dict(env_id="hopper-medium-demo", steps=5_000, log_every=1_000, eval_every=2_500, compile=False),
+    "quick": dict(steps=30_000, eval_every=10_000),
+}
+
+
+@dataclass
+class Args(pretrain.PretrainArgs):
+    exp_name: str = "awac"
+    """the name of this experiment, a part of the run folder's name"""
+
+    steps: int = 1_000_000
+    """gradient steps"""
+    batch_size: int = 256
+    """transitions in a batch"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """Polyak factor of the target critics"""
+    lr: float = 3e-4
+    """learning rate of the actor and of the critics"""
+    hidden_layers: int = 3
+    """hidden layers of 256 units in every network"""
+    temperature: float = 1 / 3
+    """the paper's λ: advantages are divided by it (0.1 on expert-like and manipulation data)"""
+    max_weight: float = 100.0
+    """advantage weights are clipped at this"""
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+class Actor(nn.Module):
+    """Gaussian policy: (B, S) -> mean in (-1, 1) and log std, the latter free of the state; (B, A) and (A,)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+        super().__init__()
+        self.net = mlp(obs_dim, hidden_layers, action_dim)
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tanh(self.net(obs)), self.log_std.clamp(-20.0, 2.0)
+
+
+class Critic(nn.Module):
+    """Twin Q networks side by side: (B, S), (B, A) -> (2, B)."""
+
+    layer_norm = False
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+        super().__init__()
+        self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, self.layer_norm)
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], dim=-1)
+        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def sample_actions(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """Actions as the environment would execute them, (B, A) in [-1, 1]."""
+    return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
+
+
+class Agent(nn.Module):
+    kind = "gaussian"
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
+        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.actor(obs)[0]
+
+
+class Optimizers(dict):
+    """One Adam for each thing that is learned."""
+
+    def __init__(self, args: Args, agent: Agent):
+        super().__init__(
+            actor_optimizer=Adam(agent.actor.parameters(), args.lr),
+            critic_optimizer=Adam(agent.critic.parameters(), args.lr),
+        )
+
+
+def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: Optimizers):
+    """One update of critics and actor on a batch of the dataset."""
+    actor, critic, critic_target = agent.actor, agent.critic, agent.critic_target
+    actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
+
+    def gradients():
+        obs, actions, rewards, next_obs, terminations, _ = sample(data, args.batch_size)
+
+        # critic: y = r + γ (1 - d) min_i Q̄_i(s', a'),  a' ~ π
+        with torch.no_grad():
+            next_q = critic_target(next_obs, sample_actions(*actor(next_obs))).amin(0)
+            y = rewards + args.gamma * (1 - terminations) * next_q
+        q = critic(obs, actions)
+        critic_loss = ((q - y) ** 2).mean(1).sum()
+
+        # actor: -exp(A / λ) log π(a|s),  A = min_i Q_i(s, a) - min_i Q_i(s, ã),  ã ~ π
+        mean, log_std = actor(obs)
+        with torch.no_grad():
+            advantage = q.amin(0) - critic(obs, sample_actions(mean, log_std)).amin(0)
+            weight = (advantage / args.temperature).exp().clamp(max=args.max_weight)
+        log_prob = gaussian_log_prob(actions, mean, log_std)
+        actor_loss = -(weight * log_prob).mean()
+
+        metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, "q": q.mean(),
+                   "advantage_weight": weight.mean(), "log_prob": log_prob.mean()}  # fmt: skip
+        return (
+            torch.autograd.grad(critic_loss, critic_params),
+            torch.autograd.grad(actor_loss, actor_params),
+            {name: metric.detach() for name, metric in metrics.items()},
+        )
+
+    gradients = steps.compiled(gradients, args.compile)
+
+    def step():
+        critic_grads, actor_grads, metrics = gradients()
+        optimizers["critic_optimizer"].step(critic_grads)
+        optimizers["actor_optimizer"].step(actor_grads)
+        polyak(critic_target, critic, args.tau)
+        return metrics
+
+    return step
+
+
+def train(args: Args, data: datasets.Dataset) -> Path:
+    """Train on `data` and return the policy's path; see `pretrain.train`."""
+    cli.check_positive(args, "temperature", at_least=1e-6)
+    return pretrain.train("awac", args, data, Agent, Optimizers, training_step)
+
+
+if __name__ == "__main__":
+    cli.run(lambda: pretrain.main(Args, PRESETS, train))
