@@ -40,7 +40,7 @@ def train(algorithm: str, args, data: datasets.Dataset, Agent, Optimizers, train
     run.train(
         algorithm, lambda: training_step(args, data, agent, optimizers), args.steps, {"agent": agent, **optimizers},
         device=data.obs.device, compile=args.compile, log_every=args.log_every, evaluate_every=args.eval_every,
-        evaluate=lambda: evaluator(agent.act, data.obs.device),
+        evaluate=lambda: evaluator(agent.act, data.obs.device), phases=getattr(args, "policy_freq", 1),
     )  # fmt: skip
     critics = {}
     if hasattr(agent, "critic"):

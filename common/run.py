@@ -187,14 +187,14 @@ class Run:
     # ------------------------------------------------------------------------------------------ train
 
     def train(self, stage: str, make_step, steps: int, state: dict, *, device, compile=False, log_every: int,
-              evaluate=None, evaluate_every: int = 0) -> None:  # fmt: skip
+              evaluate=None, evaluate_every: int = 0, phases: int = 1) -> None:  # fmt: skip
         """Train a stage for `steps` steps in all, resuming where an earlier start of the same command stopped.
 
         `state` names all that training changes. `make_step()`, called once that is restored, gives the step; it
         returns named scalar tensors, logged as their means over `log_every` steps. `evaluate()` returns a score every
-        `evaluate_every` steps.
+        `evaluate_every` steps; `phases`: see `Stepper`.
         """
-        stepper = Stepper(None, device, graph=compile)
+        stepper = Stepper(None, device, graph=compile, phases=phases)
         state = state | {"stepper": stepper}
         done_steps, done = self.restore(stage, state, device)
         if done:

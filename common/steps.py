@@ -44,32 +44,34 @@ class Stepper:
     """Runs `step()` n times and averages what it returns, without reading anything from the device on the way.
 
     `step` returns a dictionary of scalar tensors. On CUDA, `steps_per_graph` whole steps are captured in one graph
-    after three warm-up steps, which count; the rest of a call that does not fill a graph runs one by one.
+    after three warm-up steps, which count; the rest of a call that does not fill a graph runs one by one. A step that
+    does something else every `phases`-th time is captured once for each phase.
     """
 
-    def __init__(self, step, device: torch.device, graph: bool = False, steps_per_graph: int = 10):
+    def __init__(self, step, device: torch.device, graph: bool = False, steps_per_graph: int = 10, phases: int = 1):
         self.step, self.device, self.names = step, device, None
         self.sums, self.count = None, 0
         self.use_graph = graph and device.type == "cuda"
-        self.steps_per_graph, self.warmup, self.graph = steps_per_graph, 3, None
+        self.phases = phases
+        self.steps_per_graph = steps_per_graph - steps_per_graph % phases if steps_per_graph > phases else 1
+        self.warmup, self.ran, self.graphs = 3, 0, {}
 
     def run(self, n: int) -> None:
         self.count += n
-        while n and not (self.use_graph and self.warmup == 0 and n >= self.steps_per_graph):
-            self._eager() if self.use_graph and self.warmup else self._one()
-            n -= 1
-        if not n:
-            return
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records the steps and does not run them
-                for _ in range(self.steps_per_graph):
-                    self._one()
-        while n >= self.steps_per_graph:
-            self.graph.replay()
-            n -= self.steps_per_graph
-        for _ in range(n):
-            self._one()
+        while n:
+            if not self.use_graph or self.warmup or n < self.steps_per_graph:
+                self._eager() if self.use_graph and self.warmup else self._one()
+                done = 1
+            else:
+                phase = self.ran % self.phases
+                if phase not in self.graphs:
+                    self.graphs[phase] = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(self.graphs[phase]):  # records the steps and does not run them
+                        for _ in range(self.steps_per_graph):
+                            self._one()
+                self.graphs[phase].replay()
+                done = self.steps_per_graph
+            self.ran, n = self.ran + done, n - done
 
     def _one(self) -> None:
         metrics = self.step()

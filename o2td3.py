@@ -1,0 +1,490 @@
+"""O2TD3: fine-tune any offline policy with TD3, without the collapse that usually follows.
+
+Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & Huang, NeurIPS 2024, arXiv 2412.18855):
+1. reevaluate - new critics by fitted Q evaluation of the frozen offline policy, in TD3's own Bellman equation;
+2. align      - make their ranking of actions agree with the distance to the policy's own action;
+3. finetune   - TD3, with a Lagrangian constraint on the distance from the best policy so far.
+
+    python o2td3.py --preset demo
+    python o2td3.py --env-id hopper-medium-v2 --offline td3_bc
+"""
+
+import copy
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+import offline
+from common import cli, datasets, envs, report, steps
+from common.checkpoint import Best, seed_everything
+from common.nn import Adam, ensemble_mlp, in_chunks, mlp, polyak
+from common.policies import save_online
+from common.replay import ReplayBuffer, sample
+from common.run import Clock, Run, run_name
+
+PRESETS = {
+    # The demo is 1/12 to 1/250 of the paper's stages, so what moves slowly there moves faster here: the targets of
+    # re-evaluation and λ.
+    "demo": dict(
+        env_id="hopper-medium-demo", reevaluate_steps=8_000, reevaluate_tau=0.05, align_steps=4_000,
+        online_steps=10_000, learning_starts=2_000, lagrange_lr=1e-3, mse_threshold_steps=10_000, log_every=500,
+        align_eval_every=2_000, compile=False,
+    ),
+    "quick": dict(
+        reevaluate_steps=100_000, align_steps=50_000, online_steps=50_000, learning_starts=2_000, log_every=1_000,
+        align_eval_every=10_000,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Args(cli.OnlineArgs):
+    exp_name: str = "o2td3"
+    """the name of this experiment, a part of the run folder's name"""
+    offline: str = "td3_bc"
+    """the offline policy: cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of a
+    policy.pt, a checkpoint of CORL, a policy exported to ONNX or TorchScript, or a .zip of Stable-Baselines3"""
+
+    # every stage
+    batch_size: int = 256
+    """transitions in a batch"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """Polyak factor of the targets (the paper's τ is --mse-threshold-…)"""
+    critic_lr: float = 3e-4
+    """learning rate of the critics"""
+    actor_lr: float = 1e-4
+    """learning rate of the actor"""
+    critic_layers: int = 2
+    """hidden layers of 256 units in each critic"""
+    critic_layer_norm: bool = True
+    """layer normalisation in the critics (AntMaze: off)"""
+    policy_noise: float = 0.2
+    """standard deviation of the noise on target actions"""
+    noise_clip: float = 0.5
+    """that noise is clipped at this"""
+    log_every: int = 5_000
+    """gradient steps between logged means in re-evaluation and alignment"""
+
+    # 1. re-evaluation
+    reevaluate: bool = True
+    """re-evaluate the critic; without it the offline algorithm's own critic goes on"""
+    reevaluate_steps: int = 500_000
+    """gradient steps of fitted Q evaluation"""
+    reevaluate_tau: float = 0.005
+    """Polyak factor there; with few steps a larger one is needed for Q to reach its fixed point"""
+
+    # 2. alignment
+    align: bool = True
+    """align the critic with the policy"""
+    align_steps: int = 500_000
+    """gradient steps of alignment"""
+    align_eval_every: int = 50_000
+    """gradient steps between evaluations of the actor that is being aligned"""
+    align_distance: float = 1.0
+    """the paper's k: how fast the aligned Q falls with the squared distance from the anchor"""
+    align_max_distance: float = 0.2
+    """that distance is clipped at this"""
+
+    # 3. constrained fine-tuning
+    constrain: bool = True
+    """constrain the policy to the reference policy"""
+    online_steps: int = 100_000
+    """environment steps"""
+    learning_starts: int = 1_000
+    """environment steps before the first update"""
+    utd: int = 1
+    """updates per environment step"""
+    policy_freq: int = 2
+    """critic updates per update of the actor, of the targets and of λ"""
+    exploration_noise: float = 0.1
+    """standard deviation of the Gaussian noise on executed actions"""
+    buffer: Literal["half", "all", "part", "none"] = "half"
+    """offline data in online batches: half of each batch, all in one buffer, only the best episodes, or none"""
+    part_episodes: int = 50
+    """how many episodes, those of highest return, --buffer part keeps"""
+    lagrange_init: float = 1.0
+    """λ at the start"""
+    lagrange_lr: float = 5e-5
+    """learning rate of log λ"""
+    lagrange_expectile: float = 0.7
+    """asymmetry of λ's loss: weight of violated states (0.7) against satisfied ones (0.3)"""
+    mse_threshold_start: float = 0.0025
+    """the paper's τ at the first step"""
+    mse_threshold_end: float = 0.01
+    """the paper's τ after --mse-threshold-steps (its code: 0.04); a quarter of it with --reference interval"""
+    mse_threshold_steps: int = 100_000
+    """environment steps over which the threshold grows linearly"""
+    reference: Literal["best", "interval"] = "best"
+    """move π_ref to π when an evaluation beats the best so far, or every --reference-interval steps"""
+    reference_interval: int = 1_000
+    """environment steps between moves of π_ref (the paper: 1,000 or 10,000)"""
+    eval_every: int = 1_000
+    """environment steps between evaluations"""
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+class Actor(nn.Module):
+    """Deterministic policy: (B, S) -> (B, A) in (-1, 1)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2):
+        super().__init__()
+        self.net = mlp(obs_dim, hidden_layers, action_dim)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.net(obs))
+
+
+class Critic(nn.Module):
+    """Twin Q networks side by side: (B, S), (B, A) -> (2, B)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, layer_norm: bool = True):
+        super().__init__()
+        self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, layer_norm)
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], dim=-1)
+        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+
+
+def smoothed(actions: torch.Tensor, args: Args) -> torch.Tensor:
+    """TD3's target policy smoothing: clip(a + clip(N(0, 0.2²), ±0.5), ±1), (B, A)."""
+    noise = (torch.randn_like(actions) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
+    return (actions + noise).clamp(-1, 1)
+
+
+class Agent(nn.Module):
+    """All that is learned: π, π̄, π_off, π_ref, Q, Q̄, log λ. The offline and reference policies are copies."""
+
+    def __init__(self, args: Args, policy: dict):
+        super().__init__()
+        obs_dim, action_dim = policy["obs_dim"], policy["action_dim"]
+        self.actor = Actor(obs_dim, action_dim, policy["hidden_layers"])
+        self.actor.load_state_dict(policy["actor"])
+        self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)
+        self.actor_reference = copy.deepcopy(self.actor_offline)
+        self.actor_target = copy.deepcopy(self.actor_offline)
+        shape = dict(hidden_layers=args.critic_layers, layer_norm=args.critic_layer_norm)
+        if not args.reevaluate:  # the naive switch: the offline algorithm's critic, in that algorithm's shape
+            shape = {key: policy["critic"][key] for key in shape}
+        self.critic = Critic(obs_dim, action_dim, **shape)
+        if not args.reevaluate:
+            self.critic.load_state_dict(policy["critic"]["critic"])
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_lagrange = nn.Parameter(torch.tensor(math.log(args.lagrange_init)))
+
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """The action without exploration noise."""
+        return self.actor(obs)
+
+
+class Optimizers(dict):
+    """One Adam for each thing that is learned; actor's and critics' moments carry over from stage to stage."""
+
+    def __init__(self, args: Args, agent: Agent):
+        super().__init__(
+            actor_optimizer=Adam(agent.actor.parameters(), args.actor_lr),
+            critic_optimizer=Adam(agent.critic.parameters(), args.critic_lr),
+            lagrange_optimizer=Adam([agent.log_lagrange], args.lagrange_lr),
+        )
+
+
+# ---------------------------------------------------------------------------------------------- 1. re-evaluation
+
+
+def reevaluation_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: Optimizers):
+    """Fitted Q evaluation of the frozen π_off in TD3's Bellman equation, on the dataset (the paper's Eq. 4)."""
+    critic, critic_target = agent.critic, agent.critic_target
+    critic_params = list(critic.parameters())
+    # π_off never changes, so its action at every next state of the data is computed once, not once a step
+    (offline_next_actions,) = in_chunks(lambda obs: (agent.actor_offline(obs),), data.next_obs)
+
+    def gradients():
+        obs, actions, rewards, next_obs, terminations, rows = sample(data, args.batch_size)
+        # y = r + γ (1 - d) min_i Q̄_i(s', a'),  a' = clip(π_off(s') + clipped noise)
+        with torch.no_grad():
+            next_q = critic_target(next_obs, smoothed(offline_next_actions[rows], args)).amin(0)
+            y = rewards + args.gamma * (1 - terminations) * next_q
+        q = critic(obs, actions)
+        critic_loss = ((q - y) ** 2).mean(1).sum()
+        metrics = {"critic_loss": critic_loss.detach(), "q": q.detach().mean(), "q_target": y.mean()}
+        return torch.autograd.grad(critic_loss, critic_params), metrics
+
+    gradients = steps.compiled(gradients, args.compile)
+
+    def step():
+        critic_grads, metrics = gradients()
+        optimizers["critic_optimizer"].step(critic_grads)
+        polyak(critic_target, critic, args.reevaluate_tau)
+        return metrics
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------- 2. alignment
+
+
+def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: Optimizers):
+    """Make the critic rank actions by their distance from π_off's action ȧ, the anchor (Eq. 7)."""
+    actor, critic, critic_target = agent.actor, agent.critic, agent.critic_target
+    actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
+
+    def anchor(obs):
+        action = agent.actor_offline(obs)
+        return action, critic_target(obs, action).amin(0)
+
+    # π_off and Q̄ are frozen here: the anchor ȧ and Q̄(s, ȧ) of every state are computed once
+    anchor_actions, anchor_q = in_chunks(anchor, data.obs)
+
+    def gradients():
+        obs, actions, *_, rows = sample(data, args.batch_size)
+        anchors, q_anchor_target = anchor_actions[rows], anchor_q[rows]
+        new_actions = actor(obs)
+        # Q'_i(s, ã) = min{ Q̄(s, ȧ) / (1 + k d²),  Q̄_i(s, ã) },  ã = π(s) + noise,  d = ‖ã - ȧ‖ / √A, clipped
+        with torch.no_grad():
+            noisy_actions = smoothed(new_actions, args)
+            distance = (noisy_actions - anchors).norm(dim=1) / actions.shape[1] ** 0.5
+            shrink = 1 + args.align_distance * distance.clamp(max=args.align_max_distance) ** 2
+            # dividing a negative Q would raise it, so there it is multiplied
+            ceiling = torch.where(q_anchor_target < 0, q_anchor_target * shrink, q_anchor_target / shrink)
+            q_aligned = torch.minimum(ceiling, critic_target(obs, noisy_actions))
+        # (Q_i(s, ã) - Q'_i(s, ã))² + (Q_i(s, ȧ) - Q̄(s, ȧ))²
+        q, q_anchor = critic(obs, noisy_actions), critic(obs, anchors)
+        aligned_loss = ((q - q_aligned) ** 2).mean(1).sum()
+        anchor_loss = ((q_anchor - q_anchor_target) ** 2).mean(1).sum()
+        # TD3's actor loss: -Q_1(s, π(s))
+        actor_loss = -critic(obs, new_actions)[0].mean()
+        metrics = {"aligned_loss": aligned_loss, "anchor_loss": anchor_loss, "actor_loss": actor_loss, "q": q.mean(),
+                   "q_anchor": q_anchor.mean(), "distance": distance.mean()}  # fmt: skip
+        return (
+            torch.autograd.grad(aligned_loss + anchor_loss, critic_params),
+            torch.autograd.grad(actor_loss, actor_params),
+            {name: value.detach() for name, value in metrics.items()},
+        )
+
+    gradients = steps.compiled(gradients, args.compile)
+
+    def step():
+        critic_grads, actor_grads, metrics = gradients()
+        optimizers["actor_optimizer"].step(actor_grads)
+        optimizers["critic_optimizer"].step(critic_grads)
+        return metrics  # the targets stay where re-evaluation left them
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------- 3. fine-tuning
+
+
+def threshold_at(args: Args, env_step: int) -> float:
+    """The constraint's threshold (the paper's τ): linear from start to end over `mse_threshold_steps`."""
+    start, end = args.mse_threshold_start, args.mse_threshold_end
+    if args.reference == "interval":
+        end /= 4
+    return start + (end - start) * min(env_step / args.mse_threshold_steps, 1.0)
+
+
+def lagrange_loss(log_lagrange: torch.Tensor, slack: torch.Tensor, expectile: float) -> torch.Tensor:
+    """λ mean(|0.7 - 1[u > 0]| u), u = τ - f (B,): a violated state counts more, so one batch cannot drop λ."""
+    return log_lagrange.exp() * ((expectile - (slack > 0).float()).abs() * slack).mean()
+
+
+def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: Optimizers, threshold: torch.Tensor):
+    """TD3's updates of one environment step, under E‖π(s) - π_ref(s)‖² / A < τ (Eq. 10 and 11).
+
+    `threshold` is τ as a scalar tensor, filled in by the caller.
+    """
+    actor, actor_target, reference = agent.actor, agent.actor_target, agent.actor_reference
+    critic, critic_target = agent.critic, agent.critic_target
+    actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
+    held = torch.zeros(2, device=threshold.device)  # actor loss and f: logged always, computed every second time
+
+    def lagrange():
+        return agent.log_lagrange.exp().detach() if args.constrain else torch.zeros_like(threshold)
+
+    def critic_gradients():
+        obs, actions, rewards, next_obs, terminations = replay.sample(args.batch_size)
+        # y = r + γ (1 - d) [ min_i Q̄_i(s', a') - λ f(s') ],  a' = clip(π̄(s') + clipped noise)
+        with torch.no_grad():
+            next_q = critic_target(next_obs, smoothed(actor_target(next_obs), args)).amin(0)
+            next_f = ((actor(next_obs) - reference(next_obs)) ** 2).mean(1)
+            y = rewards + args.gamma * (1 - terminations) * (next_q - lagrange() * next_f)
+        q = critic(obs, actions)
+        critic_loss = ((q - y) ** 2).mean(1).sum()
+        metrics = {"critic_loss": critic_loss.detach(), "q": q.detach().mean(), "q_target": y.mean()}
+        return torch.autograd.grad(critic_loss, critic_params), metrics, obs
+
+    def actor_gradients(obs):
+        # actor: -Q_1(s, π(s)) / mean|Q_1| + λ f(s),  f(s) = ‖π(s) - π_ref(s)‖² / A
+        new_actions = actor(obs)
+        with torch.no_grad():
+            reference_actions = reference(obs)
+        f = ((new_actions - reference_actions) ** 2).mean(1)
+        q = critic(obs, new_actions)[0]
+        actor_loss = -q.mean() / q.abs().mean().detach() + lagrange() * f.mean()
+        # multiplier towards E f = τ
+        multiplier_loss = lagrange_loss(agent.log_lagrange, threshold - f.detach(), args.lagrange_expectile)
+        return (
+            torch.autograd.grad(actor_loss, actor_params),
+            torch.autograd.grad(multiplier_loss, [agent.log_lagrange]),
+            torch.stack([actor_loss.detach(), f.detach().mean()]),
+        )
+
+    critic_gradients = steps.compiled(critic_gradients, args.compile)
+    actor_gradients = steps.compiled(actor_gradients, args.compile)
+    updates = itertools.count(int(optimizers["critic_optimizer"].steps[0]) + 1)
+
+    def step():
+        for _ in range(args.utd):
+            critic_grads, metrics, obs = critic_gradients()
+            optimizers["critic_optimizer"].step(critic_grads)
+            if next(updates) % args.policy_freq == 0:
+                actor_grads, lagrange_grads, values = actor_gradients(obs)
+                optimizers["actor_optimizer"].step(actor_grads)
+                if args.constrain:
+                    optimizers["lagrange_optimizer"].step(lagrange_grads)
+                polyak(critic_target, critic, args.tau)
+                polyak(actor_target, actor, args.tau)
+                held.copy_(values)
+        return metrics | {"actor_loss": held[0], "mse": held[1], "lagrange": lagrange()}
+
+    return step
+
+
+def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, best_score: float):
+    """Interact, update, evaluate, and move π_ref. `best_score` is π_ref's at the start."""
+    device = data.obs.device
+    replay = ReplayBuffer(data, args.online_steps, args.buffer, args.part_episodes)
+    threshold = torch.zeros((), device=device)
+    stepper = steps.Stepper(None, device, graph=args.compile, steps_per_graph=1, phases=args.policy_freq)
+    env = envs.Episodes(envs.make_env(data.simulator, evaluator.mean, evaluator.std), args.seed)
+    best = Best(best_score, agent.actor_reference)
+    state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "stepper": stepper}
+    start, done = run.restore("finetune", state, device)
+    if done:
+        return best
+    stepper.step = finetuning_step(args, replay, agent, optimizers, threshold)
+
+    @torch.no_grad()
+    def explore(obs):
+        action = agent.actor(torch.as_tensor(obs, device=device)[None])[0]
+        return (action + args.exploration_noise * torch.randn_like(action)).clamp(-1, 1).cpu().numpy()
+
+    clock, began = Clock(run, "finetune"), time.monotonic()
+    with run.progress("finetune", args.online_steps, start) as bar:
+        for env_step in range(start + 1, args.online_steps + 1):
+            obs, action = env.obs, explore(env.obs)
+            next_obs, reward, terminated, episodic_return = env.step(action)
+            replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
+            if episodic_return is not None:
+                run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
+            if env_step > args.learning_starts:
+                threshold.fill_(threshold_at(args, env_step))
+                stepper.run(1)
+            if env_step % args.eval_every == 0 or env_step == args.online_steps:
+                score = evaluator(agent.act, device)
+                losses = {f"losses/{name}": value for name, value in stepper.means().items()}
+                sps = (env_step - start) / (time.monotonic() - began)
+                run.log("finetune", env_step, {"charts/score": score, "charts/SPS": sps,
+                        "charts/mse_threshold": threshold.item(), "charts/best_score": max(score, best.score),
+                        **losses})  # fmt: skip
+                improved = best.update(score, agent.actor)
+                if improved and args.reference == "best":
+                    agent.actor_reference.load_state_dict(agent.actor.state_dict())
+            if args.reference == "interval" and env_step % args.reference_interval == 0:
+                agent.actor_reference.load_state_dict(agent.actor.state_dict())
+            run.show(bar, 1)
+            clock.tick(env_step, env_step == args.online_steps, state)
+    return best
+
+
+# ---------------------------------------------------------------------------------------------- the whole run
+
+
+def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
+    """Seconds of each stage from a few timed steps, on networks that are thrown away."""
+    args, data, device = copy.copy(args), data.head(10_000), data.obs.device
+    args.compile, args.reevaluate = False, True
+    obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
+    policy = dict(
+        obs_dim=obs_dim, action_dim=action_dim, hidden_layers=2, actor=Actor(obs_dim, action_dim).state_dict()
+    )
+    agent = Agent(args, policy).to(device)
+    optimizers = Optimizers(args, agent)
+    replay, threshold = ReplayBuffer(data, 1, "half"), torch.ones((), device=device)
+    steps_of = {
+        "offline": offline.timed_step(args, data),
+        "reevaluate": (reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps),
+        "align": (alignment_step(args, data, agent, optimizers), args.align_steps if args.align else 0),
+        "finetune": (finetuning_step(args, replay, agent, optimizers, threshold), args.online_steps),
+    }
+    return {stage: n * steps.seconds_per_step(step, device) if n else 0.0 for stage, (step, n) in steps_of.items()}
+
+
+def check(args: Args) -> None:
+    cli.check_positive(
+        args, "batch_size", "critic_layers", "log_every", "eval_episodes", "reevaluate_steps", "align_steps",
+        "align_eval_every", "online_steps", "utd", "reference_interval", "eval_every", "mse_threshold_steps",
+        "part_episodes", "policy_freq",
+    )  # fmt: skip
+    cli.check_positive(args, "learning_starts", at_least=0)
+    cli.check_online(args)
+    if args.batch_size % 2:
+        raise cli.UserError(f"--batch-size is {args.batch_size}, but has to be even: half of it is offline data")
+
+
+def main() -> None:
+    args = cli.parse(Args, PRESETS)
+    check(args)
+    device = cli.resolve_device(args.device)
+    steps.setup(device, args.seed, args.deterministic)
+    args.compile = args.compile and steps.can_compile(device)
+    run = Run(args, run_name(args))
+
+    data = datasets.load(args.env_id, args.dataset_path, device)
+    print(f"data: {len(data):,} transitions, {data.source}")
+    envs.report_simulator_check(data)
+    report.estimate(run, estimate(args, data))
+
+    policy, evaluator = offline.policy(args, run, data, "deterministic")
+    seed_everything(args.seed)
+    agent = Agent(args, policy).to(device)
+    optimizers = Optimizers(args, agent)
+    state = {"agent": agent, **optimizers}
+    offline_score = run.last_score = evaluator(agent.act, device)
+
+    if args.reevaluate:
+        run.train(
+            "reevaluate", lambda: reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps, state,
+            device=device, compile=args.compile, log_every=args.log_every,
+        )  # fmt: skip
+    if args.align:
+        run.train(
+            "align", lambda: alignment_step(args, data, agent, optimizers), args.align_steps, state,
+            device=device, compile=args.compile, log_every=args.log_every,
+            evaluate=lambda: evaluator(agent.act, device), evaluate_every=args.align_eval_every,
+        )  # fmt: skip
+        agent.critic_target.load_state_dict(agent.critic.state_dict())
+        agent.actor_target.load_state_dict(agent.actor.state_dict())
+    aligned_score = evaluator(agent.act, device)
+    if aligned_score > offline_score:  # else π_off stays the reference
+        agent.actor_reference.load_state_dict(agent.actor.state_dict())
+
+    best = finetune(args, run, data, agent, optimizers, evaluator, max(offline_score, aligned_score))
+
+    save_online(run, "o2td3", policy, agent.actor, best)
+    report.finish(run, offline_score, aligned_score if args.align else None, best.score, data, policy)
+    if args.capture_video:
+        envs.record_video(data.simulator, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
+
+
+if __name__ == "__main__":
+    cli.run(main)
