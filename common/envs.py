@@ -176,6 +176,34 @@ class Episodes:
             self.step(action)
 
 
+class VectorEpisodes:
+    """`n` such environments side by side: `obs` (n, S), and `step` takes (n, A) and gives arrays of n."""
+
+    def __init__(self, simulator: str, mean, std, n: int, seed: int):
+        self.all = [Episodes(make_env(simulator, mean, std), seed * n + i) for i in range(n)]
+
+    @property
+    def obs(self) -> np.ndarray:
+        return np.stack([episodes.obs for episodes in self.all])
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[float]]:
+        """(next_obs (n, S), rewards, terminated, ended (terminated or truncated), returns of those that ended)."""
+        results = [episodes.step(action) for episodes, action in zip(self.all, actions, strict=True)]
+        next_obs, rewards, terminated, returns = zip(*results, strict=True)
+        ended = np.array([value is not None for value in returns])
+        return (
+            np.stack(next_obs), np.array(rewards, np.float32), np.array(terminated), ended,
+            [value for value in returns if value is not None],
+        )  # fmt: skip
+
+    def state_dict(self) -> dict:
+        return {str(i): episodes.state_dict() for i, episodes in enumerate(self.all)}
+
+    def load_state_dict(self, state: dict) -> None:
+        for i, episodes in enumerate(self.all):
+            episodes.load_state_dict(state[str(i)])
+
+
 def record_video(simulator: str, mean, std, policy, device, folder) -> None:
     """Film one episode of `policy` into `folder`. Raises UserError where what it needs is missing."""
     try:

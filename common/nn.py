@@ -111,6 +111,11 @@ def gaussian_log_prob(u: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor
     return (-0.5 * z * z - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
+def gaussian_entropy(log_std: torch.Tensor) -> torch.Tensor:
+    """Entropy of N(·, exp(log_std)^2), summed over the last dimension: (..., A) -> (...)."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
 def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
     """log |d tanh(u) / du|, summed over the last dimension, in a form that does not overflow: (..., A) -> (...)."""
     return (2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)

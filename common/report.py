@@ -82,12 +82,12 @@ def plot(run: Run, offline: float, policy: dict) -> None:
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     last = {stage: max(int(row["step"]) for row in rows if row["stage"] == stage) for stage in stages}
     figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
-    for panel, ending, label in ((axes[0], "score", "score"), (axes[1], "q", "mean Q of a batch")):
+    for panel, endings, label in ((axes[0], ["score"], "score"), (axes[1], ["q", "v"], "mean Q (or V) of a batch")):
         for i, stage in enumerate(stages):
-            names = (f"{stage}/{ending}", f"charts/{ending}", f"losses/{ending}")
+            names = [f"{group}/{ending}" for ending in endings for group in (stage, "charts", "losses")]
             points = [
                 (i + int(row["step"]) / last[stage], float(row[name]))
-                for row in rows if row["stage"] == stage for name in names if name in row
+                for row in rows if row["stage"] == stage for name in [n for n in names if n in row][:1]
             ]  # fmt: skip
             if points:
                 marker = "o" if len(points) < 30 else None

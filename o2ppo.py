@@ -1,0 +1,516 @@
+"""O2PPO: fine-tune any offline policy with PPO, without the collapse that usually follows.
+
+Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & Huang, NeurIPS 2024, arXiv 2412.18855):
+1. reevaluate - a value function of the offline policy, from the data alone;
+2. align      - PPO has no Q to align: an auxiliary advantage prefers the actions that the reference policy prefers;
+3. finetune   - PPO on the mixture of both advantages; its clipping and the auxiliary one keep it near the best policy
+                so far.
+
+    python o2ppo.py --preset demo
+    python o2ppo.py --env-id hopper-medium-v2 --offline iql
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import offline
+from common import cli, datasets, envs, report, steps
+from common.checkpoint import Best, seed_everything
+from common.nn import Adam, clip_grad_norm, ensemble_mlp, gaussian_entropy, gaussian_log_prob, mlp, polyak
+from common.policies import save_online
+from common.replay import sample
+from common.run import Clock, Run, run_name
+
+PRESETS = {
+    # The demo is 1/8 to 1/200 of the paper's stages, so the learning rates are larger
+    "demo": dict(
+        env_id="hopper-medium-demo", reevaluate_steps=5_000, value_lr=1e-3, online_steps=30_720, actor_lr=1e-4,
+        beta_steps=60_000, eval_every=2_048, log_every=500, compile=False,
+    ),
+    "quick": dict(reevaluate_steps=100_000, value_lr=3e-4, online_steps=100_352, beta_steps=100_000, log_every=1_000),
+}  # fmt: skip
+
+
+@dataclass
+class Args(cli.OnlineArgs):
+    exp_name: str = "o2ppo"
+    """the name of this experiment, a part of the run folder's name"""
+    offline: str = "iql"
+    """the offline policy: cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of a
+    policy.pt, a checkpoint of CORL, a policy exported to ONNX or TorchScript, or a .zip of Stable-Baselines3"""
+
+    gamma: float = 0.99
+    """discount factor"""
+    value_layers: int = 3
+    """hidden layers of 256 tanh units in the value network"""
+    log_every: int = 5_000
+    """gradient steps between logged means in re-evaluation"""
+
+    # 1. re-evaluation
+    reevaluate: bool = True
+    """learn the value of the offline policy first; without it the value network starts at random"""
+    value_init: Literal["returns", "fqe"] = "returns"
+    """returns: regress V on the discounted returns of the data, closer to the behaviour policy's value (the paper);
+    fqe: fitted Q evaluation of π_off, then V(s) = E Q(s, a) over its actions"""
+    reevaluate_steps: int = 1_000_000
+    """gradient steps"""
+    reevaluate_batch_size: int = 512
+    """transitions in a batch"""
+    value_lr: float = 1e-4
+    """learning rate of V there"""
+    fqe_lr: float = 3e-4
+    """learning rate of Q with --value-init fqe"""
+    tau: float = 0.005
+    """Polyak factor of the target critics with --value-init fqe"""
+
+    # 2. and 3. constrained fine-tuning
+    constrain: bool = True
+    """mix the auxiliary advantage in; without it this is PPO that starts from the offline policy"""
+    online_steps: int = 250_000
+    """environment steps, over all environments together"""
+    num_envs: int = 8
+    """environments side by side"""
+    rollout_steps: int = 2_048
+    """environment steps between updates, over all environments together"""
+    minibatch_size: int = 128
+    """transitions in a minibatch"""
+    update_epochs: int = 10
+    """passes over each rollout"""
+    actor_lr: float = 3e-5
+    """learning rate of the actor, annealed to zero"""
+    critic_lr: float = 2e-4
+    """learning rate of the value network, annealed to zero"""
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation"""
+    clip_coef: float = 0.2
+    """PPO's clipping of the ratio"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    max_grad_norm: float = 0.5
+    """each network's gradient is clipped at this norm"""
+    adam_eps: float = 1e-5
+    """Adam's ε in fine-tuning"""
+    reference_alpha: float = 2.0
+    """the paper's α: scale of the auxiliary advantage"""
+    beta_start: float = 1.0
+    """the paper's β at the first step: weight of the auxiliary advantage"""
+    beta_steps: int | None = None
+    """environment steps over which β falls linearly to zero; None: 250,000, on expert data 500,000"""
+    max_std_start: float | None = None
+    """upper limit of the policy's standard deviation at the start; None: 0.05 on hopper's expert data, else none"""
+    reference: Literal["best", "interval"] = "best"
+    """move π_ref to π when an evaluation beats the best so far, or every --reference-interval steps"""
+    reference_interval: int = 2_500
+    """environment steps between moves of π_ref, rounded up to whole rollouts"""
+    eval_every: int = 2_500
+    """environment steps between evaluations, rounded up to whole rollouts"""
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+class Actor(nn.Module):
+    """Gaussian policy: (B, S) -> mean in (-1, 1) and log std, the latter free of the state; (B, A) and (A,)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2):
+        super().__init__()
+        self.net = mlp(obs_dim, hidden_layers, action_dim)
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tanh(self.net(obs)), self.log_std.clamp(-20.0, 2.0)
+
+
+class Value(nn.Module):
+    """V network: (B, S) -> (B,)."""
+
+    def __init__(self, obs_dim: int, hidden_layers: int = 3):
+        super().__init__()
+        self.net = mlp(obs_dim, hidden_layers, 1, activation=nn.Tanh)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.net(obs).squeeze(-1)
+
+
+class Critic(nn.Module):
+    """Twin Q networks side by side, for --value-init fqe: (B, S), (B, A) -> (2, B)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2):
+        super().__init__()
+        self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, layer_norm=True)
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([obs, actions], dim=-1)
+        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+
+
+class Agent(nn.Module):
+    """All that is learned: π, V, and Q, Q̄ for FQE; π_off and π_ref are copies of the policy."""
+
+    def __init__(self, args: Args, policy: dict):
+        super().__init__()
+        obs_dim, action_dim = policy["obs_dim"], policy["action_dim"]
+        self.actor = Actor(obs_dim, action_dim, policy["hidden_layers"])
+        self.actor.load_state_dict(policy["actor"])
+        limit = args.max_std_start
+        if limit is None and expert_data(args) and args.env_id.startswith("hopper"):
+            limit = 0.05
+        if limit is not None:
+            self.actor.log_std.data.clamp_(max=float(np.log(limit)))
+        self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)
+        self.actor_reference = copy.deepcopy(self.actor_offline)
+        self.value = Value(obs_dim, args.value_layers)
+        self.critic = Critic(obs_dim, action_dim)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """The most likely action."""
+        return self.actor(obs)[0]
+
+
+class Optimizers(dict):
+    """One Adam for each thing that is learned; V has another one in each stage."""
+
+    def __init__(self, args: Args, agent: Agent):
+        super().__init__(
+            actor_optimizer=Adam(agent.actor.parameters(), args.actor_lr, args.adam_eps),
+            value_optimizer=Adam(agent.value.parameters(), args.critic_lr, args.adam_eps),
+            reevaluate_optimizer=Adam(agent.value.parameters(), args.value_lr),
+            critic_optimizer=Adam(agent.critic.parameters(), args.fqe_lr),
+        )
+
+
+def expert_data(args: Args) -> bool:
+    return "expert" in args.env_id and "medium" not in args.env_id
+
+
+def executed(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """A sampled action as the environment executes it: a ~ N(mean, std), clipped to [-1, 1]."""
+    return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
+
+
+# ---------------------------------------------------------------------------------------------- 1. re-evaluation
+
+
+def discounted_tails(data: datasets.Dataset, gamma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The return of every step as R + c V(s_T): (R, c, T), (N,) each.
+
+    R is discounted to the end of the step's own episode and T is the row in which that ends. After a real end nothing
+    is left (c = 0); where the time limit or the file cut the episode off, V at its last state stands for the rest.
+    """
+    rewards, terminations = data.rewards.tolist(), data.terminations.tolist()
+    episode, n = data.episode.tolist(), len(data)
+    tails, coefficients, ends = [0.0] * n, [0.0] * n, [0] * n
+    for i in reversed(range(n)):
+        if i + 1 < n and episode[i] == episode[i + 1]:
+            tails[i] = rewards[i] + gamma * tails[i + 1]
+            coefficients[i], ends[i] = gamma * coefficients[i + 1], ends[i + 1]
+        else:
+            tails[i], coefficients[i], ends[i] = rewards[i], gamma * (1 - terminations[i]), i
+    device = data.obs.device
+    return (
+        torch.tensor(tails, device=device),
+        torch.tensor(coefficients, device=device),
+        torch.tensor(ends, device=device),
+    )
+
+
+def reevaluation_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: Optimizers):
+    """V of the offline policy, by regression on the data's returns or by fitted Q evaluation."""
+    actor, value, critic, critic_target = agent.actor_offline, agent.value, agent.critic, agent.critic_target
+    value_params, critic_params = list(value.parameters()), list(critic.parameters())
+    tails, coefficients, ends = discounted_tails(data, args.gamma)
+
+    def returns_gradients():
+        obs, *_, rows = sample(data, args.reevaluate_batch_size)
+        # (V(s) - R)², the tail that the data do not show bootstrapped
+        with torch.no_grad():
+            y = tails[rows] + coefficients[rows] * value(data.next_obs[ends[rows]])
+        v = value(obs)
+        value_loss = ((v - y) ** 2).mean()
+        metrics = {"value_loss": value_loss.detach(), "v": v.detach().mean(), "v_target": y.mean()}
+        return torch.autograd.grad(value_loss, value_params), metrics
+
+    def fqe_gradients():
+        obs, actions, rewards, next_obs, terminations, _ = sample(data, args.reevaluate_batch_size)
+        # Q: y = r + γ (1 - d) mean_i Q̄_i(s', a'),  a' ~ π_off;  V: E_{a ~ π_off} mean_i Q_i(s, a)
+        with torch.no_grad():
+            y = rewards + args.gamma * (1 - terminations) * critic_target(next_obs, executed(*actor(next_obs))).mean(0)
+            v_target = critic(obs, executed(*actor(obs))).mean(0)
+        q, v = critic(obs, actions), value(obs)
+        critic_loss, value_loss = ((q - y) ** 2).mean(1).sum(), ((v - v_target) ** 2).mean()
+        metrics = {"value_loss": value_loss.detach(), "v": v.detach().mean(), "v_target": v_target.mean(),
+                   "critic_loss": critic_loss.detach(), "q": q.detach().mean()}  # fmt: skip
+        return torch.autograd.grad(value_loss, value_params), torch.autograd.grad(critic_loss, critic_params), metrics
+
+    fqe = args.value_init == "fqe"
+    gradients = steps.compiled(fqe_gradients if fqe else returns_gradients, args.compile)
+
+    def step():
+        value_grads, *critic_grads, metrics = gradients()
+        optimizers["reevaluate_optimizer"].step(value_grads)
+        if fqe:
+            optimizers["critic_optimizer"].step(*critic_grads)
+            polyak(critic_target, critic, args.tau)
+        return metrics
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------- 2. advantages
+
+
+def gae(rewards, values, next_values, terminated, ended, gamma: float, gae_lambda: float) -> np.ndarray:
+    """Generalised advantage estimation; all arrays (T, num_envs). A truncation bootstraps, a termination does not.
+
+    δ_t = r_t + γ (1 - d_t) V(s'_t) - V(s_t),  A_t = δ_t + γ λ (1 - ended_t) A_{t+1}
+    """
+    deltas = rewards + gamma * (1 - terminated) * next_values - values
+    advantages, following = np.zeros_like(deltas), np.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = following = deltas[t] + gamma * gae_lambda * (1 - ended[t]) * following
+    return advantages
+
+
+def reference_advantage(args: Args, reference: Actor, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """α [softplus(log π_ref(a|s) + H(π_ref(·|s)) + 4A) - 4A] / A, (B,): high where π_ref would act likewise (Eq. 8)."""
+    mean, log_std = reference(obs)
+    shift = 4 * actions.shape[1]
+    surprise = gaussian_log_prob(actions, mean, log_std) + gaussian_entropy(log_std)
+    return args.reference_alpha * (F.softplus(surprise + shift) - shift) / actions.shape[1]
+
+
+def beta_at(args: Args, env_step: int) -> float:
+    """The weight of the auxiliary advantage: linear from `beta_start` to zero."""
+    beta_steps = args.beta_steps if args.beta_steps is not None else (500_000 if expert_data(args) else 250_000)
+    return args.beta_start * max(1 - env_step / beta_steps, 0.0) if args.constrain else 0.0
+
+
+# ---------------------------------------------------------------------------------------------- 3. fine-tuning
+
+
+def update_epoch(args: Args, batch: dict[str, torch.Tensor], agent: Agent, optimizers: Optimizers):
+    """One pass over the rollout in minibatches. `batch` holds its tensors (rollout_steps, …), filled by the caller."""
+    actor, value = agent.actor, agent.value
+    actor_params, value_params = list(actor.parameters()), list(value.parameters())
+
+    def gradients(rows):
+        obs, actions, advantages = batch["obs"][rows], batch["actions"][rows], batch["advantages"][rows]
+        # actor: -E min{ ratio A', clip(ratio, 1 ± 0.2) A' } - 0.01 H
+        mean, log_std = actor(obs)
+        log_ratio = gaussian_log_prob(actions, mean, log_std) - batch["log_probs"][rows]
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        entropy = gaussian_entropy(log_std)
+        actor_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean() - args.ent_coef * entropy
+        # value: (V(s) - (A_GAE + V_old(s)))²
+        v = value(obs)
+        value_loss = ((v - batch["returns"][rows]) ** 2).mean()
+        metrics = {"actor_loss": actor_loss, "value_loss": value_loss, "entropy": entropy, "v": v.mean(),
+                   "approx_kl": (ratio - 1 - log_ratio).mean(),
+                   "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean()}  # fmt: skip
+        return (
+            clip_grad_norm(torch.autograd.grad(actor_loss, actor_params), args.max_grad_norm),
+            clip_grad_norm(torch.autograd.grad(value_loss, value_params), args.max_grad_norm),
+            {name: metric.detach() for name, metric in metrics.items()},
+        )
+
+    gradients = steps.compiled(gradients, args.compile)
+
+    def epoch():
+        order = torch.rand(args.rollout_steps, device=batch["obs"].device).argsort()
+        for rows in order.split(args.minibatch_size):
+            actor_grads, value_grads, metrics = gradients(rows)
+            optimizers["actor_optimizer"].step(actor_grads)
+            optimizers["value_optimizer"].step(value_grads)
+        return metrics  # of the last minibatch
+
+    return epoch
+
+
+@torch.no_grad()
+def rollout(actor: Actor, env: envs.VectorEpisodes, steps_each: int) -> tuple[dict[str, np.ndarray], list[float]]:
+    """`steps_each` steps of every environment: arrays (steps_each, num_envs, …), and returns of finished episodes.
+
+    The actions kept are the policy's, not clipped: it is those that log π(a|s) belongs to.
+    """
+    rows, finished = [], []
+    for _ in range(steps_each):
+        obs = env.obs
+        mean, log_std = actor(torch.as_tensor(obs))
+        actions = (mean + log_std.exp() * torch.randn_like(mean)).numpy()
+        next_obs, rewards, terminated, ended, returns = env.step(actions.clip(-1, 1))
+        rows.append((obs, actions, next_obs, rewards, terminated, ended))
+        finished += returns
+    names = ("obs", "actions", "next_obs", "rewards", "terminated", "ended")
+    return {name: np.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}, finished
+
+
+@torch.no_grad()
+def fill(args: Args, batch: dict, collected: dict, agent: Agent, beta: float) -> torch.Tensor:
+    """Turn a rollout into what the update needs, in place; the mean auxiliary advantage."""
+    device = batch["obs"].device
+    obs, next_obs, actions = (
+        torch.as_tensor(collected[name], device=device).flatten(0, 1) for name in ("obs", "next_obs", "actions")
+    )
+    shape = collected["rewards"].shape
+    values, next_values = (agent.value(x).view(shape).cpu().numpy() for x in (obs, next_obs))
+    advantages = gae(
+        collected["rewards"],
+        values,
+        next_values,
+        collected["terminated"],
+        collected["ended"],
+        args.gamma,
+        args.gae_lambda,
+    )
+    returns = torch.as_tensor(advantages + values, device=device).flatten()
+    advantages = torch.as_tensor(advantages, device=device).flatten()
+    # A' = (A_GAE + β A_ref) / (1 + β), A_ref on the scale of A_GAE; then normalised
+    auxiliary = reference_advantage(args, agent.actor_reference, obs, actions) * advantages.std()
+    advantages = (advantages + beta * auxiliary) / (1 + beta)
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    log_probs = gaussian_log_prob(actions, *agent.actor(obs))
+    new = dict(obs=obs, actions=actions, advantages=advantages, returns=returns, log_probs=log_probs)
+    for name, tensor in new.items():
+        batch[name].copy_(tensor)
+    return auxiliary.mean()
+
+
+def empty_batch(args: Args, data: datasets.Dataset) -> dict[str, torch.Tensor]:
+    n, device = args.rollout_steps, data.obs.device
+    batch = {name: torch.zeros(n, device=device) for name in ("advantages", "returns", "log_probs")}
+    return batch | {name: torch.zeros(n, getattr(data, name).shape[1], device=device) for name in ("obs", "actions")}
+
+
+def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, best_score: float):
+    """Roll out, update, evaluate, and move π_ref. `best_score` is π_ref's at the start."""
+    device, per_rollout = data.obs.device, args.rollout_steps
+    batch = empty_batch(args, data)
+    epoch = update_epoch(args, batch, agent, optimizers)
+    stepper = steps.Stepper(epoch, device, graph=args.compile, steps_per_graph=1)
+    env = envs.VectorEpisodes(data.simulator, evaluator.mean, evaluator.std, args.num_envs, args.seed)
+    best = Best(best_score, agent.actor_reference)
+    state = {"agent": agent, **optimizers, "env": env, "best": best, "stepper": stepper}
+    start, done = run.restore("finetune", state, device)
+    if done:
+        return best
+    player = copy.deepcopy(agent.actor).cpu()  # a network this small acts faster beside the environments than on a GPU
+
+    total = args.online_steps // per_rollout * per_rollout
+    clock, began = Clock(run, "finetune"), time.monotonic()
+    with run.progress("finetune", total, start) as bar:
+        for env_step in range(start + per_rollout, total + 1, per_rollout):
+            fraction_left = 1 - (env_step - per_rollout) / total
+            optimizers["actor_optimizer"].lr.fill_(args.actor_lr * fraction_left)
+            optimizers["value_optimizer"].lr.fill_(args.critic_lr * fraction_left)
+            player.load_state_dict(agent.actor.state_dict())
+            collected, finished = rollout(player, env, per_rollout // args.num_envs)
+            beta = beta_at(args, env_step - per_rollout)
+            auxiliary = fill(args, batch, collected, agent, beta)
+            stepper.run(args.update_epochs)
+
+            scalars = {"charts/episodic_return": float(np.mean(finished))} if finished else {}
+            if env_step // args.eval_every > (env_step - per_rollout) // args.eval_every or env_step == total:
+                score = evaluator(agent.act, device)
+                losses = {f"losses/{name}": value for name, value in stepper.means().items()}
+                sps = (env_step - start) / (time.monotonic() - began)
+                scalars |= {"charts/score": score, "charts/SPS": sps, "charts/beta": beta,
+                            "charts/best_score": max(score, best.score), "losses/reference_advantage": auxiliary.item(),
+                            **losses}  # fmt: skip
+                if best.update(score, agent.actor) and args.reference == "best":
+                    agent.actor_reference.load_state_dict(agent.actor.state_dict())
+            interval = args.reference_interval
+            if args.reference == "interval" and env_step // interval > (env_step - per_rollout) // interval:
+                agent.actor_reference.load_state_dict(agent.actor.state_dict())
+            if scalars:
+                run.log("finetune", env_step, scalars)
+            run.show(bar, per_rollout)
+            clock.tick(env_step, env_step == total, state)
+    return best
+
+
+# ---------------------------------------------------------------------------------------------- the whole run
+
+
+def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
+    """Seconds of each stage from a few timed steps, on networks that are thrown away."""
+    args, data, device = copy.copy(args), data.head(10_000), data.obs.device
+    args.compile = False
+    obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
+    actor = Actor(obs_dim, action_dim)
+    policy = dict(obs_dim=obs_dim, action_dim=action_dim, hidden_layers=2, actor=actor.state_dict())
+    agent = Agent(args, policy).to(device)
+    optimizers = Optimizers(args, agent)
+    env = envs.VectorEpisodes(data.simulator, np.zeros(obs_dim), np.ones(obs_dim), args.num_envs, 0)
+    per_rollout, rollouts = args.rollout_steps // args.num_envs, args.online_steps // args.rollout_steps
+    epoch = update_epoch(args, empty_batch(args, data), agent, optimizers)
+    offline_step, offline_steps = offline.timed_step(args, data)
+    value_step = reevaluation_step(args, data, agent, optimizers)
+    act = steps.seconds_per_step(lambda: rollout(actor, env, 5), torch.device("cpu")) / 5
+    update = steps.seconds_per_step(epoch, device, n=1)
+    return {
+        "offline": offline_steps * steps.seconds_per_step(offline_step, device) if offline_steps else 0.0,
+        "reevaluate": args.reevaluate_steps * steps.seconds_per_step(value_step, device) if args.reevaluate else 0.0,
+        "finetune": rollouts * (per_rollout * act + args.update_epochs * update),
+    }
+
+
+def check(args: Args) -> None:
+    cli.check_positive(
+        args, "value_layers", "log_every", "eval_episodes", "reevaluate_steps", "reevaluate_batch_size", "online_steps",
+        "num_envs", "rollout_steps", "minibatch_size", "update_epochs", "reference_interval", "eval_every",
+    )  # fmt: skip
+    cli.check_online(args)
+    if args.rollout_steps % args.num_envs or args.rollout_steps % args.minibatch_size:
+        raise cli.UserError(
+            f"--rollout-steps is {args.rollout_steps}, but has to be a multiple of --num-envs ({args.num_envs}) and of "
+            f"--minibatch-size ({args.minibatch_size})"
+        )
+    if args.online_steps < args.rollout_steps:
+        raise cli.UserError(
+            f"--online-steps is {args.online_steps}, but has to be at least --rollout-steps ({args.rollout_steps})"
+        )
+
+
+def main() -> None:
+    args = cli.parse(Args, PRESETS)
+    check(args)
+    device = cli.resolve_device(args.device)
+    steps.setup(device, args.seed, args.deterministic)
+    args.compile = args.compile and steps.can_compile(device)
+    run = Run(args, run_name(args))
+
+    data = datasets.load(args.env_id, args.dataset_path, device)
+    print(f"data: {len(data):,} transitions, {data.source}")
+    envs.report_simulator_check(data)
+    report.estimate(run, estimate(args, data))
+
+    policy, evaluator = offline.policy(args, run, data, "gaussian")
+    seed_everything(args.seed)
+    agent = Agent(args, policy).to(device)
+    optimizers = Optimizers(args, agent)
+    offline_score = run.last_score = evaluator(agent.act, device)
+
+    if args.reevaluate:
+        run.train(
+            "reevaluate", lambda: reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps,
+            {"agent": agent, **optimizers}, device=device, compile=args.compile, log_every=args.log_every,
+        )  # fmt: skip
+    best = finetune(args, run, data, agent, optimizers, evaluator, offline_score)
+
+    save_online(run, "o2ppo", policy, agent.actor, best)
+    report.finish(run, offline_score, None, best.score, data, policy)
+    if args.capture_video:
+        envs.record_video(data.simulator, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
+
+
+if __name__ == "__main__":
+    cli.run(main)
