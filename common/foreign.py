@@ -45,7 +45,7 @@ def load_policy(path: str | Path, data, trust: bool = False) -> dict:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; {HELP}")
     if path.suffix == ".onnx":
-        return wrap(path, data, onnx_function(path))
+        return wrap(path, data, raw_function(onnx_function(path), data))
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     if "policy.pth" in names:
         return stable_baselines(path, data)
@@ -54,7 +54,7 @@ def load_policy(path: str | Path, data, trust: bool = False) -> dict:
             raise UserError(
                 f"{path} is a TorchScript program; pass --trust-checkpoint to run it if you know its origin"
             )
-        return wrap(path, data, torchscript_function(path, device))
+        return wrap(path, data, raw_function(torchscript_function(path, device), data))
     try:
         checkpoint = load_tensors(path, device)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
@@ -117,7 +117,8 @@ def stable_baselines(path: Path, data) -> dict:
             state = torch.load(io.BytesIO(file.read("policy.pth")), map_location=data.obs.device, weights_only=True)
             about = json.loads(file.read("data"))
         except (KeyError, pickle.UnpicklingError, RuntimeError, ValueError) as error:
-            raise UserError(f"{path} is not a whole model of Stable-Baselines3 ({error}); save it again") from error
+            first = str(error).splitlines()[0]
+            raise UserError(f"{path} is not a whole model of Stable-Baselines3 ({first}); save it again") from error
     if about.get("use_sde"):
         raise UserError(f"{path} explores with gSDE, which is not read here; train it with use_sde=False")
     default = "Tanh" if "action_net.weight" in state else "ReLU"
@@ -138,7 +139,13 @@ def stable_baselines(path: Path, data) -> dict:
     raise UserError(f"{path} is no SAC, TD3 or PPO model with an MLP policy; {HELP}")
 
 
-def onnx_function(path: Path) -> Function:
+def raw_function(act, data) -> Function:
+    """A policy that takes raw observations, as one that takes standardised ones."""
+    mean, std = data.statistics()
+    return Function(lambda obs: act(obs * std + mean).clamp(-1, 1))
+
+
+def onnx_function(path: Path):
     try:
         import onnxruntime
     except ImportError as error:
@@ -151,19 +158,14 @@ def onnx_function(path: Path) -> Function:
         ) from error
     name, outputs = session.get_inputs()[0].name, [session.get_outputs()[0].name]
 
-    def mode(obs: torch.Tensor) -> torch.Tensor:
-        actions = session.run(outputs, {name: obs.cpu().numpy()})[0]
-        return torch.as_tensor(actions, device=obs.device).clamp(-1, 1)
-
-    return Function(mode)
+    return lambda obs: torch.as_tensor(session.run(outputs, {name: obs.cpu().numpy()})[0], device=obs.device)
 
 
-def torchscript_function(path: Path, device) -> Function:
+def torchscript_function(path: Path, device):
     try:
-        script = torch.jit.load(str(path), map_location=device).eval()
+        return torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:
         raise UserError(f"{path} is not a whole TorchScript file ({str(error).splitlines()[0]})") from error
-    return Function(lambda obs: script(obs).clamp(-1, 1))
 
 
 # ---------------------------------------------------------------------------------------------- networks

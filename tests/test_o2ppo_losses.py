@@ -1,0 +1,227 @@
+"""Every loss and target of O2PPO against an independent float64 version, written from the equations."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal
+
+import o2ppo
+from common.envs import VectorEpisodes
+from tests.reference import A, B, Recorder, S, critic64, fixed_rows, mlp64, noises, same
+
+
+@pytest.fixture
+def agent():
+    torch.manual_seed(3)
+    actor = o2ppo.Actor(S, A).state_dict()
+    agent = o2ppo.Agent(o2ppo.Args(), dict(obs_dim=S, action_dim=A, hidden_layers=2, actor=actor))
+    with torch.no_grad():  # everything different from everything else
+        for parameter in agent.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        agent.actor.log_std.sub_(1.0)
+        agent.actor_reference.log_std.sub_(0.7)
+    return agent
+
+
+def policy64(actor, obs):
+    return Normal(torch.tanh(mlp64(actor.net, obs)), actor.log_std.double().exp())
+
+
+def v64(value, obs):
+    return mlp64(value.net, obs, torch.tanh)[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------- re-evaluation
+
+
+def test_tails_equal_a_loop_over_episodes(data):
+    tails, coefficients, ends = o2ppo.discounted_tails(data, 0.9)
+    rewards, terminations = data.rewards.double(), data.terminations
+    for start in range(0, len(data), 37):
+        total, discount, row = 0.0, 1.0, start
+        while True:
+            total += discount * rewards[row].item()
+            discount *= 0.9
+            if row + 1 == len(data) or data.episode[row + 1] != data.episode[row]:
+                break
+            row += 1
+        assert tails[start].item() == pytest.approx(total, abs=1e-4) and ends[start].item() == row
+        left = 0.0 if terminations[row] else discount  # a time-out's tail is bootstrapped, never the next episode's
+        assert coefficients[start].item() == pytest.approx(left, rel=1e-5)
+    assert (coefficients == 0).any() and (coefficients > 0).any()
+
+
+def test_returns(agent, data, monkeypatch):
+    args, optimizers = o2ppo.Args(compile=False, reevaluate_batch_size=B), Recorder()
+    obs, *_, rows = fixed_rows(monkeypatch, o2ppo, data)
+    o2ppo.reevaluation_step(args, data, agent, optimizers)()
+    tails, coefficients, ends = o2ppo.discounted_tails(data, 0.99)
+    y = tails[rows].double() + coefficients[rows].double() * v64(agent.value, data.next_obs[ends[rows]])
+    loss = ((v64(agent.value, obs) - y.detach()) ** 2).mean()
+    same(optimizers["reevaluate_optimizer"].calls[0], loss, list(agent.value.parameters()))
+    assert set(optimizers) == {"reevaluate_optimizer"}
+
+
+def test_fqe(agent, data, monkeypatch):
+    args, optimizers = o2ppo.Args(compile=False, reevaluate_batch_size=B, value_init="fqe"), Recorder()
+    obs, actions, rewards, next_obs, terminations, _ = fixed_rows(monkeypatch, o2ppo, data)
+    noise = noises(monkeypatch, (B, A), (B, A))
+    before = copy.deepcopy(agent.critic_target)
+    o2ppo.reevaluation_step(args, data, agent, optimizers)()
+
+    def execute(states, eps):
+        policy = policy64(agent.actor_offline, states)
+        return (policy.mean + policy.stddev * eps).clamp(-1, 1)
+
+    y = rewards.double() + 0.99 * (1 - terminations.double()) * critic64(
+        before, next_obs, execute(next_obs, noise[0])
+    ).mean(0)
+    loss = sum(((q - y.detach()) ** 2).mean() for q in critic64(agent.critic, obs, actions))
+    same(optimizers["critic_optimizer"].calls[0], loss, list(agent.critic.parameters()))
+    v_target = critic64(agent.critic, obs, execute(obs, noise[1])).mean(0).detach()
+    loss = ((v64(agent.value, obs) - v_target) ** 2).mean()
+    same(optimizers["reevaluate_optimizer"].calls[0], loss, list(agent.value.parameters()))
+
+
+# ----------------------------------------------------------------------------------------------- advantages
+
+
+def test_gae_equals_its_sum():
+    """A_t = Σ_k (γλ)^k δ_{t+k}, up to the first step that ended its episode."""
+    rng = np.random.default_rng(0)
+    T, n = 40, 3
+    rewards, values, next_values = rng.normal(size=(3, T, n))
+    ended = rng.random((T, n)) < 0.15
+    terminated = ended & (rng.random((T, n)) < 0.5)
+    got = o2ppo.gae(rewards, values, next_values, terminated, ended, 0.99, 0.95)
+    deltas = rewards + 0.99 * np.where(terminated, 0, next_values) - values
+    for t in range(T):
+        for i in range(n):
+            total, weight = 0.0, 1.0
+            for k in range(t, T):
+                total += weight * deltas[k, i]
+                weight *= 0.99 * 0.95
+                if ended[k, i]:
+                    break
+            assert got[t, i] == pytest.approx(total)
+
+
+def test_reference_advantage(agent):
+    obs, actions = torch.randn(B, S), torch.rand(B, A) * 3 - 1.5
+    got = o2ppo.reference_advantage(o2ppo.Args(), agent.actor_reference, obs, actions)
+    policy = policy64(agent.actor_reference, obs)
+    x = policy.log_prob(actions.double()).sum(1) + policy.entropy().sum(1) + 4 * A
+    want = 2 * (torch.log1p(torch.exp(x)) - 4 * A) / A
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.6])
+def test_mixed_advantage_is_normalised(agent, data, beta):
+    args = o2ppo.Args(rollout_steps=B, num_envs=4)
+    rng = np.random.default_rng(0)
+    shape = (B // 4, 4)
+    collected = {name: rng.normal(size=(*shape, size)).astype(np.float32) for name, size in
+                 (("obs", S), ("next_obs", S), ("actions", A))}  # fmt: skip
+    collected |= {"rewards": rng.normal(size=shape).astype(np.float32), "ended": rng.random(shape) < 0.1}
+    collected["terminated"] = collected["ended"]
+    batch = o2ppo.empty_batch(args, data)
+    o2ppo.fill(args, batch, collected, agent, beta)
+    obs, actions = (torch.as_tensor(collected[name]).flatten(0, 1) for name in ("obs", "actions"))
+    v, v_next = (
+        v64(agent.value, torch.as_tensor(collected[name]).flatten(0, 1)).view(shape) for name in ("obs", "next_obs")
+    )
+    a_gae = torch.as_tensor(
+        o2ppo.gae(collected["rewards"], v.detach().numpy(), v_next.detach().numpy(), collected["terminated"],
+                  collected["ended"], 0.99, 0.95)
+    ).flatten()  # fmt: skip
+    a_ref = o2ppo.reference_advantage(args, agent.actor_reference, obs, actions).double().detach() * a_gae.std()
+    want = (a_gae + beta * a_ref) / (1 + beta)
+    want = (want - want.mean()) / want.std()
+    torch.testing.assert_close(batch["advantages"].double(), want, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(batch["returns"].double(), a_gae + v.flatten().detach(), rtol=1e-3, atol=1e-3)
+    log_prob = policy64(agent.actor, obs).log_prob(actions.double()).sum(1).detach()
+    torch.testing.assert_close(batch["log_probs"].double(), log_prob, rtol=1e-4, atol=1e-4)
+
+
+def test_beta_schedule():
+    assert [o2ppo.beta_at(o2ppo.Args(), step) for step in (0, 125_000, 250_000, 300_000)] == [1.0, 0.5, 0.0, 0.0]
+    assert o2ppo.beta_at(o2ppo.Args(env_id="hopper-expert-v2"), 250_000) == 0.5
+    assert o2ppo.beta_at(o2ppo.Args(constrain=False), 0) == 0.0
+
+
+# ----------------------------------------------------------------------------------------------- fine-tuning
+
+
+def test_update(agent, data):
+    args, optimizers = o2ppo.Args(compile=False, rollout_steps=B, minibatch_size=B), Recorder()
+    obs, actions = torch.randn(B, S), torch.randn(B, A) * 0.5
+    log_probs = policy64(agent.actor, obs).log_prob(actions.double()).sum(1).detach().float() + 0.3 * torch.randn(B)
+    batch = dict(obs=obs, actions=actions, advantages=torch.randn(B), returns=torch.randn(B), log_probs=log_probs)
+    metrics = o2ppo.update_epoch(args, batch, agent, optimizers)()
+    policy = policy64(agent.actor, obs)
+    ratio = (policy.log_prob(actions.double()).sum(1) - log_probs.double()).exp()
+    assert (ratio > 1.2).any() and (ratio < 0.8).any()
+    advantages = batch["advantages"].double()
+    actor_loss = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+    actor_loss = actor_loss - 0.01 * policy.entropy().sum(1).mean()
+    value_loss = ((v64(agent.value, obs) - batch["returns"].double()) ** 2).mean()
+    for name, loss, module in (
+        ("actor_optimizer", actor_loss, agent.actor),
+        ("value_optimizer", value_loss, agent.value),
+    ):
+        params = list(module.parameters())
+        grads = torch.autograd.grad(loss, params, retain_graph=True)
+        norm = math.sqrt(sum((g**2).sum().item() for g in grads))
+        same(optimizers[name].calls[0], loss * min(1.0, 0.5 / norm), params)
+    torch.testing.assert_close(metrics["value_loss"].double(), value_loss.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_every_row_is_used_once_an_epoch(agent):
+    """With advantages of zero the value loss over an epoch sees each return exactly once."""
+    args, optimizers = o2ppo.Args(compile=False, rollout_steps=64, minibatch_size=16), Recorder()
+    seen = []
+    batch = {name: torch.zeros(64) for name in ("advantages", "returns", "log_probs")}
+    batch |= {"obs": torch.zeros(64, S), "actions": torch.zeros(64, A)}
+
+    class Watched(dict):
+        def __getitem__(self, name):
+            tensor = super().__getitem__(name)
+            if name != "returns":
+                return tensor
+
+            class Rows:
+                def __getitem__(_, rows):
+                    seen.append(rows)
+                    return tensor[rows]
+
+            return Rows()
+
+    o2ppo.update_epoch(args, Watched(batch), agent, optimizers)()
+    assert sorted(torch.cat(seen).tolist()) == list(range(64)) and len(seen) == 4
+
+
+def test_rollout_keeps_unclipped_actions_and_true_next_states(agent):
+    with torch.no_grad():
+        agent.actor.log_std.fill_(0.5)  # so wide that many actions lie outside [-1, 1]
+    env = VectorEpisodes("Hopper-v4", np.zeros(S), np.ones(S), 3, seed=1)
+    played = []
+    step = env.step
+    env.step = lambda actions: played.append(actions) or step(actions)
+    collected, returns = o2ppo.rollout(agent.actor, env, 60)
+    assert collected["obs"].shape == (60, 3, S) and np.abs(collected["actions"]).max() > 1.2
+    assert np.abs(np.stack(played)).max() <= 1.0
+    np.testing.assert_array_equal(np.stack(played), collected["actions"].clip(-1, 1))
+    ended = collected["ended"]
+    assert ended.any() and len(returns) == ended.sum()
+    follows = (collected["next_obs"][:-1] == collected["obs"][1:]).all(-1)
+    np.testing.assert_array_equal(follows, ~ended[:-1])  # after an end comes another episode, not its next state
+
+
+def test_std_is_capped_on_hopper_expert_data():
+    policy = dict(obs_dim=S, action_dim=A, hidden_layers=2, actor=o2ppo.Actor(S, A).state_dict())
+    std = o2ppo.Agent(o2ppo.Args(env_id="hopper-expert-v2"), policy).actor(torch.zeros(1, S))[1].exp()
+    torch.testing.assert_close(std, torch.full((A,), 0.05))
+    assert (o2ppo.Agent(o2ppo.Args(env_id="walker2d-expert-v2"), policy).actor(torch.zeros(1, S))[1].exp() == 1).all()

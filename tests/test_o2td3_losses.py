@@ -1,0 +1,145 @@
+"""Every loss and target of O2TD3 against an independent float64 version, written from the equations."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import o2td3
+from common import replay
+from tests.reference import A, B, Recorder, S, critic64, fixed_rows, mlp64, noises, same
+
+
+@pytest.fixture
+def agent():
+    torch.manual_seed(3)
+    actor = o2td3.Actor(S, A).state_dict()
+    agent = o2td3.Agent(o2td3.Args(), dict(obs_dim=S, action_dim=A, hidden_layers=2, actor=actor))
+    with torch.no_grad():  # everything different from everything else
+        for module in (agent.actor, agent.actor_reference, agent.actor_target, agent.critic_target, agent.critic):
+            for parameter in module.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        agent.log_lagrange.fill_(0.3)
+    return agent
+
+
+def act64(actor, obs):
+    return torch.tanh(mlp64(actor.net, obs))
+
+
+def smoothed64(actions, noise):
+    return (actions + (0.2 * noise).clamp(-0.5, 0.5)).clamp(-1, 1)
+
+
+def test_reevaluation(agent, data, monkeypatch):
+    args, optimizers = o2td3.Args(compile=False, batch_size=B), Recorder()
+    obs, actions, rewards, next_obs, terminations, _ = fixed_rows(monkeypatch, o2td3, data)
+    (noise,) = noises(monkeypatch, (B, A))
+    before = copy.deepcopy(agent.critic_target)
+    o2td3.reevaluation_step(args, data, agent, optimizers)()
+
+    next_actions = smoothed64(act64(agent.actor_offline, next_obs), noise)  # the frozen offline policy
+    q_next = critic64(before, next_obs, next_actions).min(0).values
+    y = rewards.double() + 0.99 * (1 - terminations.double()) * q_next
+    loss = sum(((q - y.detach()) ** 2).mean() for q in critic64(agent.critic, obs, actions))
+    same(optimizers["critic_optimizer"].calls[0], loss, list(agent.critic.parameters()))
+    assert set(optimizers) == {"critic_optimizer"}
+    for old, new, source in zip(
+        before.parameters(), agent.critic_target.parameters(), agent.critic.parameters(), strict=True
+    ):
+        torch.testing.assert_close(new, 0.995 * old + 0.005 * source, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_alignment(agent, data, monkeypatch, sign):
+    with torch.no_grad():  # once with positive Q, once with negative
+        agent.critic_target.net[-1].bias.fill_(sign * 5.0)
+    args, optimizers = o2td3.Args(compile=False, batch_size=B, align_distance=4.0), Recorder()
+    obs, *_ = fixed_rows(monkeypatch, o2td3, data)
+    (noise,) = noises(monkeypatch, (B, A))
+    frozen = copy.deepcopy((agent.critic_target, agent.actor_offline))
+    o2td3.alignment_step(args, data, agent, optimizers)()
+
+    anchor = act64(agent.actor_offline, obs)
+    noisy = smoothed64(act64(agent.actor, obs), noise).detach()
+    q_anchor = critic64(agent.critic_target, obs, anchor).min(0).values.detach()
+    q_noisy = critic64(agent.critic_target, obs, noisy).detach()
+    distance = torch.sqrt(((noisy - anchor) ** 2).sum(1)) / math.sqrt(A)
+    assert (distance > 0.2).any() and (distance < 0.2).any()
+    k = 1 + 4 * torch.min(distance, torch.tensor(0.2)).detach() ** 2
+    assert (sign * q_anchor > 0).all()
+    ceiling = q_anchor / k if sign > 0 else q_anchor * k
+    assert (ceiling < q_anchor).all()  # never above the anchor's own value
+    loss = 0
+    for i in range(2):
+        target = torch.min(ceiling, q_noisy[i])
+        loss = loss + ((critic64(agent.critic, obs, noisy)[i] - target) ** 2).mean()
+        loss = loss + ((critic64(agent.critic, obs, anchor.detach())[i] - q_anchor) ** 2).mean()
+    same(optimizers["critic_optimizer"].calls[0], loss, list(agent.critic.parameters()))
+    actor_loss = -critic64(agent.critic, obs, act64(agent.actor, obs))[0].mean()
+    same(optimizers["actor_optimizer"].calls[0], actor_loss, list(agent.actor.parameters()))
+    assert set(optimizers) == {"critic_optimizer", "actor_optimizer"}
+    for module, copied in zip((agent.critic_target, agent.actor_offline), frozen, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), copied.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("constrain", [True, False])
+def test_finetuning(agent, data, monkeypatch, constrain):
+    args, optimizers = o2td3.Args(compile=False, batch_size=B, utd=2, constrain=constrain), Recorder()
+    buffer = replay.ReplayBuffer(data, 10, "half")
+    batches = [replay.split(data.table[torch.randint(len(data), (B,))], S, A) for _ in range(2)]
+    fed = iter(batches)
+    monkeypatch.setattr(buffer, "sample", lambda _: next(fed))
+    noise = noises(monkeypatch, (B, A), (B, A))
+    before = copy.deepcopy(agent)
+    metrics = o2td3.finetuning_step(args, buffer, agent, optimizers, torch.tensor(0.1))()
+
+    lagrange = math.exp(0.3) if constrain else 0.0
+    for update, (obs, actions, rewards, next_obs, terminations) in enumerate(batches):
+        next_actions = smoothed64(act64(before.actor_target, next_obs), noise[update])
+        f_next = ((act64(agent.actor, next_obs) - act64(agent.actor_reference, next_obs)) ** 2).mean(1)
+        q_next = critic64(before.critic_target, next_obs, next_actions).min(0).values - lagrange * f_next
+        y = rewards.double() + 0.99 * (1 - terminations.double()) * q_next
+        loss = sum(((q - y.detach()) ** 2).mean() for q in critic64(agent.critic, obs, actions))
+        same(optimizers["critic_optimizer"].calls[update], loss, list(agent.critic.parameters()))
+    # the actor, λ and the targets move at the second update only, on its batch
+    assert len(optimizers["actor_optimizer"].calls) == 1
+    new_actions = act64(agent.actor, obs)
+    f = ((new_actions - act64(agent.actor_reference, obs).detach()) ** 2).mean(1)
+    q = critic64(agent.critic, obs, new_actions)[0]
+    actor_loss = -q.mean() / q.abs().mean().detach() + lagrange * f.mean()
+    same(optimizers["actor_optimizer"].calls[0], actor_loss, list(agent.actor.parameters()))
+    torch.testing.assert_close(metrics["mse"].double(), f.mean().detach(), rtol=1e-4, atol=1e-6)
+    assert len(optimizers["lagrange_optimizer"].calls) == int(constrain)
+    if constrain:
+        u = 0.1 - f.detach()
+        assert (u > 0).any() and (u < 0).any()
+        want = lagrange * ((0.7 - (u > 0).double()).abs() * u).mean()
+        got = optimizers["lagrange_optimizer"].calls[0][0].double()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    for name in ("critic", "actor"):
+        target, old = getattr(agent, f"{name}_target"), getattr(before, f"{name}_target")
+        for new, was, source in zip(
+            target.parameters(), old.parameters(), getattr(agent, name).parameters(), strict=True
+        ):
+            torch.testing.assert_close(new, 0.995 * was + 0.005 * source, rtol=1e-5, atol=1e-6)
+    for name in ("actor_reference", "actor_offline"):
+        for a, b in zip(getattr(agent, name).parameters(), getattr(before, name).parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("slack", "direction"), [(-0.5, 1), (0.5, -1)])
+def test_multiplier_rises_when_violated_and_falls_when_met(slack, direction):
+    log_lagrange = torch.nn.Parameter(torch.zeros(()))
+    optimizer = o2td3.Adam([log_lagrange], 1e-3)
+    optimizer.step(torch.autograd.grad(o2td3.lagrange_loss(log_lagrange, torch.full((8,), slack), 0.7), [log_lagrange]))
+    assert torch.sign(log_lagrange) == direction
+
+
+def test_threshold_schedule():
+    args = o2td3.Args()
+    assert o2td3.threshold_at(args, 0) == 0.0025
+    assert o2td3.threshold_at(args, 50_000) == pytest.approx((0.0025 + 0.01) / 2)
+    assert o2td3.threshold_at(args, 100_000) == o2td3.threshold_at(args, 300_000) == pytest.approx(0.01)
+    assert o2td3.threshold_at(o2td3.Args(reference="interval", mse_threshold_end=0.04), 100_000) == pytest.approx(0.01)
