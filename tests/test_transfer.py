@@ -295,7 +295,7 @@ def test_onnx_is_distilled(kind, data, tmp_path, evaluator, capsys):
     mean, std = raw.statistics()
     torch.testing.assert_close(policy["actor"].mode((obs - mean) / std), net(obs).detach(), rtol=1e-4, atol=1e-5)
     raw.standardise(mean, std)
-    new = transfer(policy, kind, raw, evaluator, bar, steps=800)
+    new = transfer(policy, kind, raw, evaluator, bar, steps=1_500)
     assert new["transfer_error"] < 0.05
     got = policies.module(new).mode(raw.obs[:50])
     assert (got - net(obs)).abs().mean() < 0.05

@@ -1,0 +1,202 @@
+"""The whole of O2TD3 and of O2PPO at tiny budgets: what they write, how they resume, what they refuse."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import o2ppo
+import o2td3
+from common.replay import ReplayBuffer
+from tests.conftest import TINY
+
+ROOT = Path(o2td3.__file__).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+COMMON = ["--env-id", "hopper-medium-demo", "--offline-steps", "4", "--reevaluate-steps", "12", "--log-every", "5"]
+SMALL = {
+    "o2td3": [*COMMON, *TINY, "--align-steps", "12", "--online-steps", "120", "--learning-starts", "60",
+              "--eval-every", "40", "--align-eval-every", "6"],
+    "o2ppo": [*COMMON, "--device", "cpu", "--no-compile", "--checkpoint-seconds", "0", "--eval-episodes", "2",
+              "--online-steps", "192", "--rollout-steps", "64", "--minibatch-size", "16", "--num-envs", "4",
+              "--update-epochs", "2", "--eval-every", "64", "--reevaluate-batch-size", "32"],
+}  # fmt: skip
+NAMES = {"o2td3": "hopper-medium-demo__o2td3__td3_bc__0", "o2ppo": "hopper-medium-demo__o2ppo__iql__0"}
+SCRIPTS = {"o2td3": o2td3, "o2ppo": o2ppo}
+
+
+def execute(command):
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Runs a script once, in a process of its own: gives its folder and what it printed."""
+    done = {}
+
+    def run(script):
+        if script not in done:
+            folder = tmp_path_factory.mktemp(script)
+            result = execute([f"{script}.py", *SMALL[script], "--run-dir", str(folder)])
+            assert result.returncode == 0, result.stderr
+            done[script] = (folder, result.stdout, result.stderr)
+        return done[script]
+
+    return run
+
+
+def weights(run):
+    state = torch.load(run / "finetune.pt", weights_only=True)
+    flat = dict(state["state"]["agent"]) | {"rng": state["rng"]["torch"]}
+    for name, optimizer in state["state"].items():
+        if name.endswith("optimizer"):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                flat |= {f"{name}.{moment}.{i}": tensor for i, tensor in enumerate(optimizer[moment])}
+    return flat
+
+
+def progress(run):
+    with open(run / "progress.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "charts/SPS"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_run_leaves(script, finished):
+    folder, out, err = finished(script)
+    run = folder / NAMES[script]
+    left = {path.name for path in run.iterdir()}
+    assert {"reevaluate.pt", "finetune.pt", "policy.pt", "best.pt", "args.json", "result.json", "curve.png"} <= left
+    assert ("align.pt" in left) == (script == "o2td3") and not list(folder.rglob("*.part"))
+    result = json.loads((run / "result.json").read_text())
+    assert result["best_online"] >= result["offline"] and "not D4RL" in result["source"]
+    for word in ("simulator check", "estimated time", "best online", "last online", "not D4RL's data"):
+        assert word in out
+    assert "finetune  : 100%" in err and "step/s" in err
+    names = {name for row in progress(run) for name, value in row.items() if value}
+    assert {"charts/score", "charts/best_score", "charts/episodic_return", "losses/actor_loss"} <= names
+    assert names >= ({"losses/mse", "losses/lagrange"} if script == "o2td3" else {"losses/approx_kl", "charts/beta"})
+    docs = (ROOT / "docs" / "scalars.md").read_text()
+    assert not [name for name in names - {"stage", "step"} if name not in docs]  # every one is explained
+
+
+KILL = """
+import os, signal, sys
+sys.argv[0] = "{script}.py"
+import {script} as script
+from common import cli, run
+tick = run.Clock.tick
+def deadly(self, step, done, state):
+    if self.stage == "{stage}" and step >= {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    self.run.args.checkpoint_seconds = 0 if {every} and step % {every} == 0 else 1e9
+    tick(self, step, done, state)
+run.Clock.tick = script.Clock.tick = deadly
+run.Run.train.__globals__["_until"] = lambda step, every, total: 1
+cli.run(script.main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "stage", "step", "every"),
+    [("o2td3", "reevaluate", 11, 10), ("o2td3", "align", 11, 10), ("o2td3", "finetune", 96, 5),
+     ("o2ppo", "reevaluate", 11, 10), ("o2ppo", "finetune", 192, 64)],
+)  # fmt: skip
+def test_a_killed_run_ends_with_the_same_weights(script, stage, step, every, finished, tmp_path):
+    folder, *_ = finished(script)
+    program = KILL.format(script=script, stage=stage, step=step, every=every)
+    killed = execute(["-c", program, *SMALL[script], "--run-dir", str(tmp_path)])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = execute([f"{script}.py", *SMALL[script], "--run-dir", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert f"{stage}: continuing at step" in done.stdout
+    want, got = weights(folder / NAMES[script]), weights(tmp_path / NAMES[script])
+    assert want.keys() == got.keys()
+    for name in want:
+        assert torch.equal(want[name], got[name]), name
+    assert progress(folder / NAMES[script]) == progress(tmp_path / NAMES[script])
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("o2td3", ["--no-reevaluate", "--no-align", "--no-constrain"]),
+        ("o2td3", ["--buffer", "part", "--utd", "3"]),
+        ("o2td3", ["--reference", "interval", "--reference-interval", "30", "--no-critic-layer-norm"]),
+        ("o2ppo", ["--no-reevaluate", "--no-constrain"]),
+        ("o2ppo", ["--value-init", "fqe", "--reference", "interval", "--reference-interval", "64"]),
+        ("o2ppo", ["--num-envs", "1", "--max-std-start", "0.1"]),
+    ],
+)
+def test_variants(script, flags, finished, run_script):
+    folder, *_ = finished(script)
+    name = "v" + "".join(flags)
+    code, out, err = run_script(SCRIPTS[script], *SMALL[script], "--run-dir", folder, "--exp-name", name, *flags)
+    assert code == 0, err
+    assert "last online" in out
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("o2td3", ["--policy-freq", "0"], "--policy-freq is 0"),
+        ("o2td3", ["--batch-size", "33"], "has to be even"),
+        ("o2td3", ["--offline", "nowhere.zip"], "there is no checkpoint nowhere.zip"),
+        ("o2td3", ["--offline", "bc", "--no-reevaluate"], "has no critic, which --no-reevaluate needs"),
+        ("o2ppo", ["--num-envs", "5"], "has to be a multiple of --num-envs (5)"),
+        ("o2ppo", ["--online-steps", "63"], "has to be at least --rollout-steps"),
+        ("o2ppo", ["--update-epochs", "-1"], "--update-epochs is -1"),
+        ("o2ppo", ["--env-id", "hoper-medium-v2"], "the nearest names are"),
+    ],
+)
+def test_refused_with_one_sentence(script, flags, words, finished, run_script):
+    folder, *_ = finished(script)
+    name = "r" + "".join(flags).replace("/", "")
+    code, _, err = run_script(SCRIPTS[script], *SMALL[script], "--run-dir", folder, "--exp-name", name, *flags)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and words in last and "Traceback" not in err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_compiled_steps_equal_eager_ones(script, data):
+    def td3(compile):
+        args = o2td3.Args(compile=compile, batch_size=32, utd=2)
+        actor = o2td3.Actor(11, 3).state_dict()
+        agent = o2td3.Agent(args, dict(obs_dim=11, action_dim=3, hidden_layers=2, actor=actor))
+        optimizers = o2td3.Optimizers(args, agent)
+        buffer = ReplayBuffer(data, 100, "half")
+        buffer.size.fill_(100)
+        return agent, [
+            o2td3.reevaluation_step(args, data, agent, optimizers),
+            o2td3.alignment_step(args, data, agent, optimizers),
+            o2td3.finetuning_step(args, buffer, agent, optimizers, torch.tensor(0.1)),
+        ]
+
+    def ppo(compile):
+        args = o2ppo.Args(compile=compile, reevaluate_batch_size=32, rollout_steps=64, minibatch_size=16)
+        actor = o2ppo.Actor(11, 3).state_dict()
+        agent = o2ppo.Agent(args, dict(obs_dim=11, action_dim=3, hidden_layers=2, actor=actor))
+        optimizers = o2ppo.Optimizers(args, agent)
+        batch = {name: torch.randn_like(tensor) for name, tensor in o2ppo.empty_batch(args, data).items()}
+        args.value_init = "fqe"
+        fqe = o2ppo.reevaluation_step(args, data, agent, optimizers)
+        args.value_init = "returns"
+        returns = o2ppo.reevaluation_step(args, data, agent, optimizers)
+        return agent, [fqe, returns, o2ppo.update_epoch(args, batch, agent, optimizers)]
+
+    def trained(compile):
+        torch.manual_seed(0)
+        agent, makers = {"o2td3": td3, "o2ppo": ppo}[script](compile)
+        torch.manual_seed(1)
+        for step in makers:
+            for _ in range(5):
+                step()
+        return agent.state_dict()
+
+    eager, fast = trained(False), trained(True)
+    for name in eager:
+        torch.testing.assert_close(fast[name], eager[name], rtol=1e-3, atol=2e-4, msg=lambda t, n=name: f"{n}: {t}")
