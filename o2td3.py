@@ -144,15 +144,15 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Twin Q networks side by side: (B, S), (B, A) -> (2, B)."""
+    """Twin Q networks side by side: (B, S), (B, A) -> (2, B); the first `n` alone give (n, B)."""
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, layer_norm: bool = True):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, layer_norm)
 
-    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor, n: int = 2) -> torch.Tensor:
         x = torch.cat([obs, actions], dim=-1)
-        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+        return self.net(x.expand(n, *x.shape)).squeeze(-1)
 
 
 def smoothed(actions: torch.Tensor, args: Args) -> torch.Tensor:
@@ -261,7 +261,7 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
         aligned_loss = ((q - q_aligned) ** 2).mean(1).sum()
         anchor_loss = ((q_anchor - q_anchor_target) ** 2).mean(1).sum()
         # TD3's actor loss: -Q_1(s, π(s))
-        actor_loss = -critic(obs, new_actions)[0].mean()
+        actor_loss = -critic(obs, new_actions, n=1)[0].mean()
         metrics = {"aligned_loss": aligned_loss, "anchor_loss": anchor_loss, "actor_loss": actor_loss, "q": q.mean(),
                    "q_anchor": q_anchor.mean(), "distance": distance.mean()}  # fmt: skip
         return (
@@ -328,7 +328,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
         with torch.no_grad():
             reference_actions = reference(obs)
         f = ((new_actions - reference_actions) ** 2).mean(1)
-        q = critic(obs, new_actions)[0]
+        q = critic(obs, new_actions, n=1)[0]
         actor_loss = -q.mean() / q.abs().mean().detach() + lagrange() * f.mean()
         # multiplier towards E f = τ
         multiplier_loss = lagrange_loss(agent.log_lagrange, threshold - f.detach(), args.lagrange_expectile)

@@ -1,4 +1,4 @@
-"""Steps per second of every stage of O2SAC and of CQL, on random data of hopper's size.
+"""Steps per second of every offline algorithm and of every stage of the online ones, on random data of hopper's size.
 
     python benchmarks/steps.py                  # this machine's GPU, else its CPU: eager and compiled
     python benchmarks/steps.py --device cpu
@@ -19,18 +19,28 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import o2ppo  # noqa: E402
 import o2sac  # noqa: E402
+import o2td3  # noqa: E402
 from common import cli, datasets, report, steps  # noqa: E402
+from common.policies import Policy  # noqa: E402
 from common.replay import ReplayBuffer  # noqa: E402
-from offline import cql  # noqa: E402
+from offline import awac, bc, cql, iql, rebrac, td3_bc  # noqa: E402
+
+OFFLINE = {"cql": cql, "iql": iql, "td3_bc": td3_bc, "bc": bc, "awac": awac, "rebrac": rebrac}
+ONLINE = {"o2sac": (o2sac, "squashed_gaussian"), "o2td3": (o2td3, "deterministic"), "o2ppo": (o2ppo, "gaussian")}
+STAGES = (
+    *OFFLINE, *(f"{script}-{stage}" for script in ("o2sac", "o2td3") for stage in ("reevaluate", "align", "update")),
+    "o2ppo-reevaluate", "o2ppo-epoch",
+)  # fmt: skip
 
 
 @dataclass
 class Args:
     device: str = "auto"
     """cpu, cuda, …; auto takes the GPU where there is one"""
-    stages: tuple[str, ...] = ("cql", "reevaluate", "align", "update")
-    """the stages to time"""
+    stages: tuple[str, ...] = STAGES
+    """the stages to time: o2ppo-epoch is a pass over one rollout in 16 minibatches"""
     seconds: float = 2.0
     """length of one turn"""
     turns: int = 5
@@ -59,23 +69,30 @@ def random_data(args: Args, device: torch.device) -> datasets.Dataset:
 
 def make_step(stage: str, data: datasets.Dataset, compile: bool):
     """One gradient step of `stage` (for `update`: one online update), with the paper's sizes."""
-    obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
-    device = data.obs.device
-    if stage == "cql":
-        args = cql.Args(compile=compile)
-        agent = cql.Agent(obs_dim, action_dim, args.hidden_layers).to(device)
-        return cql.training_step(args, data, agent, cql.Optimizers(args, agent))
-    args = o2sac.Args(compile=compile, utd=1)
-    actor = o2sac.Actor(obs_dim, action_dim).state_dict()
-    agent = o2sac.Agent(args, dict(obs_dim=obs_dim, action_dim=action_dim, hidden_layers=3, actor=actor)).to(device)
-    optimizers = o2sac.Optimizers(args, agent)
+    obs_dim, action_dim, device = data.obs.shape[1], data.actions.shape[1], data.obs.device
+    if stage in OFFLINE:
+        script = OFFLINE[stage]
+        args = script.Args(compile=compile)
+        agent = script.Agent(args, obs_dim, action_dim).to(device)
+        return script.training_step(args, data, agent, script.Optimizers(args, agent))
+    name, stage = stage.split("-")
+    script, kind = ONLINE[name]
+    args = script.Args(compile=compile)
+    layers = 3 if name == "o2sac" else 2
+    actor = Policy(kind, obs_dim, action_dim, layers).state_dict()
+    agent = script.Agent(args, dict(obs_dim=obs_dim, action_dim=action_dim, hidden_layers=layers, actor=actor))
+    optimizers = script.Optimizers(args, agent.to(device))
     if stage == "reevaluate":
-        return o2sac.reevaluation_step(args, data, agent, optimizers)
+        return script.reevaluation_step(args, data, agent, optimizers)
     if stage == "align":
-        return o2sac.alignment_step(args, data, agent, optimizers)
+        return script.alignment_step(args, data, agent, optimizers)
+    if stage == "epoch":
+        batch = {key: torch.randn_like(tensor) for key, tensor in o2ppo.empty_batch(args, data).items()}
+        return o2ppo.update_epoch(args, batch, agent, optimizers)
+    args.utd = 1
     replay = ReplayBuffer(data, 1_000, "half")
     replay.size.fill_(1_000)
-    return o2sac.finetuning_step(args, replay, agent, optimizers, torch.tensor(0.125, device=device))
+    return script.finetuning_step(args, replay, agent, optimizers, torch.tensor(0.1, device=device))
 
 
 def turn(stepper: steps.Stepper, seconds: float, device: torch.device) -> float:
@@ -95,15 +112,18 @@ def main() -> None:
     steps.setup(device, seed=0)
     data = random_data(args, device)
     kinds = ["eager"] + ["compiled"] * (args.compile and steps.can_compile(device))
-    table = Table(title=f"steps/s, batch 256, {report.hardware(device)}, PyTorch {torch.__version__}")
+    table = Table(title=f"steps/s, {report.hardware(device)}, PyTorch {torch.__version__}")
     for column in ("stage", *kinds, "ratio"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in args.stages:
+        if stage not in STAGES:
+            raise cli.UserError(f"there is no stage {stage!r}; choose from {', '.join(STAGES)}")
         steppers = [
-            steps.Stepper(make_step(stage, data, k == "compiled"), device, graph=k == "compiled") for k in kinds
+            steps.Stepper(make_step(stage, data, k == "compiled"), device, graph=k == "compiled", phases=2)
+            for k in kinds
         ]
         for stepper in steppers:
-            stepper.run(20 if stage != "cql" else 3)  # compiles, warms up, captures
+            stepper.run(3 if stage == "cql" else 20)  # compiles, warms up, captures
         rates = [[turn(stepper, args.seconds, device) for stepper in steppers] for _ in range(args.turns)]
         medians = [statistics.median(column) for column in zip(*rates, strict=True)]
         ratio = statistics.median(row[-1] / row[0] for row in rates)

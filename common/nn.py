@@ -10,7 +10,7 @@ from torch import nn
 class EnsembleLinear(nn.Module):
     """`n` linear layers side by side: (n, B, inputs) -> (n, B, outputs), in one batched matrix product.
 
-    Weights are orthogonal, biases zero.
+    Weights are orthogonal, biases zero. An input of (m, B, inputs) with m < n goes through the first m layers alone.
     """
 
     def __init__(self, n: int, inputs: int, outputs: int):
@@ -21,7 +21,10 @@ class EnsembleLinear(nn.Module):
             nn.init.orthogonal_(weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+        weight, bias = self.weight[: len(x)], self.bias[: len(x)]
+        if weight.shape[2] == 1:  # a matrix product with a single column is slower than its sum
+            return (x * weight.transpose(1, 2)).sum(-1, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
 
 
 class EnsembleLayerNorm(nn.Module):
@@ -33,7 +36,7 @@ class EnsembleLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n, 1, features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
+        return torch.addcmul(self.bias[: len(x)], F.layer_norm(x, x.shape[-1:]), self.weight[: len(x)])
 
 
 def mlp(inputs: int, hidden_layers: int, outputs: int, width: int = 256, activation=nn.ReLU) -> nn.Sequential:
@@ -65,11 +68,12 @@ class Adam:
         self.lr, self.eps = torch.tensor(float(lr), device=device), eps
         self.exp_avg = [torch.zeros_like(p) for p in self.params]
         self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
-        self.steps = [torch.zeros((), device=device) for _ in self.params]
+        self.count = torch.zeros(len(self.params), device=device)
+        self.steps = list(self.count.unbind())  # views, so that one addition counts for all
 
     @torch.no_grad()
     def step(self, grads) -> None:
-        torch._foreach_add_(self.steps, 1)
+        self.count.add_(1)
         torch._fused_adam_(
             self.params, list(grads), self.exp_avg, self.exp_avg_sq, [], self.steps,
             lr=self.lr, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=self.eps, amsgrad=False, maximize=False,

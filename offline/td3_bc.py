@@ -67,7 +67,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Twin Q networks side by side: (B, S), (B, A) -> (2, B)."""
+    """Twin Q networks side by side: (B, S), (B, A) -> (2, B); the first `n` alone give (n, B)."""
 
     layer_norm = False
 
@@ -75,9 +75,9 @@ class Critic(nn.Module):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, self.layer_norm)
 
-    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor, n: int = 2) -> torch.Tensor:
         x = torch.cat([obs, actions], dim=-1)
-        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+        return self.net(x.expand(n, *x.shape)).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -128,7 +128,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
     def actor_gradients(obs, actions):
         # -α Q_1(s, π(s)) / mean|Q_1| + (π(s) - a)²
         new_actions = actor(obs)
-        q = critic(obs, new_actions)[0]
+        q = critic(obs, new_actions, n=1)[0]
         actor_loss = -args.alpha * q.mean() / q.abs().mean().detach() + ((new_actions - actions) ** 2).mean()
         return torch.autograd.grad(actor_loss, actor_params), actor_loss.detach()
 
