@@ -43,8 +43,7 @@ class Args(cli.OnlineArgs):
     exp_name: str = "o2ppo"
     """the name of this experiment, a part of the run folder's name"""
     offline: str = "iql"
-    """the offline policy: cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of a
-    policy.pt, a checkpoint of CORL, a policy exported to ONNX or TorchScript, or a .zip of Stable-Baselines3"""
+    """cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of any policy"""
 
     gamma: float = 0.99
     """discount factor"""

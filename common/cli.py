@@ -62,8 +62,7 @@ class OnlineArgs(RunArgs):
     """What the fine-tuning scripts take on top of that."""
 
     offline: str = "cql"
-    """the offline policy: cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of a
-    policy.pt, a checkpoint of CORL, a policy exported to ONNX or TorchScript, or a .zip of Stable-Baselines3"""
+    """cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of any policy"""
     offline_steps: int | None = None
     """gradient steps of the offline algorithm, if it has to be trained; None: its own default or the preset's"""
     trust_checkpoint: bool = False
