@@ -38,6 +38,11 @@ def test_view_equals_a_literal_loop(random_raw, timeouts, next_observations, see
     expected = literal_view(raw, 40)
     for name, column in zip(("obs", "actions", "rewards", "next_obs", "terminations"), expected, strict=True):
         np.testing.assert_array_equal(view[name], column, err_msg=name)
+    # the action after that: of the row whose observation is next_obs, where there is no file of next observations
+    if not next_observations:
+        following = {row.tobytes(): action for row, action in zip(raw["observations"], raw["actions"], strict=True)}
+        expected = [following[row.tobytes()] for row in view["next_obs"]]
+        np.testing.assert_array_equal(view["next_actions"], expected)
 
 
 def test_a_million_transitions_in_a_second(random_raw):

@@ -84,6 +84,18 @@ def test_what_a_run_leaves(script, finished):
     assert not [name for name in names - {"stage", "step"} if name not in docs]  # every one is explained
 
 
+def test_o2td3_stores_the_action_that_was_executed(finished):
+    folder, *_ = finished("o2td3")
+    state = torch.load(folder / NAMES["o2td3"] / "finetune.pt", weights_only=True)["state"]
+    executed = state["env"]["actions"]  # of the episode that was running at the end
+    table = state["replay"]["table"][-len(executed) :]
+    assert len(executed) > 1 and torch.equal(table[:, 11:14], executed)
+    actor = o2td3.Actor(11, 3)
+    actor.load_state_dict({k[6:]: v for k, v in state["agent"].items() if k.startswith("actor.")})
+    noise = executed[-1] - actor(table[-1:, :11])[0].detach()
+    assert 1e-3 < noise.abs().max() < 0.6  # with its exploration noise
+
+
 KILL = """
 import os, signal, sys
 sys.argv[0] = "{script}.py"
