@@ -29,10 +29,10 @@ from common.replay import sample
 from common.run import Clock, Run, run_name
 
 PRESETS = {
-    # The demo is 1/8 to 1/200 of the paper's stages, so the learning rates are larger
+    # The demo is 1/2.5 to 1/200 of the paper's stages, so the learning rates are larger and the anchor is weaker
     "demo": dict(
-        env_id="hopper-medium-demo", reevaluate_steps=5_000, value_lr=1e-3, online_steps=30_720, actor_lr=1e-4,
-        beta_steps=60_000, eval_every=2_048, log_every=500, compile=False,
+        env_id="hopper-medium-demo", reevaluate_steps=5_000, value_lr=1e-3, online_steps=102_400, actor_lr=1e-4,
+        beta_start=0.2, beta_steps=100_000, eval_every=5_000, log_every=500, compile=False,
     ),
     "quick": dict(reevaluate_steps=100_000, value_lr=3e-4, online_steps=100_352, beta_steps=100_000, log_every=1_000),
 }  # fmt: skip
