@@ -192,7 +192,9 @@ def network(
         weight, bias = layers[0]
         layers = [(weight * std, bias + weight @ mean), *layers[1:]]
     if bounded and activation == "ReLU" and all(weight.shape[0] == 256 for weight, _ in layers[:-1]):
-        actor = {f"net.{2 * i}.{name}": t for i, pair in enumerate(layers) for name, t in zip(("weight", "bias"), pair)}  # noqa: B905
+        actor = {}
+        for i, (weight, bias) in enumerate(layers):
+            actor |= {f"net.{2 * i}.weight": weight, f"net.{2 * i}.bias": bias}
         if log_std is not None:
             actor["log_std"] = log_std
         return wrap(path, data, actor, kind, len(layers) - 1, algorithm)

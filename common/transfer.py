@@ -17,7 +17,7 @@ def transfer(policy: dict, kind: str, data: Dataset, evaluator, progress, steps:
     """
     if policy["kind"] == kind:
         return policy
-    device, net, exact = data.obs.device, None, policy["kind"] != "function"
+    device, exact = data.obs.device, policy["kind"] != "function"
     source = policies.module(policy) if exact else policy["actor"]
     net = policies.Policy(kind, policy["obs_dim"], policy["action_dim"], policy["hidden_layers"]).to(device)
     if exact:
@@ -52,7 +52,7 @@ def distil(source, net: policies.Policy, obs: torch.Tensor, exact: bool, steps: 
 
     The likelihood moves the spread alone; where the mode is `exact` already, nothing else moves at all.
     """
-    params = [p for p in net.parameters()]
+    params = list(net.parameters())
     if exact:
         params = [net.log_std] if net.kind == "gaussian" else [net.net[-1].weight, net.net[-1].bias]
     optimizer = torch.optim.Adam(params, 1e-3)
