@@ -24,9 +24,10 @@ import offline
 from common import cli, datasets, envs, report, steps
 from common.checkpoint import Best, seed_everything
 from common.nn import Adam, clip_grad_norm, ensemble_mlp, gaussian_entropy, gaussian_log_prob, mlp, polyak
-from common.policies import save_online
+from common.probe import STATES, spread
+from common.reference import Margin
 from common.replay import sample
-from common.run import Clock, Run, run_name
+from common.run import Clock, Run
 
 PRESETS = {
     # The demo is 1/2.5 to 1/200 of the paper's stages, so the learning rates are larger and the anchor is weaker
@@ -104,10 +105,15 @@ class Args(cli.OnlineArgs):
     """environment steps over which β falls linearly to zero; None: 250,000, on expert data 500,000"""
     max_std_start: float | None = None
     """upper limit of the policy's standard deviation at the start; None: 0.05 on hopper's expert data, else none"""
-    reference: Literal["best", "interval"] = "best"
-    """move π_ref to π when an evaluation beats the best so far, or every --reference-interval steps"""
+    reference: Literal["best", "interval", "adaptive"] = "best"
+    """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
+    when the last training episodes beat those of π_ref by more than chance"""
     reference_interval: int = 2_500
     """environment steps between moves of π_ref, rounded up to whole rollouts"""
+    reference_window: int = 10
+    """adaptive: training episodes on either side of that comparison"""
+    reference_margin: float = 1.0
+    """adaptive: standard errors by which their mean return has to be higher"""
     eval_every: int = 2_500
     """environment steps between evaluations, rounded up to whole rollouts"""
 
@@ -174,6 +180,11 @@ class Agent(nn.Module):
         return self.actor(obs)[0]
 
 
+def value_probe(agent: Agent, held_out: datasets.Dataset):
+    """Logged in every stage: V at states that none trains on."""
+    return torch.no_grad()(lambda: spread("v", agent.value(held_out.obs)))
+
+
 class Optimizers(dict):
     """One Adam for each thing that is learned; V has another one in each stage."""
 
@@ -213,12 +224,7 @@ def discounted_tails(data: datasets.Dataset, gamma: float) -> tuple[torch.Tensor
             coefficients[i], ends[i] = gamma * coefficients[i + 1], ends[i + 1]
         else:
             tails[i], coefficients[i], ends[i] = rewards[i], gamma * (1 - terminations[i]), i
-    device = data.obs.device
-    return (
-        torch.tensor(tails, device=device),
-        torch.tensor(coefficients, device=device),
-        torch.tensor(ends, device=device),
-    )
+    return tuple(torch.tensor(column, device=data.obs.device) for column in (tails, coefficients, ends))
 
 
 def reevaluation_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: Optimizers):
@@ -362,14 +368,9 @@ def fill(args: Args, batch: dict, collected: dict, agent: Agent, beta: float) ->
     shape = collected["rewards"].shape
     values, next_values = (agent.value(x).view(shape).cpu().numpy() for x in (obs, next_obs))
     advantages = gae(
-        collected["rewards"],
-        values,
-        next_values,
-        collected["terminated"],
-        collected["ended"],
-        args.gamma,
+        collected["rewards"], values, next_values, collected["terminated"], collected["ended"], args.gamma,
         args.gae_lambda,
-    )
+    )  # fmt: skip
     returns = torch.as_tensor(advantages + values, device=device).flatten()
     advantages = torch.as_tensor(advantages, device=device).flatten()
     # A' = (A_GAE + β A_ref) / (1 + β), A_ref on the scale of A_GAE; then normalised
@@ -389,7 +390,7 @@ def empty_batch(args: Args, data: datasets.Dataset) -> dict[str, torch.Tensor]:
     return batch | {name: torch.zeros(n, getattr(data, name).shape[1], device=device) for name in ("obs", "actions")}
 
 
-def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, best_score: float):
+def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best_score: float):
     """Roll out, update, evaluate, and move π_ref. `best_score` is π_ref's at the start."""
     device, per_rollout = data.obs.device, args.rollout_steps
     batch = empty_batch(args, data)
@@ -397,10 +398,13 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     stepper = steps.Stepper(epoch, device, graph=args.compile, steps_per_graph=1)
     env = envs.VectorEpisodes(data.simulator, evaluator.mean, evaluator.std, args.num_envs, args.seed)
     best = Best(best_score, agent.actor_reference)
-    state = {"agent": agent, **optimizers, "env": env, "best": best, "stepper": stepper}
+    margin = Margin(args.reference_window, args.reference_margin)
+    state = {"agent": agent, **optimizers, "env": env, "best": best, "margin": margin, "stepper": stepper}
     start, done = run.restore("finetune", state, device)
     if done:
         return best
+    if start == 0:
+        run.log("finetune", 0, probe())
     player = copy.deepcopy(agent.actor).cpu()  # a network this small acts faster beside the environments than on a GPU
 
     total = args.online_steps // per_rollout * per_rollout
@@ -429,8 +433,9 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
             interval = args.reference_interval
             if args.reference == "interval" and env_step // interval > (env_step - per_rollout) // interval:
                 agent.actor_reference.load_state_dict(agent.actor.state_dict())
-            if scalars:
-                run.log("finetune", env_step, scalars)
+            if any([margin.add(value) for value in finished]) and args.reference == "adaptive":
+                agent.actor_reference.load_state_dict(agent.actor.state_dict())
+            run.log("finetune", env_step, scalars | probe())
             run.show(bar, per_rollout)
             clock.tick(env_step, env_step == total, state)
     return best
@@ -465,7 +470,8 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
 def check(args: Args) -> None:
     cli.check_positive(
         args, "value_layers", "log_every", "eval_episodes", "reevaluate_steps", "reevaluate_batch_size", "online_steps",
-        "num_envs", "rollout_steps", "minibatch_size", "update_epochs", "reference_interval", "eval_every",
+        "num_envs", "rollout_steps", "minibatch_size", "update_epochs", "reference_interval", "reference_window",
+        "eval_every",
     )  # fmt: skip
     cli.check_online(args)
     if args.rollout_steps % args.num_envs or args.rollout_steps % args.minibatch_size:
@@ -480,21 +486,15 @@ def check(args: Args) -> None:
 
 
 def main() -> None:
-    args = cli.parse(Args, PRESETS)
-    check(args)
-    device = cli.resolve_device(args.device)
-    steps.setup(device, args.seed, args.deterministic)
-    args.compile = args.compile and steps.can_compile(device)
-    run = Run(args, run_name(args))
-
-    data = datasets.load(args.env_id, args.dataset_path, device)
-    print(f"data: {len(data):,} transitions, {data.source}")
-    envs.report_simulator_check(data)
+    args, run, data = report.start(Args, PRESETS, check)
+    device = data.obs.device
     report.estimate(run, estimate(args, data))
 
     policy, evaluator = offline.policy(args, run, data, "gaussian")
     seed_everything(args.seed)
+    data, held_out = data.hold_out(args.holdout, STATES)
     agent = Agent(args, policy).to(device)
+    probe = value_probe(agent, held_out)
     optimizers = Optimizers(args, agent)
     offline_score = run.last_score = evaluator(agent.act, device)
 
@@ -502,13 +502,11 @@ def main() -> None:
         run.train(
             "reevaluate", lambda: reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps,
             {"agent": agent, **optimizers}, device=device, compile=args.compile, log_every=args.log_every,
+            probe=probe,
         )  # fmt: skip
-    best = finetune(args, run, data, agent, optimizers, evaluator, offline_score)
+    best = finetune(args, run, data, agent, optimizers, evaluator, probe, offline_score)
 
-    save_online(run, "o2ppo", policy, agent.actor, best)
-    report.finish(run, offline_score, None, best.score, data, policy)
-    if args.capture_video:
-        envs.record_video(data.simulator, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
+    report.finish(run, "o2ppo", policy, agent, best, offline_score, None, data, evaluator)
 
 
 if __name__ == "__main__":

@@ -22,17 +22,18 @@ import offline
 from common import cli, datasets, envs, report, steps
 from common.checkpoint import Best, seed_everything
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak, tanh_log_det
-from common.policies import save_online
+from common.probe import STATES, Probe, fixed_noise
+from common.reference import Margin
 from common.replay import ReplayBuffer, sample
-from common.run import Clock, Run, run_name
+from common.run import Clock, Run
 
 PRESETS = {
     # The demo is 1/60 to 1/250 of the paper's stages, so what moves slowly there moves faster here: the targets of
     # re-evaluation and λ. The constraint is tighter, for critics that have seen so little are to be trusted less.
     "demo": dict(
-        env_id="hopper-medium-demo", reevaluate_steps=6_000, reevaluate_tau=0.05, align_steps=2_000, online_steps=8_000,
-        learning_starts=2_000, utd=2, lagrange_lr=1e-3, kl_threshold_start=0.01, kl_threshold_end=0.05,
-        kl_threshold_steps=10_000, log_every=500, align_eval_every=2_000, compile=False,
+        env_id="hopper-medium-demo", reevaluate_steps=6_000, reevaluate_tau=0.05, align_steps=2_000,
+        online_steps=10_000, learning_starts=2_000, utd=2, lagrange_lr=1e-3, kl_threshold_start=0.01,
+        kl_threshold_end=0.05, kl_threshold_steps=10_000, log_every=500, align_eval_every=2_000, compile=False,
     ),
     "quick": dict(
         reevaluate_steps=50_000, align_steps=20_000, online_steps=20_000, learning_starts=2_000, utd=4, log_every=1_000,
@@ -111,10 +112,15 @@ class Args(cli.OnlineArgs):
     """the paper's τ after --kl-threshold-steps; None: 2.0, on expert data 0.125; a quarter with --reference interval"""
     kl_threshold_steps: int = 100_000
     """environment steps over which the threshold grows linearly"""
-    reference: Literal["best", "interval"] = "best"
-    """move π_ref to π when an evaluation beats the best so far, or every --reference-interval steps"""
+    reference: Literal["best", "interval", "adaptive"] = "best"
+    """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
+    when the last training episodes beat those of π_ref by more than chance"""
     reference_interval: int = 1_000
     """environment steps between moves of π_ref (the paper: 1,000 or 10,000)"""
+    reference_window: int = 10
+    """adaptive: training episodes on either side of that comparison"""
+    reference_margin: float = 1.0
+    """adaptive: standard errors by which their mean return has to be higher"""
     eval_every: int = 1_000
     """environment steps between evaluations"""
 
@@ -180,6 +186,14 @@ class Agent(nn.Module):
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The most likely action, tanh of the mean."""
         return torch.tanh(self.actor(obs)[0])
+
+
+def critic_probe(agent: Agent, held_out: datasets.Dataset) -> Probe:
+    """Logged in every stage: Q at states that none trains on, and how far its ranking of actions is log π_off's."""
+    mean, log_std = in_chunks(agent.actor_offline, held_out.obs)
+    u = mean + log_std.exp() * fixed_noise(mean)
+    preference = log_prob_of(u, mean, log_std)
+    return Probe(held_out, lambda *x: agent.critic(*x).amin(0), agent.act, torch.tanh(mean), torch.tanh(u), preference)
 
 
 class Optimizers(dict):
@@ -359,7 +373,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
     return step
 
 
-def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, best_score: float):
+def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best_score: float):
     """Interact, update, evaluate, and move π_ref. `best_score` is π_ref's at the start."""
     device = data.obs.device
     replay = ReplayBuffer(data, args.online_steps, args.buffer, args.part_episodes)
@@ -369,7 +383,9 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     )
     env = envs.Episodes(envs.make_env(data.simulator, evaluator.mean, evaluator.std), args.seed)
     best = Best(best_score, agent.actor_reference)
-    state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "stepper": stepper}
+    margin = Margin(args.reference_window, args.reference_margin)
+    state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "margin": margin}
+    state |= {"stepper": stepper}
     start, done = run.restore("finetune", state, device)
     if done:
         return best
@@ -382,11 +398,15 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     clock, began = Clock(run, "finetune"), time.monotonic()
     with run.progress("finetune", args.online_steps, start) as bar:
         for env_step in range(start + 1, args.online_steps + 1):
+            if (env_step - 1) % args.probe_every == 0:
+                run.log("finetune", env_step - 1, probe())
             obs, action = env.obs, explore(env.obs)
             next_obs, reward, terminated, episodic_return = env.step(action)
             replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
             if episodic_return is not None:
                 run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
+                if margin.add(episodic_return) and args.reference == "adaptive":
+                    agent.actor_reference.load_state_dict(agent.actor.state_dict())
             if env_step > args.learning_starts:
                 threshold.fill_(threshold_at(args, env_step))
                 stepper.run(1)
@@ -433,8 +453,8 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
 def check(args: Args) -> None:
     cli.check_positive(
         args, "batch_size", "critic_layers", "log_every", "eval_episodes", "reevaluate_steps", "align_steps",
-        "align_eval_every", "online_steps", "utd", "reference_interval", "eval_every", "kl_threshold_steps",
-        "part_episodes",
+        "align_eval_every", "online_steps", "utd", "reference_interval", "reference_window", "eval_every",
+        "kl_threshold_steps", "part_episodes",
     )  # fmt: skip
     cli.check_positive(args, "learning_starts", at_least=0)
     cli.check_online(args)
@@ -443,21 +463,15 @@ def check(args: Args) -> None:
 
 
 def main() -> None:
-    args = cli.parse(Args, PRESETS)
-    check(args)
-    device = cli.resolve_device(args.device)
-    steps.setup(device, args.seed, args.deterministic)
-    args.compile = args.compile and steps.can_compile(device)
-    run = Run(args, run_name(args))
-
-    data = datasets.load(args.env_id, args.dataset_path, device)
-    print(f"data: {len(data):,} transitions, {data.source}")
-    envs.report_simulator_check(data)
+    args, run, data = report.start(Args, PRESETS, check)
+    device = data.obs.device
     report.estimate(run, estimate(args, data))
 
     policy, evaluator = offline.policy(args, run, data, "squashed_gaussian")
     seed_everything(args.seed)
+    data, held_out = data.hold_out(args.holdout, STATES)
     agent = Agent(args, policy).to(device)
+    probe = critic_probe(agent, held_out)
     optimizers = Optimizers(args, agent)
     state = {"agent": agent, **optimizers}
     offline_score = run.last_score = evaluator(agent.act, device)
@@ -465,25 +479,23 @@ def main() -> None:
     if args.reevaluate:
         run.train(
             "reevaluate", lambda: reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps, state,
-            device=device, compile=args.compile, log_every=args.log_every,
+            device=device, compile=args.compile, log_every=args.log_every, probe=probe,
         )  # fmt: skip
     if args.align:
         run.train(
             "align", lambda: alignment_step(args, data, agent, optimizers), args.align_steps, state,
-            device=device, compile=args.compile, log_every=args.log_every,
+            device=device, compile=args.compile, log_every=args.log_every, probe=probe,
             evaluate=lambda: evaluator(agent.act, device), evaluate_every=args.align_eval_every,
         )  # fmt: skip
         agent.critic_target.load_state_dict(agent.critic.state_dict())
     aligned_score = evaluator(agent.act, device)
-    if aligned_score > offline_score:  # else π_off stays the reference
+    if aligned_score > offline_score or args.reference == "adaptive":  # else π_off stays the reference
         agent.actor_reference.load_state_dict(agent.actor.state_dict())
 
-    best = finetune(args, run, data, agent, optimizers, evaluator, max(offline_score, aligned_score))
+    best = finetune(args, run, data, agent, optimizers, evaluator, probe, max(offline_score, aligned_score))
 
-    save_online(run, "o2sac", policy, agent.actor, best)
-    report.finish(run, offline_score, aligned_score if args.align else None, best.score, data, policy)
-    if args.capture_video:
-        envs.record_video(data.simulator, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
+    aligned_score = aligned_score if args.align else None
+    report.finish(run, "o2sac", policy, agent, best, offline_score, aligned_score, data, evaluator)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ import offline
 from common import cli, datasets, envs, report, steps
 from common.checkpoint import Best, seed_everything
 from common.nn import Adam, ensemble_mlp, in_chunks, mlp, polyak
-from common.policies import save_online
+from common.probe import STATES, Probe, fixed_noise
+from common.reference import Margin
 from common.replay import ReplayBuffer, sample
-from common.run import Clock, Run, run_name
+from common.run import Clock, Run
 
 PRESETS = {
     # The demo is 1/12 to 1/250 of the paper's stages, so what moves slowly there moves faster here: the targets of
@@ -120,10 +121,15 @@ class Args(cli.OnlineArgs):
     """the paper's τ after --mse-threshold-steps (its code: 0.04); a quarter of it with --reference interval"""
     mse_threshold_steps: int = 100_000
     """environment steps over which the threshold grows linearly"""
-    reference: Literal["best", "interval"] = "best"
-    """move π_ref to π when an evaluation beats the best so far, or every --reference-interval steps"""
+    reference: Literal["best", "interval", "adaptive"] = "best"
+    """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
+    when the last training episodes beat those of π_ref by more than chance"""
     reference_interval: int = 1_000
     """environment steps between moves of π_ref (the paper: 1,000 or 10,000)"""
+    reference_window: int = 10
+    """adaptive: training episodes on either side of that comparison"""
+    reference_margin: float = 1.0
+    """adaptive: standard errors by which their mean return has to be higher"""
     eval_every: int = 1_000
     """environment steps between evaluations"""
 
@@ -183,6 +189,15 @@ class Agent(nn.Module):
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The action without exploration noise."""
         return self.actor(obs)
+
+
+def critic_probe(args: Args, agent: Agent, held_out: datasets.Dataset) -> Probe:
+    """Logged in every stage: Q at states that none trains on, and how far it falls with the distance from π_off(s)."""
+    (anchor,) = in_chunks(lambda obs: (agent.actor_offline(obs),), held_out.obs)
+    noise = (args.policy_noise * fixed_noise(anchor)).clamp(-args.noise_clip, args.noise_clip)
+    actions = (anchor + noise).clamp(-1, 1)
+    preference = -torch.linalg.vector_norm(actions - anchor, dim=-1)
+    return Probe(held_out, lambda *x: agent.critic(*x).amin(0), agent.act, anchor, actions, preference)
 
 
 class Optimizers(dict):
@@ -358,7 +373,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
     return step
 
 
-def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, best_score: float):
+def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best_score: float):
     """Interact, update, evaluate, and move π_ref. `best_score` is π_ref's at the start."""
     device = data.obs.device
     replay = ReplayBuffer(data, args.online_steps, args.buffer, args.part_episodes)
@@ -366,7 +381,9 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     stepper = steps.Stepper(None, device, graph=args.compile, steps_per_graph=1, phases=args.policy_freq)
     env = envs.Episodes(envs.make_env(data.simulator, evaluator.mean, evaluator.std), args.seed)
     best = Best(best_score, agent.actor_reference)
-    state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "stepper": stepper}
+    margin = Margin(args.reference_window, args.reference_margin)
+    state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "margin": margin}
+    state |= {"stepper": stepper}
     start, done = run.restore("finetune", state, device)
     if done:
         return best
@@ -380,11 +397,15 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     clock, began = Clock(run, "finetune"), time.monotonic()
     with run.progress("finetune", args.online_steps, start) as bar:
         for env_step in range(start + 1, args.online_steps + 1):
+            if (env_step - 1) % args.probe_every == 0:
+                run.log("finetune", env_step - 1, probe())
             obs, action = env.obs, explore(env.obs)
             next_obs, reward, terminated, episodic_return = env.step(action)
             replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
             if episodic_return is not None:
                 run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
+                if margin.add(episodic_return) and args.reference == "adaptive":
+                    agent.actor_reference.load_state_dict(agent.actor.state_dict())
             if env_step > args.learning_starts:
                 threshold.fill_(threshold_at(args, env_step))
                 stepper.run(1)
@@ -431,8 +452,8 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
 def check(args: Args) -> None:
     cli.check_positive(
         args, "batch_size", "critic_layers", "log_every", "eval_episodes", "reevaluate_steps", "align_steps",
-        "align_eval_every", "online_steps", "utd", "reference_interval", "eval_every", "mse_threshold_steps",
-        "part_episodes", "policy_freq",
+        "align_eval_every", "online_steps", "utd", "reference_interval", "reference_window", "eval_every",
+        "mse_threshold_steps", "part_episodes", "policy_freq",
     )  # fmt: skip
     cli.check_positive(args, "learning_starts", at_least=0)
     cli.check_online(args)
@@ -441,21 +462,15 @@ def check(args: Args) -> None:
 
 
 def main() -> None:
-    args = cli.parse(Args, PRESETS)
-    check(args)
-    device = cli.resolve_device(args.device)
-    steps.setup(device, args.seed, args.deterministic)
-    args.compile = args.compile and steps.can_compile(device)
-    run = Run(args, run_name(args))
-
-    data = datasets.load(args.env_id, args.dataset_path, device)
-    print(f"data: {len(data):,} transitions, {data.source}")
-    envs.report_simulator_check(data)
+    args, run, data = report.start(Args, PRESETS, check)
+    device = data.obs.device
     report.estimate(run, estimate(args, data))
 
     policy, evaluator = offline.policy(args, run, data, "deterministic")
     seed_everything(args.seed)
+    data, held_out = data.hold_out(args.holdout, STATES)
     agent = Agent(args, policy).to(device)
+    probe = critic_probe(args, agent, held_out)
     optimizers = Optimizers(args, agent)
     state = {"agent": agent, **optimizers}
     offline_score = run.last_score = evaluator(agent.act, device)
@@ -463,26 +478,24 @@ def main() -> None:
     if args.reevaluate:
         run.train(
             "reevaluate", lambda: reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps, state,
-            device=device, compile=args.compile, log_every=args.log_every,
+            device=device, compile=args.compile, log_every=args.log_every, probe=probe,
         )  # fmt: skip
     if args.align:
         run.train(
             "align", lambda: alignment_step(args, data, agent, optimizers), args.align_steps, state,
-            device=device, compile=args.compile, log_every=args.log_every,
+            device=device, compile=args.compile, log_every=args.log_every, probe=probe,
             evaluate=lambda: evaluator(agent.act, device), evaluate_every=args.align_eval_every,
         )  # fmt: skip
         agent.critic_target.load_state_dict(agent.critic.state_dict())
         agent.actor_target.load_state_dict(agent.actor.state_dict())
     aligned_score = evaluator(agent.act, device)
-    if aligned_score > offline_score:  # else π_off stays the reference
+    if aligned_score > offline_score or args.reference == "adaptive":  # else π_off stays the reference
         agent.actor_reference.load_state_dict(agent.actor.state_dict())
 
-    best = finetune(args, run, data, agent, optimizers, evaluator, max(offline_score, aligned_score))
+    best = finetune(args, run, data, agent, optimizers, evaluator, probe, max(offline_score, aligned_score))
 
-    save_online(run, "o2td3", policy, agent.actor, best)
-    report.finish(run, offline_score, aligned_score if args.align else None, best.score, data, policy)
-    if args.capture_video:
-        envs.record_video(data.simulator, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
+    aligned_score = aligned_score if args.align else None
+    report.finish(run, "o2td3", policy, agent, best, offline_score, aligned_score, data, evaluator)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,10 @@ class OnlineArgs(RunArgs):
     """cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of any policy"""
     offline_steps: int | None = None
     """gradient steps of the offline algorithm, if it has to be trained; None: its own default or the preset's"""
+    holdout: float = 0.01
+    """share of the dataset that is kept out of fine-tuning, in whole episodes, to measure the critic on (probe/…)"""
+    probe_every: int = 1_000
+    """environment steps between those measurements (O2PPO: every rollout); before, they come with every logged mean"""
     trust_checkpoint: bool = False
     """load a TorchScript policy, which is a program; all other formats are read without running anything"""
     capture_video: bool = False
@@ -112,6 +116,9 @@ def check_online(args: OnlineArgs) -> None:
     """What a fine-tuning run would only stumble over at its end."""
     if args.offline_steps is not None:
         check_positive(args, "offline_steps")
+    check_positive(args, "probe_every")
+    if not 0 <= args.holdout <= 0.5:
+        raise UserError(f"--holdout is {args.holdout}, but has to lie between 0 and 0.5")
     if args.capture_video:
         check_video()
 

@@ -73,6 +73,25 @@ class Dataset:
         best = self.returns.argsort(descending=True)[:n]
         return self.rows(torch.isin(self.episode, best)) if n < len(self.returns) else self
 
+    def hold_out(self, fraction: float, n: int) -> tuple["Dataset", "Dataset"]:
+        """Split off whole episodes, drawn at random but always the same: (the rest, `n` of their transitions).
+
+        They make up `fraction` of all transitions, or one episode if that is more. With `fraction` 0, and where there
+        is one episode only, nothing is split off and the second part is drawn from the first.
+        """
+        order = torch.randperm(len(self.returns), generator=torch.Generator().manual_seed(0)).to(self.episode.device)
+        lengths = torch.bincount(self.episode, minlength=len(order))[order]
+        order, lengths = order[lengths > 0], lengths[lengths > 0]
+        taken = order[: max(1, int((lengths.cumsum(0) <= fraction * len(self)).sum()))]
+        mask = torch.isin(self.episode, taken)
+        if fraction == 0 or mask.all():
+            rest = held_out = self
+        else:
+            rest, held_out = self.rows(~mask), self.rows(mask)
+            rest.returns = self.returns.clone()
+            rest.returns[taken] = -torch.inf  # none of the best episodes of what is left
+        return rest, held_out.rows(torch.linspace(0, len(held_out) - 1, n, device=mask.device).long())
+
     def rows(self, chosen) -> "Dataset":
         columns = ("obs", "actions", "next_actions", "rewards", "next_obs", "terminations", "episode")
         return replace(self, **{name: getattr(self, name)[chosen] for name in columns})

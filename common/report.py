@@ -9,8 +9,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from common import cli, datasets, envs, steps
 from common.checkpoint import write_atomic
-from common.run import Run
+from common.policies import save_online
+from common.run import Run, run_name
 
 DAY = 24 * 3600
 
@@ -27,6 +29,20 @@ def hardware(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def start(args_class, presets: dict, check) -> tuple:
+    """Command line, device, run folder and dataset of a fine-tuning script: (args, run, data)."""
+    args = cli.parse(args_class, presets)
+    check(args)
+    device = cli.resolve_device(args.device)
+    steps.setup(device, args.seed, args.deterministic)
+    args.compile = args.compile and steps.can_compile(device)
+    run = Run(args, run_name(args))
+    data = datasets.load(args.env_id, args.dataset_path, device)
+    print(f"data: {len(data):,} transitions, {data.source}")
+    envs.report_simulator_check(data)
+    return args, run, data
+
+
 def estimate(run: Run, seconds: dict[str, float]) -> None:
     """Print the time that each stage will take on this machine, and the way out where that is too long."""
     parts = ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items() if s)
@@ -39,15 +55,17 @@ def estimate(run: Run, seconds: dict[str, float]) -> None:
         )
 
 
-def finish(run: Run, offline: float, aligned: float | None, best: float, data, policy: dict) -> None:
-    """Print the result's table and write result.json and curve.png into the run's folder."""
+def finish(run: Run, script: str, policy: dict, agent, best, offline: float, aligned: float | None, data, evaluator):
+    """Save the policies, print the result's table, write result.json and curve.png, and film if asked to."""
+    save_online(run, script, policy, agent.actor, best)
     scores = run.scores("finetune")
     last3 = float(np.mean(scores[-3:]))
     result = {
-        "offline": offline, "aligned": aligned, "best_online": best, "last_online": scores[-1], "mean_of_last_3": last3,
-        "env_id": run.args.env_id, "source": data.source, "offline_algorithm": policy["algorithm"],
-        "offline_steps": policy["steps"], "seed": run.args.seed, "preset": run.args.preset,
-        "eval_episodes": run.args.eval_episodes, "seconds": run.seconds, "hardware": hardware(data.obs.device),
+        "offline": offline, "aligned": aligned, "best_online": best.score, "last_online": scores[-1],
+        "mean_of_last_3": last3, "env_id": run.args.env_id, "source": data.source,
+        "offline_algorithm": policy["algorithm"], "offline_steps": policy["steps"], "seed": run.args.seed,
+        "preset": run.args.preset, "eval_episodes": run.args.eval_episodes, "seconds": run.seconds,
+        "hardware": hardware(data.obs.device),
     }  # fmt: skip
     write_atomic(run.dir / "result.json", json.dumps(result, indent=2).encode())
     plot(run, offline, policy)
@@ -60,12 +78,15 @@ def finish(run: Run, offline: float, aligned: float | None, best: float, data, p
         table.add_row("re-evaluated", "", duration(run.seconds["reevaluate"]))
     if aligned is not None:
         table.add_row("aligned", f"{aligned:.1f}", duration(run.seconds["align"]))
-    table.add_row("best online", f"{best:.1f}", "")
+    table.add_row("best online", f"{best.score:.1f}", "")
     table.add_row("last online", f"{scores[-1]:.1f}", duration(run.seconds["finetune"]))
     table.add_row("mean of the last 3", f"{last3:.1f}", "")
     Console().print(table)
     what = "D4RL score" if data.source.startswith("D4RL") else "score on D4RL's scale, but these are not D4RL's data"
     print(f"1 seed, {run.args.eval_episodes} episodes an evaluation; {what}.\n{run.dir}/curve.png shows the whole run.")
+    if run.args.capture_video:
+        device = data.obs.device
+        envs.record_video(data.simulator, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
 
 
 def plot(run: Run, offline: float, policy: dict) -> None:

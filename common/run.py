@@ -187,12 +187,12 @@ class Run:
     # ------------------------------------------------------------------------------------------ train
 
     def train(self, stage: str, make_step, steps: int, state: dict, *, device, compile=False, log_every: int,
-              evaluate=None, evaluate_every: int = 0, phases: int = 1) -> None:  # fmt: skip
+              evaluate=None, evaluate_every: int = 0, probe=None, phases: int = 1) -> None:  # fmt: skip
         """Train a stage for `steps` steps in all, resuming where an earlier start of the same command stopped.
 
         `state` names all that training changes. `make_step()`, called once that is restored, gives the step; it
         returns named scalar tensors, logged as their means over `log_every` steps. `evaluate()` returns a score every
-        `evaluate_every` steps; `phases`: see `Stepper`.
+        `evaluate_every` steps, `probe()` scalars to be logged with those means; `phases`: see `Stepper`.
         """
         stepper = Stepper(None, device, graph=compile, phases=phases)
         state = state | {"stepper": stepper}
@@ -209,6 +209,7 @@ class Run:
                 scalars = {}
                 if done_steps % log_every == 0 or done_steps == steps:
                     scalars = {f"{stage}/{name}": value for name, value in stepper.means().items()}
+                    scalars |= probe() if probe else {}
                 if evaluate and (done_steps % evaluate_every == 0 or done_steps == steps):
                     scalars[f"{stage}/score"] = evaluate()
                 if scalars:

@@ -1,0 +1,37 @@
+"""When the reference policy moves, if nothing but the training episodes may say so."""
+
+import torch
+
+
+class Margin:
+    """Whether the policy has left its reference behind, judged by the returns of its training episodes alone.
+
+    The last `window` episodes are set against as many that the reference played when it became the reference. It moves
+    where their mean is higher by `margin` standard errors of the difference of the two means (Welch's statistic).
+    """
+
+    def __init__(self, window: int, margin: float):
+        self.window, self.margin = window, margin
+        self.reference: list[float] = []  # returns of the reference's own episodes
+        self.recent: list[float] = []  # returns since then, at most `window`
+
+    def add(self, episodic_return: float) -> bool:
+        """Take an episode's return in; whether the policy should become the reference now."""
+        if len(self.reference) < self.window:
+            self.reference.append(episodic_return)
+            return False
+        self.recent = [*self.recent, episodic_return][-self.window :]
+        if len(self.recent) < self.window:
+            return False
+        new, old = torch.tensor(self.recent).double(), torch.tensor(self.reference).double()
+        error = ((new.var() + old.var()) / self.window).sqrt()
+        if new.mean() - old.mean() <= self.margin * error:
+            return False
+        self.reference, self.recent = self.recent, []
+        return True
+
+    def state_dict(self) -> dict:
+        return {"reference": self.reference, "recent": self.recent}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.reference, self.recent = list(state["reference"]), list(state["recent"])
