@@ -32,8 +32,8 @@ from common.run import Clock, Run
 PRESETS = {
     # The demo is 1/2.5 to 1/200 of the paper's stages, so the learning rates are larger and the anchor is weaker
     "demo": dict(
-        env_id="hopper-medium-demo", reevaluate_steps=5_000, value_lr=1e-3, online_steps=102_400, actor_lr=1e-4,
-        beta_start=0.2, beta_steps=100_000, eval_every=5_000, log_every=500, compile=False,
+        env_id="hopper-medium-demo", reevaluate_steps=5_000, value_lr=1e-3, online_steps=150_000, actor_lr=3e-4,
+        beta_start=0.2, beta_steps=150_000, eval_every=5_000, log_every=500, compile=False,
     ),
     "quick": dict(reevaluate_steps=100_000, value_lr=3e-4, online_steps=100_352, beta_steps=100_000, log_every=1_000),
 }  # fmt: skip

@@ -18,6 +18,12 @@ class PretrainArgs(cli.RunArgs):
     """steps between evaluations"""
 
 
+def run_name(args) -> str:
+    """<env_id>__<algorithm>__<seed>, and the preset if there is one."""
+    preset = "" if args.preset == "none" else f"__{args.preset}"
+    return f"{dataset_label(args)}__{args.exp_name}__{args.seed}{preset}"
+
+
 def train(algorithm: str, args, data: datasets.Dataset, Agent, Optimizers, training_step) -> Path:
     """Train on `data`, which is standardised here, and return the policy's path. A finished run trains nothing.
 
@@ -25,8 +31,7 @@ def train(algorithm: str, args, data: datasets.Dataset, Agent, Optimizers, train
     one, `critic` with `critic_target`; `training_step(args, data, agent, optimizers)` gives the step.
     """
     cli.check_positive(args, "steps", "batch_size", "hidden_layers", "log_every", "eval_every", "eval_episodes")
-    preset = "" if args.preset == "none" else f"__{args.preset}"
-    run = Run(args, f"{dataset_label(args)}__{args.exp_name}__{args.seed}{preset}")
+    run = Run(args, run_name(args))
     path = run.dir / "policy.pt"
     mean, std = data.statistics()
     data.standardise(mean, std)

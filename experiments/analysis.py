@@ -1,0 +1,197 @@
+"""From finished runs to numbers with intervals, tables and figures."""
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rliable import library as rly
+from rliable import metrics
+from scipy.integrate import trapezoid
+
+from common.checkpoint import write_atomic
+from experiments import harness
+
+
+def scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Environment steps and scores of a run's evaluations while it was fine-tuned."""
+    return series(path, "finetune", "charts/score")
+
+
+def series(path: Path, stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a logged scalar in one stage."""
+    points = [(row["step"], row[name]) for row in harness.rows(path) if row["stage"] == stage and name in row]
+    return tuple(np.array(points, float).reshape(-1, 2).T)
+
+
+def result(path: Path) -> dict:
+    return json.loads((path / "result.json").read_text())
+
+
+def summary(path: Path) -> dict[str, float]:
+    """One run in four numbers, all on the score's scale.
+
+    final: mean of the last three evaluations; gain: final minus offline; area: mean score over the environment steps
+    (speed); drop: the most that an evaluation fell below the offline policy, 0 if none did (instability).
+    """
+    offline = result(path)["offline"]
+    steps, values = scores(path)
+    steps, curve = np.concatenate([[0.0], steps]), np.concatenate([[offline], values])
+    return {
+        "final": float(values[-3:].mean()),
+        "gain": float(values[-3:].mean() - offline),
+        "area": float(trapezoid(curve, steps) / steps[-1]),
+        "drop": float(max(0.0, offline - values.min())),
+    }
+
+
+def interval(values: dict[str, np.ndarray], reps: int = 5_000) -> dict[str, tuple[float, float, float]]:
+    """Interquartile mean of each setting's runs with a 95% stratified bootstrap interval: name -> (iqm, low, high).
+
+    Values are (runs,) of one task or (runs, tasks). With three runs the interval is their spread, hardly more.
+    """
+    matrices = {name: np.asarray(v, float).reshape(len(v), -1) for name, v in values.items()}
+    points, bounds = rly.get_interval_estimates(
+        matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps, random_state=np.random.RandomState(0)
+    )
+    return {name: (float(points[name][0]), *map(float, bounds[name][:, 0])) for name in values}
+
+
+def improvement(x: np.ndarray, y: np.ndarray) -> float:
+    """Probability that a run of `x` ends higher than one of `y`, ties counting half (Mann-Whitney's U)."""
+    x, y = (np.asarray(v, float).reshape(len(v), -1) for v in (x, y))
+    return float(metrics.probability_of_improvement(x, y))
+
+
+class Report:
+    """Tables and figures of one experiment, written to `<out>/<name>.md` and `<out>/<name>*.png`."""
+
+    def __init__(self, args: harness.Args, name: str, question: str):
+        self.args, self.name = args, name
+        self.folder = harness.ROOT / args.out
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.text = [f"# {question}\n"]
+
+    def table(self, title: str, columns: list[str], lines: list[list[str]]) -> None:
+        """Show a table on the screen and keep it for the page."""
+        shown = Table(title=title, title_justify="left")
+        for column in columns:
+            shown.add_column(column)
+        for line in lines:
+            shown.add_row(*line)
+        Console(width=160).print(shown)
+        self.text += [f"\n**{title}**\n", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        self.text += ["| " + " | ".join(line) + " |" for line in lines]
+
+    def figure(self, figure, suffix: str = "") -> None:
+        path = self.folder / f"{self.name}{suffix}.png"
+        aside = path.with_name(path.name + ".part")
+        figure.savefig(aside, dpi=110, format="png")
+        aside.replace(path)
+        self.text.append(f"\n![{self.name}]({path.name})")
+
+    def finish(self, runs: list[Path], failures: list[str]) -> None:
+        """Write the page, with what every number depends on beneath it; leave with exit code 2 if runs failed."""
+        for failure in failures:
+            print(f"failed: {failure}", file=sys.stderr)
+        if not runs:
+            sys.exit("error: no run came to its end, so there is nothing to show; look at the messages above")
+        made = [result(path) for path in runs]
+        sources, machines = ({r[key] for r in made} for key in ("source", "hardware"))
+        a = self.args
+        self.text += [
+            f"\nMade by `python experiments/{self.name}.py --scale {a.scale} --seeds {a.seeds}"
+            f" --algorithms {' '.join(a.algorithms)} --env-id {a.env_id}`: {len(runs)} runs, data: "
+            f"{'; '.join(sorted(sources))}. {made[0]['eval_episodes']} episodes an evaluation. Machine: "
+            f"{'; '.join(sorted(machines))}, Python {platform.python_version()}. Intervals: 95%, stratified bootstrap."
+        ]
+        write_atomic(self.folder / f"{self.name}.md", ("\n".join(self.text) + "\n").encode())
+        print(f"{self.folder / self.name}.md holds the page")
+        sys.exit(2 if failures else 0)
+
+
+def plt():
+    """Matplotlib's pyplot, drawing to files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def panels(names, sharey: bool = True) -> tuple:
+    """A figure with one panel for each name, side by side."""
+    figure, axes = plt().subplots(
+        1, len(names), figsize=(4.2 * len(names), 3.6), sharey=sharey, squeeze=False, layout="constrained"
+    )
+    for panel, name in zip(axes[0], names, strict=True):
+        panel.set_title(name, fontsize=10)
+        panel.grid(alpha=0.2)
+    return figure, list(axes[0])
+
+
+def draw_curves(panel, groups: dict[str, list[Path]]) -> None:
+    """Score over environment steps: a setting's mean as a line, its runs' range as a band."""
+    for i, (name, paths) in enumerate(groups.items()):
+        if not paths:
+            continue
+        curves = [scores(path) for path in paths]
+        length = min(len(values) for _, values in curves)
+        steps, values = curves[0][0][:length], np.stack([values[:length] for _, values in curves])
+        panel.plot(steps, values.mean(0), color=f"C{i}", label=name, linewidth=1.5)
+        panel.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.12, linewidth=0)
+        panel.axhline(np.mean([result(path)["offline"] for path in paths]), color=f"C{i}", linestyle=":", linewidth=1)
+    panel.set_xlabel("environment steps")
+    panel.set_ylabel("score")
+
+
+def number(point: tuple[float, float, float], digits: int = 1) -> str:
+    """An interquartile mean with its interval."""
+    iqm, low, high = (f"{x:.{digits}f}" for x in point)
+    return f"{iqm} [{low}, {high}]"
+
+
+def compare(report: Report, title: str, groups: dict[str, list[Path]], baseline: str = "") -> None:
+    """A table of settings: where they end, how fast they learn, how far they fall, and against the baseline if any."""
+    runs = {name: [summary(path) for path in paths] for name, paths in groups.items() if paths}
+    keys = ("final", "gain", "area", "drop")
+    values = {key: interval({name: np.array([r[key] for r in rs]) for name, rs in runs.items()}) for key in keys}
+    lines = []
+    for name, rs in runs.items():
+        line = [name, str(len(rs)), *(number(values[key][name]) for key in keys)]
+        if baseline:
+            gains = [[r["gain"] for r in runs.get(x, [])] for x in (name, baseline)]
+            line.append(f"{improvement(*gains):.2f}" if name != baseline and all(gains) else "")
+        lines.append(line)
+    columns = ["", "runs", "final score", "gain over offline", "area (speed)", "largest drop"]
+    report.table(title, columns + ([f"P(better than {baseline})"] if baseline else []), lines)
+
+
+def comparison(args: harness.Args, name: str, question: str, settings: Callable, baseline="", draw=draw_curves):
+    """A whole experiment: `settings(script, seed)` names its runs, to be compared with the `baseline` among them.
+
+    `draw(panel, groups)` draws an algorithm's panel from a dictionary of setting -> run folders.
+    """
+    specs = {(y, seed): settings(y, seed) for y in args.algorithms for seed in range(args.seeds)}
+    failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
+    report = Report(args, name, question)
+    titles = [f"{y} from {harness.OFFLINE[y]}" for y in args.algorithms]
+    figure, axes = panels(titles)
+    everything = []
+    for panel, title, y in zip(axes, titles, args.algorithms, strict=True):
+        groups = {
+            setting: harness.finished(args, [specs[y, seed][setting] for seed in range(args.seeds)])
+            for setting in specs[y, 0]
+        }
+        compare(report, title, groups, baseline)
+        draw(panel, groups)
+        panel.legend(fontsize=7)
+        everything += [path for paths in groups.values() for path in paths]
+    report.figure(figure)
+    report.text.append("\nLines: means over seeds; bands: their range; dotted: the offline policies.")
+    report.finish(everything, failures)

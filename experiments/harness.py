@@ -1,0 +1,191 @@
+"""An experiment is a list of runs of the top-level scripts. Ray schedules them as processes of their own; finished ones
+are kept, so the same command started again does what is missing."""
+
+import csv
+import dataclasses
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # so that the scripts run from anywhere
+
+import offline  # noqa: E402
+from common import cli, pretrain  # noqa: E402
+from common.run import run_name  # noqa: E402
+
+# What only the third stage reads: runs that differ in nothing else have the same first two stages
+FINETUNING_ARGS = {
+    "constrain", "online_steps", "learning_starts", "utd", "reference", "reference_interval", "reference_window",
+    "reference_margin", "eval_every", "probe_every", "kl_threshold_start", "kl_threshold_end", "kl_threshold_steps",
+    "mse_threshold_start", "mse_threshold_end", "mse_threshold_steps", "beta_start", "beta_steps",
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    scale: Literal["demo", "quick", "paper"] = "demo"
+    """budgets of every run: the scripts' presets, or the paper's"""
+    seeds: int = 3
+    """seeds 0, 1, … of every setting"""
+    env_id: str = "hopper-medium-demo"
+    """the dataset"""
+    dataset_path: str = ""
+    """an HDF5 file in D4RL's layout, used in place of the one that --env-id names"""
+    algorithms: tuple[Literal["o2sac", "o2td3", "o2ppo"], ...] = ("o2sac", "o2td3", "o2ppo")
+    """the online algorithms"""
+    run_dir: str = "runs/experiments"
+    """where run folders are made; all experiments share them"""
+    out: str = "docs/experiments"
+    """where figures and tables are written"""
+    ray_address: str | None = None
+    """a Ray cluster, whose machines see this folder and --run-dir at the same place; None: this machine alone"""
+    cpus_per_run: int = 1
+    """threads of a run; as many runs go side by side as there are cores for them"""
+    gpus_per_run: float = 0.0
+    """GPUs of a run, or the share of one"""
+    retries: int = 2
+    """how often a run that died is continued from its last checkpoint"""
+
+
+# Each online algorithm from an offline policy of its own family, whose critic the naive switch can take over
+OFFLINE = {"o2sac": "cql", "o2td3": "td3_bc", "o2ppo": "iql"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One run: a script, where it starts from, its seed, and what is special about it.
+
+    `base` is a run with the same first stages, those named in `stages`: its checkpoints of them are taken over.
+    """
+
+    script: str
+    offline: str
+    seed: int
+    flags: tuple[str, ...] = ()
+    base: "Spec | None" = None
+    stages: tuple[str, ...] = ("reevaluate", "align")
+
+    def variant(self, name: str, *flags: str, stages: tuple[str, ...] = ("reevaluate", "align")) -> "Spec":
+        """This run with other arguments in its last stage, under a name of its own."""
+        return Spec(self.script, self.offline, self.seed, ("--exp-name", f"{self.script}-{name}", *flags), self, stages)
+
+
+def flags_of(args: Args, seed: int) -> list[str]:
+    preset = "none" if args.scale == "paper" else args.scale
+    flags = ["--preset", preset, "--env-id", args.env_id, "--seed", str(seed), "--run-dir", str(ROOT / args.run_dir)]
+    return flags + (["--dataset-path", str(Path(args.dataset_path).absolute())] if args.dataset_path else [])
+
+
+def command_line(args: Args, spec: Spec) -> list[str]:
+    return [*flags_of(args, spec.seed), "--offline", spec.offline, *spec.flags]
+
+
+def parsed(args: Args, spec: Spec):
+    """The run's own arguments, as its script reads them."""
+    script = importlib.import_module(spec.script)
+    return cli.parse(script.Args, script.PRESETS, command_line(args, spec))
+
+
+def folder(args: Args, spec: Spec) -> Path:
+    """The run's folder, named as its script does."""
+    found = parsed(args, spec)
+    return Path(found.run_dir) / run_name(found)
+
+
+def offline_policy(args: Args, name: str, seed: int) -> Path:
+    """Where the policy of an offline algorithm is, or will be."""
+    script = importlib.import_module(f"offline.{name}")
+    found = cli.parse(script.Args, script.PRESETS, flags_of(args, seed))
+    return Path(found.run_dir) / pretrain.run_name(found) / "policy.pt"
+
+
+def check_shared(args: Args, spec: Spec) -> None:
+    """Raises ValueError if `spec` differs from its base in more than what it may."""
+    mine, theirs = (dataclasses.asdict(parsed(args, s)) for s in (spec, spec.base))
+    allowed = FINETUNING_ARGS | {"exp_name"} | ({"reevaluate", "align"} - set(spec.stages))
+    if differ := [name for name in mine if mine[name] != theirs[name] and name not in allowed]:
+        raise ValueError(f"{spec} cannot share the stages of its base: {', '.join(differ)} differ")
+
+
+def execute(command: list[str], threads: int, retries: int, share: list[tuple[Path, Path]], *needed) -> str | None:
+    """Run a command to its end, continuing it when it dies; None, or what it said last.
+
+    `needed` are results of what has to be finished before; `share` names files to be copied from there to here.
+    """
+    if failure := next(filter(None, needed), None):
+        return f"not started: {failure}"
+    for source, target in share:
+        if source.exists() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    for _ in range(retries + 1):
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode in (0, 2):  # 2: the script itself says that something has to be mended first
+            break
+    last_words = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return None if done.returncode == 0 else f"{' '.join(command)}: {last_words}"
+
+
+def schedule(args: Args, jobs: dict) -> list[str]:
+    """Run `jobs`, key -> (command, share, keys of jobs that have to be finished before); what failed, a line each."""
+    import ray  # takes seconds
+
+    ray.init(args.ray_address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    remote = ray.remote(execute).options(
+        num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=args.retries
+    )
+    started = {}
+    for key, (command, share, needed) in jobs.items():  # each after those that it needs
+        waiting_for = [started[k] for k in needed if k in started]
+        started[key] = remote.remote(command, args.cpus_per_run, args.retries, share, *waiting_for)
+    failures, waiting = [], list(started.values())
+    with tqdm(total=len(waiting), desc="runs", unit="run") as bar:
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            for job in done:
+                try:
+                    failures += filter(None, [ray.get(job)])
+                except ray.exceptions.RayError as error:  # the machine it ran on is gone, and retries did not help
+                    failures.append(str(error).splitlines()[0])
+                bar.update()
+    ray.shutdown()
+    return failures
+
+
+def run_all(args: Args, specs: list[Spec]) -> list[str]:
+    """Do what is missing of `specs`, their bases and their offline policies; what failed, a line each."""
+    everything = dict.fromkeys(s for spec in specs for s in ([spec.base] if spec.base else []) + [spec])
+    missing = [spec for spec in everything if not (folder(args, spec) / "result.json").exists()]
+    jobs = {}
+    for name, seed in sorted({(spec.offline, spec.seed) for spec in missing}):
+        if name in offline.ALGORITHMS and not offline_policy(args, name, seed).exists():
+            jobs[name, seed] = ([f"offline/{name}.py", *flags_of(args, seed)], [], [])
+    for spec in missing:
+        share = []
+        if spec.base:
+            check_shared(args, spec)
+            here, there = folder(args, spec), folder(args, spec.base)
+            share = [(there / n, here / n) for n in (*(f"{s}.pt" for s in spec.stages), "offline.pt", "progress.csv")]
+        needed = [(spec.offline, spec.seed), spec.base]
+        jobs[spec] = ([f"{spec.script}.py", *command_line(args, spec)], share, needed)
+    return schedule(args, jobs) if jobs else []
+
+
+def rows(path: Path) -> list[dict]:
+    """A run's progress.csv: one dictionary a row, numbers as floats, empty cells left out."""
+    with open(path / "progress.csv", newline="") as file:
+        return [{k: v if k == "stage" else float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def finished(args: Args, specs: list[Spec]) -> list[Path]:
+    """The folders of those runs that came to their end."""
+    return [path for spec in specs if ((path := folder(args, spec)) / "result.json").exists()]

@@ -1,0 +1,60 @@
+"""Every offline algorithm into every online one: scores before and after.
+
+python experiments/matrix.py                                                        # the table in the README
+python experiments/matrix.py --offline cql --algorithms o2sac --seeds 5             # the demo's five seeds
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
+
+from experiments import analysis, harness  # noqa: E402
+from experiments.harness import Spec  # noqa: E402
+
+
+@dataclass
+class Args(harness.Args):
+    offline: tuple[str, ...] = ("cql", "iql", "td3_bc")
+    """the offline algorithms"""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    cells = {(x, y): [Spec(y, x, seed) for seed in range(args.seeds)] for x in args.offline for y in args.algorithms}
+    failures = harness.run_all(args, [spec for specs in cells.values() for spec in specs])
+
+    report = analysis.Report(args, "matrix", "Any offline policy into any online algorithm")
+    found = {cell: harness.finished(args, specs) for cell, specs in cells.items()}
+    lines, detail = [], []
+    for x in args.offline:
+        line = [x]
+        for y in args.algorithms:
+            results = [analysis.result(path) for path in found[x, y]]
+            before, after = ([r[key] for r in results] for key in ("offline", "mean_of_last_3"))
+            better = sum(b > a for a, b in zip(before, after, strict=True))
+            line.append(
+                f"{np.mean(before):.1f} → {np.mean(after):.1f}, {better}/{len(results)}" if results else "failed"
+            )
+            for r in results:
+                row = [r["offline"], r["aligned"], r["best_online"], r["last_online"], r["mean_of_last_3"]]
+                detail.append([f"{x} → {y}", str(r["seed"]), *("" if v is None else f"{v:.1f}" for v in row)])
+        lines.append(line)
+    title = "Offline → mean of the last three evaluations, means over seeds; on how many seeds it is better"
+    report.table(title, ["", *args.algorithms], lines)
+    names = ["", "seed", "offline", "aligned", "best online", "last online", "mean of the last 3"]
+    report.table("Each run", names, detail)
+    figure, panels = analysis.panels(args.algorithms)
+    for panel, y in zip(panels, args.algorithms, strict=True):
+        analysis.draw_curves(panel, {x: found[x, y] for x in args.offline})
+    panels[-1].legend(fontsize=8)
+    report.figure(figure)
+    report.finish([path for paths in found.values() for path in paths], failures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Does Q jump when fine-tuning starts? Q on held-out states after each stage and through the first online updates, with
+and without re-evaluation, beside the returns that the offline policy really gets from those states.
+
+    python experiments/q_stability.py
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
+
+from common import datasets, envs, policies  # noqa: E402
+from common.foreign import load_policy  # noqa: E402
+from common.nn import gaussian_log_prob, tanh_log_det  # noqa: E402
+from common.probe import STATES  # noqa: E402
+from experiments import analysis, harness  # noqa: E402
+from experiments.harness import OFFLINE, Args, Spec  # noqa: E402
+
+UPDATES_FOR = 2_000  # environment steps with updates
+WINDOW = 1_000  # environment steps within which a jump counts
+
+
+def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
+    """With re-evaluation, and without: then Q is the offline algorithm's (O2PPO: V starts at random)."""
+    starts = harness.parsed(args, Spec(script, OFFLINE[script], seed))
+    if script == "o2ppo":  # its probe comes with every rollout
+        flags = ("--online-steps", str(5 * starts.rollout_steps))
+    else:
+        flags = ("--online-steps", str(starts.learning_starts + UPDATES_FOR), "--probe-every", "100")
+    full = Spec(script, OFFLINE[script], seed)
+    name = ("--exp-name", f"{script}-start")
+    return {
+        "with re-evaluation": full.variant("start", *flags),
+        "without": Spec(script, OFFLINE[script], seed, (*name, "--no-reevaluate", *flags)),
+    }
+
+
+@torch.no_grad()
+def true_values(args: Args, script: str, seed: int) -> np.ndarray:
+    """What Q (O2PPO: V) ought to be at the probe's states: π_off's discounted return from there, one episode each.
+
+    In O2SAC's Bellman equation the policy's later entropy counts as reward; O2TD3's target noise is left out. Only for
+    simulators whose state can be rebuilt from the observation.
+    """
+    spec = harness.parsed(args, Spec(script, OFFLINE[script], seed))
+    data = datasets.load(args.env_id, args.dataset_path)
+    policy = load_policy(harness.offline_policy(args, OFFLINE[script], seed), data)
+    net = policies.module(policy)
+    mean, std = policy["state_mean"], policy["state_std"]
+    states = data.hold_out(spec.holdout, STATES)[1].obs.numpy()
+    all_envs = [envs.make_env(data.simulator) for _ in states]
+    for env, state in zip(all_envs, states, strict=True):
+        env.reset(seed=0)
+        envs.set_state(env, state)
+    torch.manual_seed(seed)
+    obs, returns, running = states.copy(), np.zeros(len(states)), np.ones(len(states), bool)
+    for t in range(datasets.max_episode_steps(data.simulator)):
+        x = (torch.as_tensor(obs) - mean) / std
+        bonus = np.zeros(len(states))
+        if net.kind == "squashed_gaussian":
+            m, log_std = net.spread(x)
+            u = m + log_std.exp() * torch.randn_like(m) if t else m  # the probe asks for Q of the most likely action
+            actions = torch.tanh(u).numpy()
+            if t:
+                bonus = -spec.alpha * (gaussian_log_prob(u, m, log_std) - tanh_log_det(u)).numpy()
+        else:
+            actions = (net.sample(x) if net.kind == "gaussian" else net.mode(x)).numpy()
+        for i in np.flatnonzero(running):
+            next_obs, reward, terminated, *_ = all_envs[i].step(actions[i])
+            obs[i] = next_obs
+            returns[i] += spec.gamma**t * (reward + bonus[i])
+            running[i] = not terminated
+        if not running.any():
+            break
+    return returns
+
+
+def jump(path: Path, name: str, begins: float) -> float:
+    """The largest change of mean Q within `WINDOW` environment steps once updates begin, over Q's spread then."""
+    steps, mean = analysis.series(path, "finetune", name)
+    low, high = (analysis.series(path, "finetune", f"{name}_{end}")[1] for end in ("low", "high"))
+    first = int(np.flatnonzero(steps <= begins)[-1])
+    steps, mean, spread = steps[first:], mean[first:], high[first] - low[first]
+    changes = [abs(b - a) for s, a in zip(steps, mean, strict=True) for t, b in zip(steps, mean, strict=True)
+               if s < t <= s + max(WINDOW, np.diff(steps).max())]  # fmt: skip
+    return max(changes) / spread
+
+
+def draw(panel, groups: dict[str, list[Path]], name: str, truth: np.ndarray) -> None:
+    """Mean and 10% to 90% of Q over the states: ends of the two stages, then the first environment steps; seed 0."""
+    for i, (label, paths) in enumerate(groups.items()):
+        if not paths:
+            continue
+        curves = {end: [] for end in ("", "_low", "_high")}
+        x = []
+        for k, stage in enumerate(("reevaluate", "align")):
+            for end, values in curves.items():
+                values += list(analysis.series(paths[0], stage, name + end)[1][-1:])
+            x += [-500.0 * (2 - k)] * len(analysis.series(paths[0], stage, name)[1][-1:])
+        steps = analysis.series(paths[0], "finetune", name)[0]
+        x += list(steps)
+        for end, values in curves.items():
+            values += list(analysis.series(paths[0], "finetune", name + end)[1])
+        panel.plot(x, curves[""], color=f"C{i}", label=label, marker="o" if len(x) < 12 else None, markersize=3)
+        panel.fill_between(x, curves["_low"], curves["_high"], color=f"C{i}", alpha=0.15, linewidth=0)
+    low, high = np.quantile(truth, [0.1, 0.9])
+    panel.axhline(truth.mean(), color="0.3", linestyle="--", linewidth=1, label="Monte Carlo return of π_off")
+    panel.axhspan(low, high, color="0.5", alpha=0.1, linewidth=0)
+    panel.axvline(0, color="0.7", linewidth=0.8)
+    panel.set_xlabel("environment steps (before 0: ends of re-evaluation and alignment)")
+    panel.set_ylabel("Q of the policy's actions" if name == "probe/q_policy" else "V")
+    panel.legend(fontsize=7)
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    specs = {(y, seed): settings(args, y, seed) for y in args.algorithms for seed in range(args.seeds)}
+    failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
+    report = analysis.Report(args, "q_stability", "Does Q jump when fine-tuning starts?")
+    figure, panels = analysis.panels([f"{y} from {OFFLINE[y]}" for y in args.algorithms], sharey=False)
+    lines, everything = [], []
+    for panel, y in zip(panels, args.algorithms, strict=True):
+        name = "probe/v" if y == "o2ppo" else "probe/q_policy"
+        truth = np.stack([true_values(args, y, seed) for seed in range(args.seeds)])
+        begins = getattr(harness.parsed(args, specs[y, 0]["without"]), "learning_starts", 0)
+        groups = {s: harness.finished(args, [specs[y, seed][s] for seed in range(args.seeds)]) for s in specs[y, 0]}
+        for setting, paths in groups.items():
+            if not paths:
+                continue
+            found = [analysis.series(path, "finetune", name)[1] for path in paths]
+            jumps = analysis.interval({"jump": np.array([jump(path, name, begins) for path in paths])})["jump"]
+            start, end = np.mean([v[0] for v in found]), np.mean([v[-1] for v in found])
+            offline = np.mean([analysis.result(path)["offline"] for path in paths])
+            low = np.mean([min(analysis.scores(path)[1]) for path in paths])
+            values = [*(f"{x:.0f}" for x in (truth.mean(), start, end)), analysis.number(jumps, 2)]
+            lines.append([y, setting, str(len(paths)), *values, f"{offline:.1f}", f"{low:.1f}"])
+        draw(panel, groups, name, truth[0])
+        everything += [path for paths in groups.values() for path in paths]
+    columns = ["", "", "runs", "Monte Carlo", "Q at the first step", "Q at the last", "largest jump / spread",
+               "offline score", "lowest score"]  # fmt: skip
+    report.table(f"Q (O2PPO: V) on held-out states; jump within {WINDOW:,} environment steps", columns, lines)
+    report.figure(figure)
+    report.text.append("\nLines: mean over the states, bands: 10% to 90%, of seed 0.")
+    report.finish(everything, failures)
+
+
+if __name__ == "__main__":
+    main()

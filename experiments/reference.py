@@ -1,0 +1,36 @@
+"""When should the reference policy move? At the best evaluation so far, at fixed intervals, or by a rule that needs no
+evaluation at all (`--reference adaptive`).
+
+    python experiments/reference.py
+"""
+
+import sys
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
+
+from experiments.analysis import comparison  # noqa: E402
+from experiments.harness import OFFLINE, Args, Spec  # noqa: E402
+
+INTERVALS = (1_000, 5_000, 10_000)
+
+
+def settings(script: str, seed: int) -> dict[str, Spec]:
+    best = Spec(script, OFFLINE[script], seed)
+    runs = {"best so far": best}
+    for n in INTERVALS:
+        name = f"every {n:,} steps"
+        runs[name] = best.variant(f"every{n}", "--reference", "interval", "--reference-interval", str(n))
+    return runs | {"adaptive": best.variant("adaptive", "--reference", "adaptive")}
+
+
+if __name__ == "__main__":
+    comparison(
+        tyro.cli(Args, description=__doc__),
+        "reference",
+        "When should the reference policy move?",
+        settings,
+        "best so far",
+    )

@@ -1,0 +1,141 @@
+"""The analysis on runs made up so that the answers are known; the scheduler with runs that die."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import o2sac
+import o2td3
+from common.datasets import load
+from experiments import analysis, constraint, harness, q_stability
+from experiments.harness import Spec
+from offline import td3_bc
+
+TINY = ("--reevaluate-steps", "10", "--align-steps", "10", "--online-steps", "60",
+        "--learning-starts", "20", "--eval-every", "30", "--eval-episodes", "1", "--no-compile")  # fmt: skip
+
+
+def made_up_run(folder, offline, rows):
+    folder.mkdir(parents=True)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [",".join(str(row.get(name, "")) for name in names) for row in rows]
+    (folder / "progress.csv").write_text("\n".join([",".join(names), *lines]) + "\n")
+    (folder / "result.json").write_text(json.dumps({"offline": offline}))
+    return folder
+
+
+def test_summary(tmp_path):
+    rows = [{"stage": "finetune", "step": 10 * (i + 1), "charts/score": s} for i, s in enumerate((40, 20, 50, 60))]
+    rows.insert(0, {"stage": "align", "step": 99, "align/score": 1.0})
+    found = analysis.summary(made_up_run(tmp_path / "a", 30.0, rows))
+    assert found["final"] == pytest.approx((20 + 50 + 60) / 3)
+    assert found["gain"] == pytest.approx((20 + 50 + 60) / 3 - 30)
+    assert found["area"] == pytest.approx((35 + 30 + 35 + 55) / 4)  # trapezoids from the offline score on
+    assert found["drop"] == 10
+
+
+def test_no_drop_is_zero(tmp_path):
+    run = made_up_run(tmp_path / "a", 30.0, [{"stage": "finetune", "step": 10, "charts/score": 31}])
+    assert analysis.summary(run)["drop"] == 0
+
+
+def test_interval_is_an_interquartile_mean():
+    found = analysis.interval({"a": np.array([1.0, 2, 3, 4, 5, 6, 7, 100]), "b": np.full(4, 3.0)}, reps=500)
+    iqm, low, high = found["a"]
+    assert iqm == pytest.approx(4.5) and low < 4.5 < high
+    assert found["b"] == (3.0, 3.0, 3.0)
+
+
+def test_improvement():
+    assert analysis.improvement(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1.0
+    assert analysis.improvement(np.array([1.0]), np.array([1.0])) == 0.5
+    assert analysis.improvement(np.array([0.0, 2.0]), np.array([1.0])) == 0.5
+
+
+def test_jump(tmp_path):
+    """Q climbs by 30 within 1,000 steps and by 40 over all; its spread when updates begin is 5."""
+    q = {0: 100, 500: 90, 1000: 100, 2000: 130, 3000: 140}
+    rows = [
+        {"stage": "finetune", "step": t, "probe/v": v, "probe/v_low": v - 2, "probe/v_high": v + 3}
+        for t, v in q.items()
+    ]
+    run = made_up_run(tmp_path / "a", 0.0, rows)
+    assert q_stability.jump(run, "probe/v", begins=0) == pytest.approx(30 / 5)
+    assert q_stability.jump(run, "probe/v", begins=2000) == pytest.approx(10 / 5)  # what came before does not count
+
+
+@pytest.fixture
+def ray_is_local(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(harness.ROOT))
+    monkeypatch.setenv("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", "1")
+
+
+def test_scheduler_with_runs_that_die(tmp_path, ray_is_local):
+    (tmp_path / "once.py").write_text(
+        "import os, pathlib, signal\nmark = pathlib.Path(__file__).with_suffix('.mark')\n"
+        "if not mark.exists():\n    mark.touch()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "mark.with_suffix('.done').touch()\n"
+    )
+    (tmp_path / "always.py").write_text("raise SystemExit('no more memory')\n")
+    (tmp_path / "mistake.py").write_text(
+        "import pathlib, sys\nwith open(__file__ + '.count', 'a') as f:\n    f.write('x')\nsys.exit(2)\n"
+    )
+    (tmp_path / "fine.py").write_text("import pathlib\npathlib.Path(__file__).with_suffix('.done').touch()\n")
+    (tmp_path / "shared.pt").write_text("weights")
+    jobs = {
+        "once": ([str(tmp_path / "once.py")], [], []),
+        "always": ([str(tmp_path / "always.py")], [], []),
+        "mistake": ([str(tmp_path / "mistake.py")], [], []),
+        "after a failure": ([str(tmp_path / "never.py")], [], ["always"]),
+        "after once": ([str(tmp_path / "fine.py")], [(tmp_path / "shared.pt", tmp_path / "run" / "s.pt")], ["once"]),
+    }
+    failures = harness.schedule(harness.Args(retries=1), jobs)
+    assert (tmp_path / "once.done").exists() and (tmp_path / "fine.done").exists()
+    assert (tmp_path / "run" / "s.pt").read_text() == "weights"
+    assert len(failures) == 3
+    assert sum("always.py: no more memory" in failure for failure in failures) == 2
+    assert sum(failure.startswith("not started") for failure in failures) == 1
+    assert (tmp_path / "mistake.py.count").read_text() == "x"  # what the user has to mend is not tried again
+
+
+def test_shared_stages_change_nothing(tmp_path, ray_is_local, capsys):
+    """A run that takes its first stages over from another ends with the same weights as one that trains them."""
+    args = harness.Args(seeds=1, algorithms=("o2td3",), run_dir=str(tmp_path / "runs"))
+    td3_bc.train(td3_bc.Args(env_id=args.env_id, steps=10, eval_episodes=1, run_dir=str(tmp_path)), load(args.env_id))
+    policy = str(next(tmp_path.glob("*/policy.pt")))
+    base = Spec("o2td3", policy, 0, TINY)
+    shared = Spec("o2td3", policy, 0, (*TINY, "--exp-name", "shared", "--mse-threshold-end", "5.0"), base)
+    alone = Spec("o2td3", policy, 0, (*TINY, "--exp-name", "alone", "--mse-threshold-end", "5.0"))
+    assert harness.run_all(args, [shared, alone]) == []
+    weights = [torch.load(harness.folder(args, s) / "policy.pt", weights_only=True)["actor"] for s in (shared, alone)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    mine, theirs = ([{k: v for k, v in row.items() if k != "charts/SPS"} for row in
+                     harness.rows(harness.folder(args, s))] for s in (shared, alone))  # fmt: skip
+    assert mine == theirs
+
+    stamp = (harness.folder(args, alone) / "policy.pt").stat().st_mtime_ns
+    assert harness.run_all(args, [shared, alone]) == []  # nothing is done twice
+    assert (harness.folder(args, alone) / "policy.pt").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="gamma"):
+        harness.check_shared(args, Spec("o2td3", policy, 0, (*TINY, "--gamma", "0.9"), base))
+
+
+@pytest.mark.parametrize("script", ["o2sac", "o2td3"])
+def test_threshold_is_scaled_at_both_ends(script):
+    module, prefix = (o2sac, "kl") if script == "o2sac" else (o2td3, "mse")
+    args = harness.Args()
+    flags = constraint.threshold_flags(args, module, prefix, 10)
+    plain, scaled = (harness.parsed(args, Spec(script, "cql", 0, tuple(f))) for f in ([], flags))
+    for step in (0, 5_000, 10**6):
+        assert module.threshold_at(scaled, step) == pytest.approx(10 * module.threshold_at(plain, step))
+
+
+def test_every_experiment_explains_itself():
+    for name in ("matrix", "ablations", "alignment", "constraint", "q_stability", "reference"):
+        command = [sys.executable, str(harness.ROOT / "experiments" / f"{name}.py"), "--help"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 and "--ray-address" in done.stdout and f"experiments/{name}.py" in done.stdout
