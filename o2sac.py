@@ -384,8 +384,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     env = envs.Episodes(envs.make_env(data.simulator, evaluator.mean, evaluator.std), args.seed)
     best = Best(best_score, agent.actor_reference)
     margin = Margin(args.reference_window, args.reference_margin)
-    state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "margin": margin}
-    state |= {"stepper": stepper}
+    state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "margin": margin,
+             "stepper": stepper}  # fmt: skip
     start, done = run.restore("finetune", state, device)
     if done:
         return best
@@ -401,15 +401,16 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
             if (env_step - 1) % args.probe_every == 0:
                 run.log("finetune", env_step - 1, probe())
             obs, action = env.obs, explore(env.obs)
+            # Updates draw on the transitions before this one, so a GPU does them while the simulator takes this step
+            if env_step > args.learning_starts:
+                threshold.fill_(threshold_at(args, env_step))
+                stepper.run(1)
             next_obs, reward, terminated, episodic_return = env.step(action)
             replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
             if episodic_return is not None:
                 run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
                 if margin.add(episodic_return) and args.reference == "adaptive":
                     agent.actor_reference.load_state_dict(agent.actor.state_dict())
-            if env_step > args.learning_starts:
-                threshold.fill_(threshold_at(args, env_step))
-                stepper.run(1)
             if env_step % args.eval_every == 0 or env_step == args.online_steps:
                 score = evaluator(agent.act, device)
                 losses = {f"losses/{name}": value for name, value in stepper.means().items()}
@@ -456,7 +457,7 @@ def check(args: Args) -> None:
         "align_eval_every", "online_steps", "utd", "reference_interval", "reference_window", "eval_every",
         "kl_threshold_steps", "part_episodes",
     )  # fmt: skip
-    cli.check_positive(args, "learning_starts", at_least=0)
+    cli.check_positive(args, "learning_starts")
     cli.check_online(args)
     if args.batch_size % 2:
         raise cli.UserError(f"--batch-size is {args.batch_size}, but has to be even: half of it is offline data")

@@ -44,8 +44,10 @@ class ReplayBuffer:
         row = torch.cat([
             torch.as_tensor(obs), torch.as_tensor(action), torch.as_tensor(next_obs),
             torch.tensor([reward, float(terminated)]),
-        ])  # fmt: skip
-        self.table[self.length] = row.to(self.table.device, torch.float32)
+        ]).float()  # fmt: skip
+        if self.table.is_cuda:
+            row = row.pin_memory()  # so that the copy queues up behind the updates and nothing waits for them
+        self.table[self.length].copy_(row, non_blocking=True)
         self.length += 1
         self.size.fill_(self.length)
 
