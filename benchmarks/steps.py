@@ -3,9 +3,12 @@
     python benchmarks/steps.py                  # this machine's GPU, else its CPU: eager and compiled
     python benchmarks/steps.py --device cpu
 
-The two are timed in turns, so that a machine whose speed drifts does not favour either; the medians are printed.
+The two are timed in turns, so that a machine whose speed drifts does not favour either; the medians are printed. The
+floor is the best that this machine could do: a step's matrix products at the rate that a large one reaches here, or on
+a GPU its kernels, each at the latency of an empty one inside a graph, whichever takes longer.
 """
 
+import resource
 import statistics
 import sys
 import time
@@ -16,6 +19,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -106,6 +110,50 @@ def turn(stepper: steps.Stepper, seconds: float, device: torch.device) -> float:
     return n / (time.perf_counter() - start)
 
 
+def seconds_of(fn, device: torch.device, turns: int = 7) -> float:
+    """The shortest time of a call."""
+    times = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        fn()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def matrix_rate(device: torch.device) -> float:
+    """FLOP/s of a large matrix product."""
+    n = 8_192 if device.type == "cuda" else 1_024
+    x, y = torch.randn(2, n, n, device=device)
+    return 2 * n**3 / seconds_of(lambda: x @ y, device)
+
+
+def kernel_latency() -> float:
+    """Seconds that a kernel which does next to nothing takes inside a CUDA graph, after another one."""
+    x, graph = torch.zeros((), device="cuda"), torch.cuda.CUDAGraph()
+    x.add_(1)
+    with torch.cuda.graph(graph):
+        for _ in range(1_000):
+            x.add_(1)
+    return seconds_of(graph.replay, torch.device("cuda")) / 1_000
+
+
+def count_flops(step) -> int:
+    """Floating-point operations of the matrix products of one eager step."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def count_kernels(stepper: steps.Stepper) -> float:
+    """CUDA kernels in a step as it is run."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        stepper.run(20)
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events()) / 20
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     device = cli.resolve_device(args.device)
@@ -113,11 +161,17 @@ def main() -> None:
     data = random_data(args, device)
     kinds = ["eager"] + ["compiled"] * (args.compile and steps.can_compile(device))
     table = Table(title=f"steps/s, {report.hardware(device)}, PyTorch {torch.__version__}")
-    for column in ("stage", *kinds, "ratio"):
+    rate, latency = matrix_rate(device), kernel_latency() if device.type == "cuda" else 0.0
+    memory = ["peak MB"] * (device.type == "cuda")
+    for column in ("stage", *kinds, "ratio", "GFLOP", "floor", "of floor", *memory):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in args.stages:
         if stage not in STAGES:
             raise cli.UserError(f"there is no stage {stage!r}; choose from {', '.join(STAGES)}")
+        if memory:
+            torch.cuda.reset_peak_memory_stats()
+        plain = make_step(stage, data, compile=False)
+        flops = (count_flops(plain) + count_flops(plain)) / 2  # every second step of some updates the actor too
         steppers = [
             steps.Stepper(make_step(stage, data, k == "compiled"), device, graph=k == "compiled", phases=2)
             for k in kinds
@@ -127,8 +181,18 @@ def main() -> None:
         rates = [[turn(stepper, args.seconds, device) for stepper in steppers] for _ in range(args.turns)]
         medians = [statistics.median(column) for column in zip(*rates, strict=True)]
         ratio = statistics.median(row[-1] / row[0] for row in rates)
-        table.add_row(stage, *(f"{rate:,.1f}" for rate in medians), f"{ratio:.2f}")
-    Console().print(table)
+        kernels = count_kernels(steppers[-1]) if latency else 0.0
+        floor = 1 / max(flops / rate, kernels * latency)
+        peak = [f"{torch.cuda.max_memory_allocated() / 1e6:,.0f}"] * len(memory)
+        table.add_row(stage, *(f"{median:,.1f}" for median in medians), f"{ratio:.2f}", f"{flops / 1e9:.2f}",
+                      f"{floor:,.0f}", f"{medians[-1] / floor:.0%}", *peak)  # fmt: skip
+    Console(width=120).print(table)
+    print(
+        f"matrix products: {rate / 1e9:,.0f} GFLOP/s" + f"; kernels in a graph: {latency * 1e6:.1f} µs" * bool(latency)
+    )
+    if not memory:
+        unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes on Linux
+        print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:,.0f} MB")
 
 
 if __name__ == "__main__":
