@@ -33,7 +33,7 @@ PRESETS = {
     "demo": dict(
         env_id="hopper-medium-demo", reevaluate_steps=6_000, reevaluate_tau=0.05, align_steps=2_000,
         online_steps=10_000, learning_starts=2_000, utd=2, lagrange_lr=1e-3, kl_threshold_start=0.01,
-        kl_threshold_end=0.05, kl_threshold_steps=10_000, log_every=500, align_eval_every=2_000, compile=False,
+        kl_threshold_end=0.05, kl_threshold_steps=10_000, log_every=500, align_eval_every=2_000,
     ),
     "quick": dict(
         reevaluate_steps=50_000, align_steps=20_000, online_steps=20_000, learning_starts=2_000, utd=4, log_every=1_000,

@@ -34,7 +34,7 @@ PRESETS = {
     "demo": dict(
         env_id="hopper-medium-demo", reevaluate_steps=8_000, reevaluate_tau=0.05, align_steps=4_000,
         online_steps=12_000, learning_starts=2_000, lagrange_lr=1e-3, mse_threshold_end=0.02,
-        mse_threshold_steps=12_000, log_every=500, align_eval_every=2_000, compile=False,
+        mse_threshold_steps=12_000, log_every=500, align_eval_every=2_000,
     ),
     "quick": dict(
         reevaluate_steps=100_000, align_steps=50_000, online_steps=50_000, learning_starts=2_000, log_every=1_000,

@@ -64,7 +64,8 @@ def finish(run: Run, script: str, policy: dict, agent, best, offline: float, ali
         "offline": offline, "aligned": aligned, "best_online": best.score, "last_online": scores[-1],
         "mean_of_last_3": last3, "env_id": run.args.env_id, "source": data.source,
         "offline_algorithm": policy["algorithm"], "offline_steps": policy["steps"], "seed": run.args.seed,
-        "preset": run.args.preset, "eval_episodes": run.args.eval_episodes, "seconds": run.seconds,
+        "preset": run.args.preset, "eval_episodes": run.args.eval_episodes, "evaluations": len(scores),
+        "seconds": run.seconds, "seconds_per_evaluation": evaluator.seconds / evaluator.count,
         "hardware": hardware(data.obs.device),
     }  # fmt: skip
     write_atomic(run.dir / "result.json", json.dumps(result, indent=2).encode())

@@ -1,12 +1,13 @@
 """From finished runs to numbers with intervals, tables and figures."""
 
 import json
-import platform
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from rliable import library as rly
@@ -102,12 +103,11 @@ class Report:
             sys.exit("error: no run came to its end, so there is nothing to show; look at the messages above")
         made = [result(path) for path in runs]
         sources, machines = ({r[key] for r in made} for key in ("source", "hardware"))
-        a = self.args
+        command = shlex.join([f"experiments/{self.name}.py", *sys.argv[1:]])
         self.text += [
-            f"\nMade by `python experiments/{self.name}.py --scale {a.scale} --seeds {a.seeds}"
-            f" --algorithms {' '.join(a.algorithms)} --env-id {a.env_id}`: {len(runs)} runs, data: "
+            f"\nMade by `python {command}`: {len(runs)} runs at the scale `{self.args.scale}`, data: "
             f"{'; '.join(sorted(sources))}. {made[0]['eval_episodes']} episodes an evaluation. Machine: "
-            f"{'; '.join(sorted(machines))}, Python {platform.python_version()}. Intervals: 95%, stratified bootstrap."
+            f"{'; '.join(sorted(machines))}, PyTorch {torch.__version__}. Intervals: 95%, stratified bootstrap."
         ]
         write_atomic(self.folder / f"{self.name}.md", ("\n".join(self.text) + "\n").encode())
         print(f"{self.folder / self.name}.md holds the page")
@@ -146,6 +146,7 @@ def draw_curves(panel, groups: dict[str, list[Path]]) -> None:
         panel.plot(steps, values.mean(0), color=f"C{i}", label=name, linewidth=1.5)
         panel.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.12, linewidth=0)
         panel.axhline(np.mean([result(path)["offline"] for path in paths]), color=f"C{i}", linestyle=":", linewidth=1)
+    panel.locator_params(axis="x", nbins=5)
     panel.set_xlabel("environment steps")
     panel.set_ylabel("score")
 

@@ -51,6 +51,8 @@ class Args:
     """threads of a run; as many runs go side by side as there are cores for them"""
     gpus_per_run: float = 0.0
     """GPUs of a run, or the share of one"""
+    compile: bool = True
+    """compile the training steps"""
     retries: int = 2
     """how often a run that died is continued from its last checkpoint"""
 
@@ -81,6 +83,7 @@ class Spec:
 def flags_of(args: Args, seed: int) -> list[str]:
     preset = "none" if args.scale == "paper" else args.scale
     flags = ["--preset", preset, "--env-id", args.env_id, "--seed", str(seed), "--run-dir", str(ROOT / args.run_dir)]
+    flags.append("--compile" if args.compile else "--no-compile")
     return flags + (["--dataset-path", str(Path(args.dataset_path).absolute())] if args.dataset_path else [])
 
 

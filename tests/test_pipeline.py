@@ -212,6 +212,31 @@ def test_compiled_steps_equal_eager_ones(data):
         )
 
 
+def test_compiling_moves_weights_no_further_than_rounding_does(data):
+    """Over 1,000 steps. Training is chaotic, so an eager run that starts one rounding away is the yardstick."""
+
+    def q_after(compile, nudge=0.0):
+        torch.manual_seed(0)
+        args = o2sac.Args(compile=compile, batch_size=32)
+        actor = o2sac.Actor(11, 3).state_dict()
+        agent = o2sac.Agent(args, dict(obs_dim=11, action_dim=3, hidden_layers=3, actor=actor))
+        with torch.no_grad():
+            for param in [*agent.critic.parameters(), *agent.critic_target.parameters()]:
+                param.mul_(1 + nudge)
+        step = o2sac.reevaluation_step(args, data, agent, o2sac.Optimizers(args, agent))
+        found = []
+        for n in (100, 900):
+            for _ in range(n):
+                step()
+            found.append(agent.critic(data.obs, data.actions).detach())
+        return torch.stack(found)
+
+    eager = q_after(compile=False)
+    drift, rounding = ((q - eager).square().mean((1, 2)).sqrt() for q in (q_after(True), q_after(False, nudge=1e-7)))
+    assert (rounding > 0).all() and (rounding < 0.5 * eager.std((1, 2))).all()
+    assert (drift < 1.5 * rounding).all(), (drift, rounding)
+
+
 # ----------------------------------------------------------------------------------------------- replay
 
 

@@ -1,0 +1,100 @@
+"""How long a whole run takes, from the dataset to the fine-tuned agent, stage by stage.
+
+    python benchmarks/protocol.py                              # the paper's budgets, CQL → O2SAC; meant for a GPU
+    python benchmarks/protocol.py --script o2td3 --offline td3_bc
+    python benchmarks/protocol.py --fraction 0.005             # every budget 200 times shorter
+
+The run is an ordinary one in a folder of its own, interrupted and continued as any other; what it prints at the end
+includes compiling, logging, evaluation and checkpoints.
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common import cli, pretrain  # noqa: E402
+from common.report import duration  # noqa: E402
+from common.run import run_name  # noqa: E402
+from offline import ALGORITHMS, algorithm_args  # noqa: E402
+
+
+@dataclass
+class Args:
+    script: Literal["o2sac", "o2td3", "o2ppo"] = "o2sac"
+    """the online algorithm"""
+    offline: Literal[ALGORITHMS] = "cql"
+    """the offline one"""
+    env_id: str = "hopper-medium-v2"
+    """the dataset"""
+    dataset_path: str = ""
+    """an HDF5 file in D4RL's layout, used in place of the one that --env-id names"""
+    fraction: float = 1.0
+    """of the paper's steps in every stage; evaluations stay as frequent as they are there"""
+    seed: int = 0
+    """seed of the run"""
+    device: str = "auto"
+    """cpu, cuda, …; auto takes the GPU where there is one"""
+    compile: bool = True
+    """compile the training steps (and capture them in CUDA graphs on a GPU)"""
+    run_dir: str = "runs/protocol"
+    """where the run folders are made"""
+
+
+def command_line(args: Args) -> list[str]:
+    """The run's own arguments: the paper's, with shorter budgets."""
+    paper = importlib.import_module(args.script).Args()
+    names = [n for n in ("reevaluate_steps", "align_steps", "online_steps", "learning_starts") if hasattr(paper, n)]
+    budgets = {name: getattr(paper, name) for name in names}
+    budgets["offline_steps"] = importlib.import_module(f"offline.{args.offline}").Args().steps
+    flags = ["--exp-name", f"{args.script}-{args.fraction:g}", "--compile" if args.compile else "--no-compile"]
+    for name in ("env_id", "dataset_path", "offline", "seed", "device", "run_dir"):
+        flags += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+    for name, steps in budgets.items():
+        flags += ["--" + name.replace("_", "-"), str(max(1, round(steps * args.fraction)))]
+    return flags
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    if not 0 < args.fraction <= 1:
+        raise cli.UserError(f"--fraction is {args.fraction}, but has to lie above 0 and not above 1")
+    flags = command_line(args)
+    if done := subprocess.run([sys.executable, str(ROOT / f"{args.script}.py"), *flags]).returncode:
+        sys.exit(done)  # the script has said why
+
+    script = importlib.import_module(args.script)
+    run = cli.parse(script.Args, script.PRESETS, flags)
+    result = json.loads((Path(run.run_dir) / run_name(run) / "result.json").read_text())
+    pretrained = Path(run.run_dir) / pretrain.run_name(algorithm_args(run)[1])
+    first = torch.load(pretrained / f"{run.offline}.pt", map_location="cpu", weights_only=True)
+    seconds = {f"offline: {run.offline}": first["seconds"], **result["seconds"]}
+    steps = [run.offline_steps, run.reevaluate_steps, *([run.align_steps] if "align" in seconds else []),
+             run.online_steps]  # fmt: skip
+    table = Table(title=f"{run_name(run)}, {result['hardware']}, PyTorch {torch.__version__}", title_justify="left")
+    for column in ("stage", "steps", "time", "steps/s"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for (stage, spent), n in zip(seconds.items(), steps, strict=True):
+        table.add_row(stage, f"{n:,}", duration(spent), f"{n / spent:,.0f}")
+    table.add_row("all stages", "", duration(sum(seconds.values())), "")
+    evaluation = result["seconds_per_evaluation"]
+    share = evaluation * result["evaluations"] / seconds["finetune"]
+    table.add_row(
+        "evaluations of fine-tuning", f"{result['evaluations']:,}", f"{evaluation:.2f} s each", f"{share:.1%}"
+    )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    cli.run(main)

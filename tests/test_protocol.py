@@ -1,0 +1,19 @@
+"""The whole protocol as one command, at a millionth of the paper's budgets."""
+
+import re
+
+from benchmarks import protocol
+
+
+def test_times_every_stage(run_script, tmp_path):
+    flags = ["--env-id", "hopper-medium-demo", "--fraction", "4e-6", "--no-compile", "--device", "cpu"]
+    code, out, err = run_script(protocol, *flags, "--run-dir", tmp_path)
+    assert code == 0, err
+    rows = {m[1].strip(): m[2].strip() for m in re.finditer(r"│ ([\w:\- ]+?) +│ +([\d,]*) │", out)}
+    assert rows["offline: cql"] == "4" and rows["reevaluate"] == rows["align"] == "2" and rows["finetune"] == "1"
+    assert rows["evaluations of fine-tuning"] == "1" and "all stages" in rows
+
+
+def test_refuses_a_fraction_that_is_none(run_script):
+    code, _, err = run_script(protocol, "--fraction", "2")
+    assert code == 2 and "--fraction is 2.0" in err and "Traceback" not in err
