@@ -61,6 +61,8 @@ class RunArgs:
 class OnlineArgs(RunArgs):
     """What the fine-tuning scripts take on top of that."""
 
+    num_seeds: int = 1
+    """seeds to run side by side, from --seed on; each has a run folder of its own"""
     offline: str = "cql"
     """cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of any policy"""
     offline_steps: int | None = None
@@ -116,7 +118,7 @@ def check_online(args: OnlineArgs) -> None:
     """What a fine-tuning run would only stumble over at its end."""
     if args.offline_steps is not None:
         check_positive(args, "offline_steps")
-    check_positive(args, "probe_every")
+    check_positive(args, "probe_every", "num_seeds")
     if not 0 <= args.holdout <= 0.5:
         raise UserError(f"--holdout is {args.holdout}, but has to lie between 0 and 0.5")
     if args.capture_video:

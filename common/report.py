@@ -3,13 +3,14 @@
 import csv
 import json
 import platform
+import sys
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import cli, datasets, envs, steps
+from common import cli, datasets, envs, seeds, steps
 from common.checkpoint import write_atomic
 from common.policies import save_online
 from common.run import Run, run_name
@@ -34,6 +35,9 @@ def start(args_class, presets: dict, check) -> tuple:
     args = cli.parse(args_class, presets)
     check(args)
     device = cli.resolve_device(args.device)
+    if args.num_seeds > 1:
+        datasets.load(args.env_id, args.dataset_path)  # downloaded once, and refused once
+        sys.exit(seeds.train(args, device))
     steps.setup(device, args.seed, args.deterministic)
     args.compile = args.compile and steps.can_compile(device)
     run = Run(args, run_name(args))

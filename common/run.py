@@ -33,6 +33,7 @@ FREE_ARGS = {
     "wandb_entity",
     "capture_video",
     "checkpoint_seconds",
+    "num_seeds",
 }
 
 
@@ -48,6 +49,16 @@ def run_name(args) -> str:
     return f"{dataset_label(args)}__{args.exp_name}{ablations}__{Path(args.offline).stem}__{args.seed}{preset}"
 
 
+def make_folder(folder: Path) -> None:
+    """Make a run folder. Raises UserError where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {folder} ({error.strerror}); choose --run-dir") from error
+
+
 class Run:
     stop = False  # whether a signal asked to stop
 
@@ -57,14 +68,7 @@ class Run:
         self.rows: list[dict] = []  # everything logged so far, one dictionary a row: the content of progress.csv
         self.seconds: dict[str, float] = {}  # training time of each stage
         self.last_score = math.nan
-        try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / ".writable").touch()
-            (self.dir / ".writable").unlink()
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the run folder {self.dir} ({error.strerror}); choose --run-dir"
-            ) from error
+        make_folder(self.dir)
         self._keep_args()
         if (self.dir / "progress.csv").exists():
             with open(self.dir / "progress.csv", newline="") as file:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,29 @@ def test_a_killed_run_ends_with_the_same_weights(finished, tmp_path, stage, step
         assert {k: v for k, v in a.items() if k != "charts/SPS"} == {k: v for k, v in b.items() if k != "charts/SPS"}
 
 
+def test_seeds_side_by_side_are_those_that_run_alone(finished, tmp_path):
+    command = [sys.executable, "o2sac.py", *SMALL, *TINY, "--run-dir", str(tmp_path), "--num-seeds", "2"]
+    done = execute(command)
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(weights(finished[0]), weights(tmp_path))
+    scores = [json.loads((tmp_path / f"{NAME[:-1]}{seed}" / "result.json").read_text()) for seed in (0, 1)]
+    mean = sum(result["last_online"] for result in scores) / 2
+    assert f"{mean:.1f} ±" in done.stdout and scores[0]["last_online"] != scores[1]["last_online"]
+
+
+def test_a_seed_that_fails_is_named(finished, tmp_path):
+    broken = tmp_path / f"{NAME[:-1]}1"
+    broken.mkdir()
+    (broken / "args.json").write_text(json.dumps({"utd": 3}))
+    policy = str(finished[0] / "hopper-medium-demo__cql-4__0" / "policy.pt")
+    (tmp_path / "cql.pt").write_bytes(Path(policy).read_bytes())
+    flags = [*SMALL, *TINY, "--run-dir", str(tmp_path), "--offline", str(tmp_path / "cql.pt"), "--num-seeds", "2"]
+    done = execute([sys.executable, "o2sac.py", *flags])
+    assert done.returncode == 2 and "1 of 2 seeds" in done.stdout and "Traceback" not in done.stderr
+    assert "holds a run with other arguments" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("seed 1: ")
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-u", "o2sac.py", *SMALL, *TINY, "--online-steps", "100000", "--run-dir", str(tmp_path)]
     process = subprocess.Popen(
@@ -153,6 +177,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert process.wait() == 130
     assert "the same command continues from there" in rest and "Traceback" not in rest
     assert torch.load(tmp_path / NAME / "finetune.pt", weights_only=True)["step"] > 0
+
+
+def test_ctrl_c_saves_every_seed(tmp_path):
+    flags = [*SMALL, *TINY, "--online-steps", "100000", "--run-dir", str(tmp_path), "--num-seeds", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "o2sac.py", *flags], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    folders = [tmp_path / f"{NAME[:-1]}{seed}" for seed in (0, 1)]
+    while not all((folder / "finetune.pt").exists() for folder in folders):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and "the same command continues" in err and "Traceback" not in err
+    assert all("continues from there" in (folder / "output.txt").read_text() for folder in folders)
 
 
 @pytest.mark.parametrize(
