@@ -52,7 +52,7 @@ class Args:
     gpus_per_run: float = 0.0
     """GPUs of a run, or the share of one"""
     compile: bool = True
-    """compile the training steps"""
+    """compile the training steps where the scale's preset does"""
     retries: int = 2
     """how often a run that died is continued from its last checkpoint"""
 
@@ -83,7 +83,7 @@ class Spec:
 def flags_of(args: Args, seed: int) -> list[str]:
     preset = "none" if args.scale == "paper" else args.scale
     flags = ["--preset", preset, "--env-id", args.env_id, "--seed", str(seed), "--run-dir", str(ROOT / args.run_dir)]
-    flags.append("--compile" if args.compile else "--no-compile")
+    flags += [] if args.compile else ["--no-compile"]
     return flags + (["--dataset-path", str(Path(args.dataset_path).absolute())] if args.dataset_path else [])
 
 
