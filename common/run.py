@@ -196,7 +196,8 @@ class Run:
 
         `state` names all that training changes. `make_step()`, called once that is restored, gives the step; it
         returns named scalar tensors, logged as their means over `log_every` steps. `evaluate()` returns a score every
-        `evaluate_every` steps, `probe()` scalars to be logged with those means; `phases`: see `Stepper`.
+        `evaluate_every` steps; `probe()` scalars that are logged at the start and with those means; `phases`: see
+        `Stepper`.
         """
         stepper = Stepper(None, device, graph=compile, phases=phases)
         state = state | {"stepper": stepper}
@@ -204,6 +205,8 @@ class Run:
         if done:
             return
         stepper.step = make_step()
+        if probe and not done_steps:
+            self.log(stage, 0, probe())
         with self.progress(stage, steps, done_steps) as bar:
             clock = Clock(self, stage)
             while done_steps < steps:

@@ -30,9 +30,10 @@ def compiled(fn, enabled: bool):
         return fn
     torch._inductor.config.fallback_random = True
     torch._dynamo.config.trace_autograd_ops = True
-    # Shapes and closures never change after the first call, so nothing needs to be checked before every other
+    # Shapes and closures never change after the first call, so nothing needs to be checked before every other; a step
+    # that is made again, from other arguments, is compiled again
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-    return torch.compile(fn, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(fn, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True)
 
 
 def can_compile(device: torch.device) -> bool:

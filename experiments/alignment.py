@@ -46,9 +46,9 @@ def main() -> None:
             lines.append([y, label, *(analysis.number(found[stage], 3) for stage in stages)])
             for path in paths:
                 before = analysis.series(path, "reevaluate", f"probe/{name}")[1][-1]
-                steps, values = analysis.series(path, "align", f"probe/{name}")
+                points = {0: before} | dict(zip(*analysis.series(path, "align", f"probe/{name}"), strict=True))
                 panel.plot(
-                    [0, *steps], [before, *values], color=f"C{i}", linewidth=1, label=y if path == paths[0] else ""
+                    *zip(*points.items(), strict=True), color=f"C{i}", linewidth=1, label=y if path == paths[0] else ""
                 )
     for panel in panels:
         panel.set_xlabel("gradient steps of alignment")

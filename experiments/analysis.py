@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from scipy.integrate import trapezoid
 
 from common.checkpoint import write_atomic
 from experiments import harness
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="arch")  # of how rliable calls it
 
 
 def scores(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -91,28 +91,40 @@ def jump(path: Path, name: str, begins: float) -> float:
 
 
 def draw(panel, groups: dict[str, list[Path]], name: str, truth: np.ndarray) -> None:
-    """Mean and 10% to 90% of Q over the states: ends of the two stages, then the first environment steps; seed 0."""
+    """Mean (line) and 10% to 90% (band) of Q over the states, dashed: of the data's actions; seed 0.
+
+    On the left the critic that each stage begins or ends with, then the first environment steps.
+    """
+    steps = analysis.series(next(paths[0] for paths in groups.values() if paths), "finetune", name)[0]
+    ends = {"offline critic": ("align", 0), "re-evaluated": ("reevaluate", -1), "aligned": ("align", -1)}
+    at = dict(zip(ends, steps[-1] * np.array([-0.36, -0.24, -0.12]), strict=True))
     for i, (label, paths) in enumerate(groups.items()):
         if not paths:
             continue
-        curves = {end: [] for end in ("", "_low", "_high")}
-        x = []
-        for k, stage in enumerate(("reevaluate", "align")):
-            for end, values in curves.items():
-                values += list(analysis.series(paths[0], stage, name + end)[1][-1:])
-            x += [-500.0 * (2 - k)] * len(analysis.series(paths[0], stage, name)[1][-1:])
-        steps = analysis.series(paths[0], "finetune", name)[0]
-        x += list(steps)
-        for end, values in curves.items():
-            values += list(analysis.series(paths[0], "finetune", name + end)[1])
-        panel.plot(x, curves[""], color=f"C{i}", label=label, marker="o" if len(x) < 12 else None, markersize=3)
-        panel.fill_between(x, curves["_low"], curves["_high"], color=f"C{i}", alpha=0.15, linewidth=0)
+        curves = {}
+        for scalar in (name, f"{name}_low", f"{name}_high", *["probe/q_data"] * (name != "probe/v")):
+            points = []
+            for end, (stage, row) in ends.items():
+                found_at, found = analysis.series(paths[0], stage, scalar)
+                # with re-evaluation, alignment begins with the re-evaluated critic and not with the offline one
+                if len(found) and not (end == "offline critic" and (label != "without" or found_at[0])):
+                    points.append((at[end], found[row]))
+            curves[scalar] = np.array(points + list(zip(*analysis.series(paths[0], "finetune", scalar), strict=True))).T
+        few = curves[name].shape[1] < 12
+        panel.plot(*curves[name], color=f"C{i}", label=label, marker="o" if few else None, markersize=3)
+        low, high = curves[f"{name}_low"], curves[f"{name}_high"]
+        panel.fill_between(low[0], low[1], high[1], color=f"C{i}", alpha=0.15, linewidth=0)
+        if "probe/q_data" in curves:
+            panel.plot(*curves["probe/q_data"], color=f"C{i}", linestyle="--", linewidth=1)
     low, high = np.quantile(truth, [0.1, 0.9])
-    panel.axhline(truth.mean(), color="0.3", linestyle="--", linewidth=1, label="Monte Carlo return of π_off")
+    panel.axhline(truth.mean(), color="0.3", linestyle=":", linewidth=1, label="Monte Carlo return of π_off")
     panel.axhspan(low, high, color="0.5", alpha=0.1, linewidth=0)
     panel.axvline(0, color="0.7", linewidth=0.8)
-    panel.set_xlabel("environment steps (before 0: ends of re-evaluation and alignment)")
-    panel.set_ylabel("Q of the policy's actions" if name == "probe/q_policy" else "V")
+    numbers = np.linspace(0, steps[-1], 3).round(-2)
+    labels = [*at, *(f"{x:,.0f}" for x in numbers)]
+    panel.set_xticks([*at.values(), *numbers], labels, rotation=40, ha="right", fontsize=8)
+    panel.set_xlabel("environment steps")
+    panel.set_ylabel("V" if name == "probe/v" else "Q of the policy's actions")
     panel.legend(fontsize=7)
 
 
@@ -134,17 +146,19 @@ def main() -> None:
             found = [analysis.series(path, "finetune", name)[1] for path in paths]
             jumps = analysis.interval({"jump": np.array([jump(path, name, begins) for path in paths])})["jump"]
             start, end = np.mean([v[0] for v in found]), np.mean([v[-1] for v in found])
+            data = [analysis.series(path, "finetune", "probe/q_data")[1] for path in paths]
             offline = np.mean([analysis.result(path)["offline"] for path in paths])
             low = np.mean([min(analysis.scores(path)[1]) for path in paths])
-            values = [*(f"{x:.0f}" for x in (truth.mean(), start, end)), analysis.number(jumps, 2)]
+            of_data = f"{np.mean([v[0] for v in data]):.0f}" if y != "o2ppo" else ""
+            values = [f"{truth.mean():.0f}", f"{start:.0f}", of_data, f"{end:.0f}", analysis.number(jumps, 2)]
             lines.append([y, setting, str(len(paths)), *values, f"{offline:.1f}", f"{low:.1f}"])
         draw(panel, groups, name, truth[0])
         everything += [path for paths in groups.values() for path in paths]
-    columns = ["", "", "runs", "Monte Carlo", "Q at the first step", "Q at the last", "largest jump / spread",
-               "offline score", "lowest score"]  # fmt: skip
+    columns = ["", "", "runs", "Monte Carlo", "Q at the first step", "of the data's actions", "Q at the last step",
+               "largest jump / spread", "offline score", "lowest score"]  # fmt: skip
     report.table(f"Q (O2PPO: V) on held-out states; jump within {WINDOW:,} environment steps", columns, lines)
     report.figure(figure)
-    report.text.append("\nLines: mean over the states, bands: 10% to 90%, of seed 0.")
+    report.text.append("\nLines: mean over the states; bands: 10% to 90%; dashed: Q of the data's actions; seed 0.")
     report.finish(everything, failures)
 
 

@@ -57,6 +57,17 @@ def test_every_phase_of_a_step_comes_in_turn(cuda, phases, steps_per_graph, call
     assert cuda.executed == [i % phases for i in range(sum(calls))]
 
 
+def test_a_step_that_is_made_again_is_compiled_again():
+    def make(n, factor):
+        x = torch.arange(10.0)
+        return steps.compiled(lambda: x[:n] * factor, enabled=True)
+
+    first, second = make(3, 2.0), make(4, 5.0)
+    assert first().tolist() == [0, 2, 4]
+    assert second().tolist() == [0, 5, 10, 15]
+    assert first().tolist() == [0, 2, 4]
+
+
 def test_means_are_over_the_steps_since_the_last_call():
     values = iter(range(100))
     stepper = steps.Stepper(lambda: {"loss": torch.tensor(float(next(values)))}, torch.device("cpu"))
