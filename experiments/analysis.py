@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -138,17 +138,22 @@ def panels(names, sharey: bool = True) -> tuple:
     return figure, list(axes[0])
 
 
-def draw_curves(panel, groups: dict[str, list[Path]]) -> None:
-    """Score over environment steps: a setting's mean as a line, its runs' range as a band."""
-    for i, (name, paths) in enumerate(groups.items()):
+def draw_curves(panel, groups: dict[str, list[Path]], names: Iterable[str] = ()) -> None:
+    """Score over environment steps: a setting's mean as a line, its runs' range as a band.
+
+    `names` are the settings of all panels, so that a setting has the same colour in each.
+    """
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys([*names, *groups]))}
+    for name, paths in groups.items():
         if not paths:
             continue
         curves = [scores(path) for path in paths]
         length = min(len(values) for _, values in curves)
         steps, values = curves[0][0][:length], np.stack([values[:length] for _, values in curves])
-        panel.plot(steps, values.mean(0), color=f"C{i}", label=name, linewidth=1.5)
-        panel.fill_between(steps, values.min(0), values.max(0), color=f"C{i}", alpha=0.12, linewidth=0)
-        panel.axhline(np.mean([result(path)["offline"] for path in paths]), color=f"C{i}", linestyle=":", linewidth=1)
+        panel.plot(steps, values.mean(0), color=colours[name], label=name, linewidth=1.5)
+        panel.fill_between(steps, values.min(0), values.max(0), color=colours[name], alpha=0.12, linewidth=0)
+        before = np.mean([result(path)["offline"] for path in paths])
+        panel.axhline(before, color=colours[name], linestyle=":", linewidth=1)
     panel.locator_params(axis="x", nbins=5)
     panel.set_xlabel("environment steps")
     panel.set_ylabel("score")
@@ -176,16 +181,17 @@ def compare(report: Report, title: str, groups: dict[str, list[Path]], baseline:
     report.table(title, columns + ([f"P(better than {baseline})"] if baseline else []), lines)
 
 
-def comparison(args: harness.Args, name: str, question: str, settings: Callable, baseline="", draw=draw_curves):
+def comparison(args: harness.Args, name: str, question: str, settings: Callable, baseline="", draw=None):
     """A whole experiment: `settings(script, seed)` names its runs, to be compared with the `baseline` among them.
 
-    `draw(panel, groups)` draws an algorithm's panel from a dictionary of setting -> run folders.
+    `draw(panel, groups)` draws an algorithm's panel from a dictionary of setting -> run folders; None: learning curves.
     """
     specs = {(y, seed): settings(y, seed) for y in args.algorithms for seed in range(args.seeds)}
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
     report = Report(args, name, question)
     titles = [f"{y} from {harness.OFFLINE[y]}" for y in args.algorithms]
     figure, axes = panels(titles)
+    names = [setting for runs in specs.values() for setting in runs]
     everything = []
     for panel, title, y in zip(axes, titles, args.algorithms, strict=True):
         groups = {
@@ -193,7 +199,10 @@ def comparison(args: harness.Args, name: str, question: str, settings: Callable,
             for setting in specs[y, 0]
         }
         compare(report, title, groups, baseline)
-        draw(panel, groups)
+        if draw is None:
+            draw_curves(panel, groups, names)
+        else:
+            draw(panel, groups)
         panel.legend(fontsize=7)
         everything += [path for paths in groups.values() for path in paths]
     report.figure(figure)
