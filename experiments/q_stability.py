@@ -98,6 +98,7 @@ def draw(panel, groups: dict[str, list[Path]], name: str, truth: np.ndarray) -> 
     steps = analysis.series(next(paths[0] for paths in groups.values() if paths), "finetune", name)[0]
     ends = {"offline critic": ("align", 0), "re-evaluated": ("reevaluate", -1), "aligned": ("align", -1)}
     at = dict(zip(ends, steps[-1] * np.array([-0.36, -0.24, -0.12]), strict=True))
+    ticks = {}
     for i, (label, paths) in enumerate(groups.items()):
         if not paths:
             continue
@@ -109,6 +110,7 @@ def draw(panel, groups: dict[str, list[Path]], name: str, truth: np.ndarray) -> 
                 # with re-evaluation, alignment begins with the re-evaluated critic and not with the offline one
                 if len(found) and not (end == "offline critic" and (label != "without" or found_at[0])):
                     points.append((at[end], found[row]))
+                    ticks[at[end]] = end
             curves[scalar] = np.array(points + list(zip(*analysis.series(paths[0], "finetune", scalar), strict=True))).T
         few = curves[name].shape[1] < 12
         panel.plot(*curves[name], color=f"C{i}", label=label, marker="o" if few else None, markersize=3)
@@ -120,9 +122,8 @@ def draw(panel, groups: dict[str, list[Path]], name: str, truth: np.ndarray) -> 
     panel.axhline(truth.mean(), color="0.3", linestyle=":", linewidth=1, label="Monte Carlo return of π_off")
     panel.axhspan(low, high, color="0.5", alpha=0.1, linewidth=0)
     panel.axvline(0, color="0.7", linewidth=0.8)
-    numbers = np.linspace(0, steps[-1], 3).round(-2)
-    labels = [*at, *(f"{x:,.0f}" for x in numbers)]
-    panel.set_xticks([*at.values(), *numbers], labels, rotation=40, ha="right", fontsize=8)
+    ticks |= {x: f"{x:,.0f}" for x in np.linspace(0, steps[-1], 3).round(-2)}
+    panel.set_xticks(list(ticks), list(ticks.values()), rotation=40, ha="right", fontsize=8)
     panel.set_xlabel("environment steps")
     panel.set_ylabel("V" if name == "probe/v" else "Q of the policy's actions")
     panel.legend(fontsize=7)
