@@ -181,7 +181,12 @@ def compare(report: Report, title: str, groups: dict[str, list[Path]], baseline:
     report.table(title, columns + ([f"P(better than {baseline})"] if baseline else []), lines)
 
 
-def comparison(args: harness.Args, name: str, question: str, settings: Callable, baseline="", draw=None):
+CURVES = "Lines: means over seeds; bands: their range; dotted: the offline policies."
+
+
+def comparison(
+    args: harness.Args, name: str, question: str, settings: Callable, baseline="", draw=None, caption: str = CURVES
+):
     """A whole experiment: `settings(script, seed)` names its runs, to be compared with the `baseline` among them.
 
     `draw(panel, groups)` draws an algorithm's panel from a dictionary of setting -> run folders; None: learning curves.
@@ -203,8 +208,8 @@ def comparison(args: harness.Args, name: str, question: str, settings: Callable,
             draw_curves(panel, groups, names)
         else:
             draw(panel, groups)
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         everything += [path for paths in groups.values() for path in paths]
     report.figure(figure)
-    report.text.append("\nLines: means over seeds; bands: their range; dotted: the offline policies.")
+    report.text.append(f"\n{caption}")
     report.finish(everything, failures)

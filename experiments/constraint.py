@@ -57,7 +57,8 @@ def main() -> None:
             runs[f"τ × {factor:g}"] = base if factor == 1 else base.variant(f"tau{factor:g}", *flags)
         return runs
 
-    analysis.comparison(args, "constraint", "How much constraint?", settings, draw=draw)
+    caption = "Dots: runs; lines: their means. The aligned policy counts as an evaluation, for the drop too."
+    analysis.comparison(args, "constraint", "How much constraint?", settings, draw=draw, caption=caption)
 
 
 if __name__ == "__main__":
