@@ -107,7 +107,7 @@ class Args(cli.OnlineArgs):
     """upper limit of the policy's standard deviation at the start; None: 0.05 on hopper's expert data, else none"""
     reference: Literal["best", "interval", "adaptive"] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
-    when the last training episodes beat those of π_ref by more than chance"""
+    when the last training episodes beat those of π_ref by more than chance (what each is worth: docs/experiments.md)"""
     reference_interval: int = 2_500
     """environment steps between moves of π_ref, rounded up to whole rollouts"""
     reference_window: int = 10

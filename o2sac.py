@@ -114,7 +114,7 @@ class Args(cli.OnlineArgs):
     """environment steps over which the threshold grows linearly"""
     reference: Literal["best", "interval", "adaptive"] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
-    when the last training episodes beat those of π_ref by more than chance"""
+    when the last training episodes beat those of π_ref by more than chance (what each is worth: docs/experiments.md)"""
     reference_interval: int = 1_000
     """environment steps between moves of π_ref (the paper: 1,000 or 10,000)"""
     reference_window: int = 10
