@@ -55,6 +55,8 @@ class RunArgs:
     """the team there"""
     eval_episodes: int = 10
     """episodes of an evaluation, played side by side"""
+    eval_workers: int | None = None
+    """processes that share these episodes; None: on a GPU as many as there are cores to play them, on a CPU none"""
 
 
 @dataclass

@@ -1,18 +1,20 @@
-"""Simulators: training and evaluation environments, scores, and the check that data and simulator agree."""
+"""Simulators: environments, training episodes that can be saved, and the check that data and simulator agree."""
 
 import logging
-import time
+import sys
 import warnings
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 
 from common.cli import UserError
-from common.d4rl import reference_returns
 
 warnings.filterwarnings("ignore", message=".*is out of date.*")  # v4 is meant: v5 changed the reward
 logging.getLogger("absl").setLevel(logging.ERROR)
+# MuJoCo's own warnings go to stderr as ever, but for those that call Gymnasium's model files old, one for every model
+mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(f"MuJoCo: {text}", file=sys.stderr))
 
 
 class ZeroContactForces(gym.ObservationWrapper):
@@ -49,45 +51,6 @@ def make_env(simulator: str, mean=None, std=None, **kwargs) -> gym.Env:
     if mean is not None:
         env = Standardised(env, np.asarray(mean, np.float64), np.asarray(std, np.float64))
     return env
-
-
-class Evaluator:
-    """Plays whole episodes side by side, in environments of its own, from the same start states every time."""
-
-    def __init__(self, simulator: str, mean: torch.Tensor, std: torch.Tensor, episodes: int = 10, seed: int = 10_000):
-        # The seeds start far from the training environment's, so that no evaluation start state is ever trained on.
-        self.seed, self.episodes = seed, episodes
-        self.mean, self.std = mean.cpu().numpy(), std.cpu().numpy()
-        self.envs = [make_env(simulator) for _ in range(episodes)]
-        self.reference = reference_returns(simulator)
-        self.count, self.seconds = 0, 0.0  # evaluations so far, and the time that they took
-
-    @torch.no_grad()
-    def returns(self, policy, device: torch.device | str) -> np.ndarray:
-        """Undiscounted return of one episode per environment, (episodes,). `policy` maps (B, S) to (B, A)."""
-        obs = np.stack([env.reset(seed=self.seed + i)[0] for i, env in enumerate(self.envs)])
-        total, running = np.zeros(self.episodes), np.ones(self.episodes, bool)
-        while running.any():
-            x = ((obs - self.mean) / self.std).astype(np.float32)  # at once for all, as `Standardised` does for one
-            actions = policy(torch.as_tensor(x, device=device)).cpu().numpy()
-            for i in np.flatnonzero(running):  # a vector environment would step those that are done, too
-                obs[i], reward, terminated, truncated, _ = self.envs[i].step(actions[i])
-                total[i] += reward
-                running[i] = not (terminated or truncated)
-        return total
-
-    def score(self, returns: np.ndarray) -> float:
-        """D4RL's normalised score: 0 is its random policy, 100 its expert. The plain mean where D4RL has no such."""
-        if self.reference is None:
-            return float(np.mean(returns))
-        low, high = self.reference
-        return float(100 * (np.mean(returns) - low) / (high - low))
-
-    def __call__(self, policy, device: torch.device | str) -> float:
-        start = time.perf_counter()
-        score = self.score(self.returns(policy, device))
-        self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - start
-        return score
 
 
 def set_state(env: gym.Env, obs: np.ndarray) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common import cli, datasets, envs, steps
 from common.checkpoint import seed_everything
+from common.evaluation import make_evaluator
 from common.policies import save_policy
 from common.run import Run, dataset_label
 
@@ -41,7 +42,7 @@ def train(algorithm: str, args, data: datasets.Dataset, Agent, Optimizers, train
     obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
     agent = Agent(args, obs_dim, action_dim).to(data.obs.device)
     optimizers = Optimizers(args, agent)
-    evaluator = envs.Evaluator(data.simulator, mean, std, args.eval_episodes)
+    evaluator = make_evaluator(args, data, mean, std)
     run.train(
         algorithm, lambda: training_step(args, data, agent, optimizers), args.steps, {"agent": agent, **optimizers},
         device=data.obs.device, compile=args.compile, log_every=args.log_every, evaluate_every=args.eval_every,

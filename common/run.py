@@ -33,6 +33,7 @@ FREE_ARGS = {
     "wandb_entity",
     "capture_video",
     "checkpoint_seconds",
+    "eval_workers",
     "num_seeds",
 }
 

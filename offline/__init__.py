@@ -4,8 +4,9 @@ import copy
 import importlib
 from pathlib import Path
 
-from common import cli, envs
+from common import cli
 from common.datasets import Dataset
+from common.evaluation import Evaluator, make_evaluator
 from common.foreign import load_policy
 from common.policies import save_policy
 from common.transfer import transfer
@@ -14,7 +15,7 @@ ALGORITHMS = ("cql", "iql", "td3_bc", "bc", "awac", "rebrac")
 
 # What an online script hands on to the offline one that it calls
 SHARED = ("preset", "env_id", "dataset_path", "seed", "device", "compile", "deterministic", "run_dir",
-          "checkpoint_seconds", "eval_episodes")  # fmt: skip
+          "checkpoint_seconds", "eval_episodes", "eval_workers")  # fmt: skip
 
 
 def algorithm_args(args):
@@ -27,7 +28,7 @@ def algorithm_args(args):
     return script, script.Args(**chosen)
 
 
-def policy(args, run, data: Dataset, kind: str) -> tuple[dict, envs.Evaluator]:
+def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:
     """The policy that `--offline` names as one of `kind`, and the evaluator of its environment. Standardises `data`.
 
     An algorithm that was not trained yet is trained first; a policy of another kind is handed on by `transfer`, once.
@@ -42,7 +43,7 @@ def policy(args, run, data: Dataset, kind: str) -> tuple[dict, envs.Evaluator]:
     if not args.reevaluate and "critic" not in found and kind != "gaussian":
         raise cli.UserError(f"{path} has no critic, which --no-reevaluate needs; leave that flag out")
     data.standardise(found["state_mean"], found["state_std"])  # as the policy was trained
-    evaluator = envs.Evaluator(data.simulator, found["state_mean"], found["state_std"], args.eval_episodes)
+    evaluator = make_evaluator(args, data, found["state_mean"], found["state_std"])
     if found["kind"] != kind:
         found = transfer(found, kind, data, evaluator, lambda total: run.progress("transfer", total, 0))
         save_policy(handed_on, **found)

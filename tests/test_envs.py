@@ -1,17 +1,25 @@
 """Evaluation side by side equals episodes played one after another; scores; averages of a stage's metrics."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from common import envs, steps
+from common import cli, envs, evaluation, steps
+from common.policies import Policy
 
 
 def test_evaluation_equals_single_episodes():
     torch.manual_seed(1)
     weights = torch.randn(11, 3) * 0.5
     mean, std = torch.full((11,), 0.1), torch.full((11,), 0.7)
-    evaluator = envs.Evaluator("Hopper-v4", mean, std, episodes=4)
+    evaluator = evaluation.Evaluator("Hopper-v4", mean, std, episodes=4)
 
     def policy(obs):
         return torch.tanh(obs @ weights)
@@ -19,7 +27,7 @@ def test_evaluation_equals_single_episodes():
     expected, lengths = [], []
     for i in range(4):  # episodes of different lengths: those that end early are not played on into their next one
         env = envs.make_env("Hopper-v4")
-        obs, _ = env.reset(seed=evaluator.seed + i)
+        obs, _ = env.reset(seed=evaluator.seeds[i])
         total, done, n = 0.0, False, 0
         while not done:
             standardised = torch.as_tensor(((obs - 0.1) / 0.7).astype(np.float32))
@@ -32,8 +40,71 @@ def test_evaluation_equals_single_episodes():
     np.testing.assert_array_equal(evaluator.returns(policy, "cpu"), evaluator.returns(policy, "cpu"))
 
 
+@pytest.fixture
+def workers():
+    evaluator = evaluation.Evaluator("Hopper-v4", torch.zeros(11), torch.ones(11), episodes=5, workers=2)
+    yield evaluator
+    evaluator.pool.shutdown()
+
+
+def test_workers_play_the_same_episodes(workers):
+    alone = evaluation.Evaluator("Hopper-v4", torch.zeros(11), torch.ones(11), episodes=5)
+    for _ in range(2):  # another policy each time, in the same processes
+        policy = Policy("gaussian", 11, 3, 2)
+        np.testing.assert_allclose(workers.returns(policy.mode, "cpu"), alone.returns(policy.mode, "cpu"), rtol=1e-3)
+    assert not workers.envs  # all of them were played elsewhere
+    np.testing.assert_allclose(  # what cannot be handed on is played here
+        workers.returns(lambda obs: obs[:, :3], "cpu"), alone.returns(lambda obs: obs[:, :3], "cpu"), rtol=1e-3
+    )
+
+
+def test_ctrl_c_leaves_the_workers_alone_and_a_dead_worker_is_named(workers):
+    policy = Policy("deterministic", 11, 3, 2)
+    expected = workers.returns(policy.mode, "cpu")
+    processes = list(workers.pool._processes.values())
+    assert len(processes) == 2
+    for process in processes:  # as a terminal sends it to every process of its foreground group
+        os.kill(process.pid, signal.SIGINT)
+    np.testing.assert_array_equal(workers.returns(policy.mode, "cpu"), expected)
+    processes[0].kill()
+    with pytest.raises(cli.UserError, match="--eval-workers 0"):
+        workers.returns(policy.mode, "cpu")
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    """Even if that is killed, which leaves it no time to end them."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
+        "import torch\n"
+        "from common.evaluation import Evaluator\n"
+        "from common.policies import Policy\n"
+        "if __name__ == '__main__':\n"
+        "    evaluator = Evaluator('Hopper-v4', torch.zeros(11), torch.ones(11), episodes=2, workers=2)\n"
+        "    evaluator.returns(Policy('deterministic', 11, 3, 2).mode, 'cpu')\n"
+        "    print(*evaluator.pool._processes, flush=True)\n"
+        "    input()\n"
+    )
+    with subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(running(pid) for pid in workers)
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there, and not a zombie that nobody has collected yet."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
 def test_score_is_d4rls():
-    evaluator = envs.Evaluator("Hopper-v4", torch.zeros(11), torch.ones(11), episodes=1)
+    evaluator = evaluation.Evaluator("Hopper-v4", torch.zeros(11), torch.ones(11), episodes=1)
     assert evaluator.score(np.array([-20.272305])) == pytest.approx(0)
     assert evaluator.score(np.array([3234.3, 3234.3])) == pytest.approx(100)
     evaluator.reference = None  # an environment that D4RL does not know

@@ -13,7 +13,7 @@ import torch
 import o2ppo
 import o2sac
 import o2td3
-from common import envs, policies
+from common import evaluation, policies
 from common.cli import UserError
 from common.foreign import load_policy
 from common.run import Run
@@ -41,7 +41,7 @@ def checkpoint(kind, data, hidden_layers=2):
 
 @pytest.fixture
 def evaluator():
-    return envs.Evaluator("Hopper-v4", torch.zeros(S), torch.ones(S), 2)
+    return evaluation.Evaluator("Hopper-v4", torch.zeros(S), torch.ones(S), 2)
 
 
 def bar(total):

@@ -1,0 +1,125 @@
+"""Evaluation: whole episodes side by side, in environments of their own, and D4RL's score of their returns."""
+
+import copy
+import os
+import pickle
+import signal
+import threading
+import time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from common.cli import UserError
+from common.d4rl import reference_returns
+from common.envs import make_env
+
+
+class Evaluator:
+    """Plays whole episodes side by side, in environments of its own, from the same start states every time.
+
+    With `workers`, that many processes share the episodes, each with a copy of the policy on its CPU: only weights and
+    returns pass between them, no single step. (The order of a sum may depend on how many states are acted on at once,
+    so returns with and without workers are equal up to rounding.)
+    """
+
+    def __init__(self, simulator: str, mean: torch.Tensor, std: torch.Tensor, episodes: int = 10, seed: int = 10_000,
+                 workers: int = 0):  # fmt: skip
+        # The seeds start far from the training environment's, so that no evaluation start state is ever trained on.
+        self.seeds = list(range(seed, seed + episodes))
+        self.simulator, self.mean, self.std = simulator, mean.cpu().numpy(), std.cpu().numpy()
+        self.envs: list[gym.Env] = []
+        self.workers = min(workers, episodes)
+        self.pool = start_workers(self.workers) if workers else None
+        self.reference = reference_returns(simulator)
+        self.count, self.seconds = 0, 0.0  # evaluations so far, and the time that they took
+
+    def returns(self, policy, device: torch.device | str) -> np.ndarray:
+        """Undiscounted return of one episode per seed, (episodes,). `policy` maps (B, S) on `device` to (B, A).
+
+        Workers need a `policy` that is a method of a module, which they get whole; any other is played here.
+        """
+        if self.pool is None or not isinstance(getattr(policy, "__self__", None), torch.nn.Module):
+            self.envs = self.envs or [make_env(self.simulator) for _ in self.seeds]
+            return play(self.envs, self.seeds, self.mean, self.std, policy, device)
+        on_cpu = getattr(copy.deepcopy(policy.__self__).cpu(), policy.__name__)
+        task = pickle.dumps((self.simulator, self.mean, self.std, on_cpu))  # once, not once for every worker
+        shares = np.array_split(self.seeds, self.workers)
+        try:
+            return np.concatenate(list(self.pool.map(play_share, [task] * len(shares), shares)))
+        except BrokenExecutor as error:
+            raise UserError("an evaluation process died, killed or out of memory; try --eval-workers 0") from error
+
+    def score(self, returns: np.ndarray) -> float:
+        """D4RL's normalised score: 0 is its random policy, 100 its expert. The plain mean where D4RL has no such."""
+        if self.reference is None:
+            return float(np.mean(returns))
+        low, high = self.reference
+        return float(100 * (np.mean(returns) - low) / (high - low))
+
+    def __call__(self, policy, device: torch.device | str) -> float:
+        start = time.perf_counter()
+        score = self.score(self.returns(policy, device))
+        self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - start
+        return score
+
+
+@torch.no_grad()
+def play(envs: list[gym.Env], seeds, mean: np.ndarray, std: np.ndarray, policy, device) -> np.ndarray:
+    """One episode in each environment, all acted on at once: their returns (len(envs),)."""
+    obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds, strict=True)])
+    total, running = np.zeros(len(envs)), np.ones(len(envs), bool)
+    while running.any():
+        x = ((obs - mean) / std).astype(np.float32)  # at once for all, as `Standardised` does for one
+        actions = policy(torch.as_tensor(x, device=device)).cpu().numpy()
+        for i in np.flatnonzero(running):  # a vector environment would step those that are done, too
+            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            total[i] += reward
+            running[i] = not (terminated or truncated)
+    return total
+
+
+def make_evaluator(args, data, mean: torch.Tensor, std: torch.Tensor) -> Evaluator:
+    """The evaluator of `data`'s environment that `--eval-episodes` and `--eval-workers` ask for.
+
+    Left open, there is a worker for each episode on a GPU, as far as there are cores: a run there is so short that
+    evaluations would take a tenth of it. On a CPU there is none, so that no run depends on how many cores it has.
+    """
+    workers = args.eval_workers
+    if workers is None:
+        workers = min(args.eval_episodes, torch.get_num_threads()) if data.obs.is_cuda else 0
+    if workers < 0:
+        raise UserError(f"--eval-workers is {workers}, but has to be at least 0")
+    return Evaluator(data.simulator, mean, std, args.eval_episodes, workers=workers)
+
+
+# ---------------------------------------------------------------------------------------------- workers
+
+
+def start_workers(n: int) -> ProcessPoolExecutor:
+    """`n` processes that live as long as this one. Fresh ones: a fork of a process that uses a GPU cannot go on."""
+    pool = ProcessPoolExecutor(n, get_context("spawn"), initializer=start_worker)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the process that trains
+    for _ in range(n):
+        pool.submit(int)  # one process for each, now, so that they are ready when the first evaluation comes
+    signal.signal(signal.SIGINT, handler)
+    return pool
+
+
+def start_worker() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()  # even if it is killed
+
+
+worker_envs: list[gym.Env] = []  # of a worker, kept from one evaluation to the next
+
+
+def play_share(task: bytes, seeds: np.ndarray) -> np.ndarray:
+    """In a worker: the returns of the episodes of `seeds`."""
+    simulator, mean, std, policy = pickle.loads(task)
+    while len(worker_envs) < len(seeds):
+        worker_envs.append(make_env(simulator))
+    return play(worker_envs[: len(seeds)], seeds, mean, std, policy, "cpu")
