@@ -47,8 +47,8 @@ class Stepper:
     """Runs `step()` n times and averages what it returns, without reading anything from the device on the way.
 
     `step` returns a dictionary of scalar tensors. On CUDA, `steps_per_graph` whole steps are captured in one graph
-    after three warm-up steps, which count; the rest of a call that does not fill a graph runs one by one. A step that
-    does something else every `phases`-th time is captured once for each phase.
+    after three or more warm-up steps, which count; the rest of a call that does not fill a graph runs one by one. A
+    step that does something else every `phases`-th time is captured once for each phase.
     """
 
     def __init__(self, step, device: torch.device, graph: bool = False, steps_per_graph: int = 10, phases: int = 1):
@@ -57,7 +57,8 @@ class Stepper:
         self.use_graph = graph and device.type == "cuda"
         self.phases = phases
         self.steps_per_graph = steps_per_graph - steps_per_graph % phases if steps_per_graph > phases else 1
-        self.warmup, self.ran, self.graphs = 3, 0, {}
+        self.warmup = max(3, phases)  # whatever a step does has been done, and so compiled, before it is captured
+        self.ran, self.graphs = 0, {}
 
     def run(self, n: int) -> None:
         self.count += n

@@ -6,7 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import o2ppo
+from benchmarks import steps as benchmark
 from common import steps
 
 
@@ -38,7 +42,7 @@ def cuda(monkeypatch):
     def note(variant):
         (capturing[-1].recorded if capturing else executed).append(variant)
 
-    return SimpleNamespace(executed=executed, note=note)
+    return SimpleNamespace(executed=executed, note=note, capturing=capturing)
 
 
 @pytest.mark.parametrize("phases", [1, 2, 3])
@@ -55,6 +59,49 @@ def test_every_phase_of_a_step_comes_in_turn(cuda, phases, steps_per_graph, call
     for n in calls:
         stepper.run(n)
     assert cuda.executed == [i % phases for i in range(sum(calls))]
+
+
+def test_nothing_is_captured_that_has_not_run_before(cuda):
+    """What runs for the first time inside a capture would be compiled and tuned there, which CUDA forbids."""
+    counter, seen = itertools.count(), set()
+
+    def step():
+        phase = next(counter) % 5
+        assert phase in seen or not cuda.capturing
+        seen.add(phase)
+        return {"loss": torch.ones(())}
+
+    steps.Stepper(step, SimpleNamespace(type="cuda"), True, steps_per_graph=10, phases=5).run(50)
+    assert len(seen) == 5
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses every operation that touches a tensor elsewhere than on `meta`, a device whose values cannot be read."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        fused = func is torch.ops.aten._fused_adam_.tensor_lr  # the one kernel that knows no such device
+        out = None if fused else func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            assert not isinstance(tensor, torch.Tensor) or tensor.is_meta, f"{func} touches a {tensor.device} tensor"
+        return out
+
+
+@pytest.mark.parametrize("stage", benchmark.STAGES)
+def test_a_step_stays_on_its_device_and_reads_nothing_back(stage, monkeypatch):
+    """A number read back stops a GPU's queue, and in a captured graph it is the first step's for ever."""
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda _: 0)  # optimisers' counts, read when a step is made
+    dtypes = (torch.float32, torch.float32, torch.int64)
+    tails = [torch.empty(1_000, dtype=dtype, device="meta") for dtype in dtypes]
+    monkeypatch.setattr(o2ppo, "discounted_tails", lambda *_: tails)  # a loop on the CPU, once, before the steps
+    data = benchmark.random_data(benchmark.Args(transitions=1_000), torch.device("cpu"))
+    for field, value in vars(data).items():
+        if isinstance(value, torch.Tensor):
+            setattr(data, field, value.to("meta"))
+    step = benchmark.make_step(stage, data, compile=False)
+    with OnDevice():
+        for _ in range(2):
+            metrics = step()
+    assert metrics and all(value.is_meta and value.ndim == 0 for value in metrics.values())
 
 
 def test_a_step_that_is_made_again_is_compiled_again():
