@@ -1,11 +1,14 @@
 """Several seeds of one run side by side, each in a process and a run folder of its own: `--num-seeds 5`."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,7 +30,7 @@ def train(args, device: torch.device) -> int:
     """Run this command once for each of `--num-seeds` seeds from `--seed` on; its exit code.
 
     A seed computes what it would compute alone on as many threads. On a CPU as many run at once as there are cores,
-    which they share (unless OMP_NUM_THREADS says otherwise); on a GPU all do.
+    which they share (unless OMP_NUM_THREADS says otherwise); on a GPU all do, see `shared_gpu`.
     """
     folders = {}
     for seed in range(args.seed, args.seed + args.num_seeds):
@@ -38,7 +41,8 @@ def train(args, device: torch.device) -> int:
     at_once = min(args.num_seeds, cores) if device.type == "cpu" else args.num_seeds
     environment = {"OMP_NUM_THREADS": str(max(1, cores // at_once))} | os.environ
     waiting, running, codes = list(folders), {}, {}
-    with Live(console=Console(stderr=True), auto_refresh=False) as screen:
+    with shared_gpu(device) as service, Live(console=Console(stderr=True), auto_refresh=False) as screen:
+        environment |= service
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -64,6 +68,37 @@ def train(args, device: torch.device) -> int:
             print(f"seed {seed}: {last_line(folders[seed])}; all it said is in {folders[seed] / 'output.txt'}",
                   file=sys.stderr)  # fmt: skip
     return max(abs(code) for code in codes.values())
+
+
+@contextlib.contextmanager
+def shared_gpu(device: torch.device):
+    """NVIDIA's Multi-Process Service while the block runs: the environment variables that make a process use it.
+
+    Without it the processes on a GPU take turns, and kernels as small as ours leave most of it idle. It comes with the
+    driver and needs no rights; where it is missing or does not work, or is running already, there are no variables.
+    """
+    control = shutil.which("nvidia-cuda-mps-control")
+    if device.type != "cuda" or "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="mps") as folder:
+        service = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+
+        def succeeds(*command: str, **kwargs) -> bool:
+            quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            return subprocess.run(command, env=os.environ | service, **quiet, **kwargs).returncode == 0
+
+        started = control is not None and succeeds(control, "-d")
+        try:
+            if started and succeeds(sys.executable, "-c", f"import torch; torch.zeros(1, device={str(device)!r})"):
+                print("the seeds share the GPU through NVIDIA's Multi-Process Service")
+                yield service
+            else:
+                print("NVIDIA's Multi-Process Service does not run here: the seeds take turns on the GPU")
+                yield {}
+        finally:
+            if started:
+                succeeds(control, input=b"quit\n")
 
 
 def last_line(folder: Path) -> str:
