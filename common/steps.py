@@ -1,6 +1,7 @@
 """Running a training step many times: compiled, captured in a CUDA graph, or plain. The numbers are the same."""
 
 import ctypes
+import os
 import shutil
 import statistics
 import sys
@@ -14,6 +15,9 @@ def setup(device: torch.device, seed: int, deterministic: bool = False) -> None:
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs, their streams and random states are the current device's
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat itself
         torch.set_float32_matmul_precision("highest" if deterministic else "high")
     elif sys.platform == "linux":
         # Activations of half a megabyte are above glibc's limit for reuse: without this every one of them is mapped,

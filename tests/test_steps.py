@@ -61,6 +61,15 @@ def test_every_phase_of_a_step_comes_in_turn(cuda, phases, steps_per_graph, call
     assert cuda.executed == [i % phases for i in range(sum(calls))]
 
 
+def test_another_gpu_than_the_first_is_made_the_current_one(monkeypatch):
+    """Streams and graphs are the current device's: on another one, a graph would be captured that holds nothing."""
+    current, precision = [], torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    steps.setup(torch.device("cuda:1"), seed=0)
+    torch.set_float32_matmul_precision(precision)
+    assert current == [torch.device("cuda:1")]
+
+
 def test_nothing_is_captured_that_has_not_run_before(cuda):
     """What runs for the first time inside a capture would be compiled and tuned there, which CUDA forbids."""
     counter, seen = itertools.count(), set()
