@@ -1,18 +1,20 @@
 """How long a whole run takes, from the dataset to the fine-tuned agent, stage by stage.
 
     python benchmarks/protocol.py                              # the paper's budgets, CQL → O2SAC; meant for a GPU
+    python benchmarks/protocol.py --num-seeds 5                # five seeds side by side, to be compared with one
     python benchmarks/protocol.py --script o2td3 --offline td3_bc
     python benchmarks/protocol.py --fraction 0.005             # every budget 200 times shorter
 
 The run is an ordinary one in a folder of its own, interrupted and continued as any other; what it prints at the end
-includes compiling, logging, evaluation and checkpoints.
+includes compiling, logging, evaluation and checkpoints. Of several seeds, the slowest one's times are printed.
 """
 
 import importlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +46,8 @@ class Args:
     """of the paper's steps in every stage; evaluations stay as frequent as they are there"""
     seed: int = 0
     """seed of the run"""
+    num_seeds: int = 1
+    """seeds side by side, from --seed on"""
     device: str = "auto"
     """cpu, cuda, …; auto takes the GPU where there is one"""
     compile: bool = True
@@ -59,30 +63,42 @@ def command_line(args: Args) -> list[str]:
     budgets = {name: getattr(paper, name) for name in names}
     budgets["offline_steps"] = importlib.import_module(f"offline.{args.offline}").Args().steps
     flags = ["--exp-name", f"{args.script}-{args.fraction:g}", "--compile" if args.compile else "--no-compile"]
-    for name in ("env_id", "dataset_path", "offline", "seed", "device", "run_dir"):
+    for name in ("env_id", "dataset_path", "offline", "seed", "num_seeds", "device", "run_dir"):
         flags += ["--" + name.replace("_", "-"), str(getattr(args, name))]
     for name, steps in budgets.items():
         flags += ["--" + name.replace("_", "-"), str(max(1, round(steps * args.fraction)))]
     return flags
 
 
+def times(run) -> tuple[dict, dict[str, float]]:
+    """A finished run's result.json, and the seconds of its stages, the offline one first."""
+    result = json.loads((Path(run.run_dir) / run_name(run) / "result.json").read_text())
+    pretrained = Path(run.run_dir) / pretrain.run_name(algorithm_args(run)[1])
+    first = torch.load(pretrained / f"{run.offline}.pt", map_location="cpu", weights_only=True)
+    return result, {f"offline: {run.offline}": first["seconds"], **result["seconds"]}
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if not 0 < args.fraction <= 1:
         raise cli.UserError(f"--fraction is {args.fraction}, but has to lie above 0 and not above 1")
+    cli.check_positive(args, "num_seeds")
+    if args.num_seeds > 1:  # a folder of their own, lest they find a seed that is finished already
+        args.run_dir = f"{args.run_dir}/{args.num_seeds}-seeds"
     flags = command_line(args)
+    start = time.perf_counter()
     if done := subprocess.run([sys.executable, str(ROOT / f"{args.script}.py"), *flags]).returncode:
         sys.exit(done)  # the script has said why
+    wall = time.perf_counter() - start
 
     script = importlib.import_module(args.script)
     run = cli.parse(script.Args, script.PRESETS, flags)
-    result = json.loads((Path(run.run_dir) / run_name(run) / "result.json").read_text())
-    pretrained = Path(run.run_dir) / pretrain.run_name(algorithm_args(run)[1])
-    first = torch.load(pretrained / f"{run.offline}.pt", map_location="cpu", weights_only=True)
-    seconds = {f"offline: {run.offline}": first["seconds"], **result["seconds"]}
+    results = [times(replace(run, seed=seed)) for seed in range(run.seed, run.seed + run.num_seeds)]
+    result, seconds = max(results, key=lambda found: sum(found[1].values()))
     steps = [run.offline_steps, run.reevaluate_steps, *([run.align_steps] if "align" in seconds else []),
              run.online_steps]  # fmt: skip
-    table = Table(title=f"{run_name(run)}, {result['hardware']}, PyTorch {torch.__version__}", title_justify="left")
+    name = run_name(run) + f" and {args.num_seeds - 1} more" * (args.num_seeds > 1)
+    table = Table(title=f"{name}, {result['hardware']}, PyTorch {torch.__version__}", title_justify="left")
     for column in ("stage", "steps", "time", "steps/s"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for (stage, spent), n in zip(seconds.items(), steps, strict=True):
@@ -94,6 +110,7 @@ def main() -> None:
         "evaluations of fine-tuning", f"{result['evaluations']:,}", f"{evaluation:.2f} s each", f"{share:.1%}"
     )
     Console(width=120).print(table)
+    print(f"from start to end: {duration(wall)} (less what an earlier start of this command had done)")
 
 
 if __name__ == "__main__":

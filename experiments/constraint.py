@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 import o2sac  # noqa: E402
 import o2td3  # noqa: E402
-from common import cli  # noqa: E402
 from experiments import analysis, harness  # noqa: E402
 from experiments.harness import OFFLINE, Args, Spec  # noqa: E402
 
@@ -23,7 +22,7 @@ BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 def threshold_flags(args: Args, script, prefix: str, factor: float) -> list[str]:
     """Both ends of the script's threshold, times `factor`."""
-    preset = cli.parse(script.Args, script.PRESETS, harness.flags_of(args, 0))
+    preset = harness.parsed(args, Spec(script.__name__, OFFLINE[script.__name__], 0))
     at = script.threshold_at
     start, end = at(preset, 0), at(preset, getattr(preset, f"{prefix}_threshold_steps"))
     prefix = f"--{prefix}-threshold"

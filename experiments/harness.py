@@ -57,6 +57,9 @@ class Args:
     """how often a run that died is continued from its last checkpoint"""
 
 
+# What docs/experiments.md was made with: a threshold that is a tenth of the one in O2SAC's own demo
+SCALE_FLAGS = {("demo", "o2sac"): ("--kl-threshold-start", "0.01", "--kl-threshold-end", "0.05")}
+
 # Each online algorithm from an offline policy of its own family, whose critic the naive switch can take over
 OFFLINE = {"o2sac": "cql", "o2td3": "td3_bc", "o2ppo": "iql"}
 
@@ -88,7 +91,8 @@ def flags_of(args: Args, seed: int) -> list[str]:
 
 
 def command_line(args: Args, spec: Spec) -> list[str]:
-    return [*flags_of(args, spec.seed), "--offline", spec.offline, *spec.flags]
+    own = SCALE_FLAGS.get((args.scale, spec.script), ())
+    return [*flags_of(args, spec.seed), *own, "--offline", spec.offline, *spec.flags]
 
 
 def parsed(args: Args, spec: Spec):
