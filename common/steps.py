@@ -5,7 +5,9 @@ import os
 import shutil
 import statistics
 import sys
+import sysconfig
 import time
+from pathlib import Path
 
 import torch
 
@@ -41,10 +43,18 @@ def compiled(fn, enabled: bool):
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds what it needs: a C++ compiler on the CPU, Triton on a GPU."""
-    if device.type == "cuda":
-        return torch.utils._triton.has_triton()
-    return any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))
+    """Whether torch.compile finds all that it needs. It says what is missing, as steps are slower without."""
+    compilers = ("cc", "gcc", "clang") if device.type == "cuda" else ("c++", "g++", "clang++", "cl")
+    missing = ""
+    if device.type == "cuda" and not torch.utils._triton.has_triton():
+        missing = "Triton"
+    elif not any(shutil.which(name) for name in compilers):
+        missing = "a C++ compiler"
+    elif not Path(sysconfig.get_config_var("INCLUDEPY") or sysconfig.get_path("include"), "Python.h").exists():
+        missing = "Python's headers (on Debian and Ubuntu the package python3-dev)"
+    if missing:
+        print(f"nothing is compiled, which makes steps slower: {missing} cannot be found")
+    return not missing
 
 
 class Stepper:

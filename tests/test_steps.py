@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import sysconfig
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +123,17 @@ def test_a_step_that_is_made_again_is_compiled_again():
     assert first().tolist() == [0, 2, 4]
     assert second().tolist() == [0, 5, 10, 15]
     assert first().tolist() == [0, 2, 4]
+
+
+def test_what_compiling_lacks_is_named(monkeypatch, tmp_path, capsys):
+    cpu = torch.device("cpu")
+    assert steps.can_compile(cpu) and capsys.readouterr().out == ""
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda _: str(tmp_path))  # as without python3-dev
+    assert not steps.can_compile(cpu) and "python3-dev" in capsys.readouterr().out
+    (tmp_path / "Python.h").touch()
+    assert steps.can_compile(cpu)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not steps.can_compile(cpu) and "a C++ compiler" in capsys.readouterr().out
 
 
 def test_means_are_over_the_steps_since_the_last_call():
