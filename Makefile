@@ -6,10 +6,10 @@ BIN = .venv/bin
 demo: .venv/installed  ## the whole pipeline, CQL included, on the dataset that ships with the repository
 	$(BIN)/python o2sac.py --preset demo
 
-test: .venv/installed
+test: .venv/installed  ## linter and tests, side by side; the tests of a file share runs and stay together
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 bench: .venv/installed  ## steps per second of every stage on this machine
 	$(BIN)/python benchmarks/steps.py
