@@ -226,8 +226,10 @@ class Run:
                 clock.tick(done_steps, done_steps == steps, state)
 
     def progress(self, stage: str, total: int, initial: int) -> tqdm:
-        return tqdm(total=total, initial=initial, desc=f"{stage:<10}", unit="step", mininterval=0.5, smoothing=0.05,
-                    dynamic_ncols=True)  # fmt: skip
+        # miniters: by itself tqdm looks at its clock less often the faster steps are, and then for long not at all
+        # when they slow down, as fine-tuning does at its first update
+        return tqdm(total=total, initial=initial, desc=f"{stage:<10}", unit="step", mininterval=0.5, miniters=1,
+                    smoothing=0.05, dynamic_ncols=True)  # fmt: skip
 
     def show(self, bar: tqdm, n: int) -> None:
         if math.isfinite(self.last_score):

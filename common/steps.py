@@ -30,15 +30,24 @@ def setup(device: torch.device, seed: int, deterministic: bool = False) -> None:
             libc.mallopt(-1, 1 << 30)
 
 
-def compiled(fn, enabled: bool):
-    """`torch.compile(fn)` as one graph, its backward passes included, drawing the same random numbers as eagerly."""
+def compiled(fn, enabled: bool, long_sums: bool = False):
+    """`torch.compile(fn)` as one graph, its backward passes included, drawing the same random numbers as eagerly.
+
+    `long_sums`: gradients are sums over thousands of rows, not over a batch of hundreds.
+    """
     if not enabled:
         return fn
-    torch._inductor.config.fallback_random = True
     torch._dynamo.config.trace_autograd_ops = True
-    # Shapes and closures never change after the first call, so nothing needs to be checked before every other; a step
-    # that is made again, from other arguments, is compiled again
-    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    options = {
+        # Shapes and closures never change after the first call, so nothing needs to be checked before every other; a
+        # step that is made again, from other arguments, is compiled again
+        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+        "fallback_random": True,
+        # On a GPU a sum over a batch of 256 is one kernel so, and not two: a fifth of a step's kernels less
+        "split_reductions": long_sums,
+        # With --deterministic nothing is chosen by timing it: in another process the choice may be another one
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
     return torch.compile(fn, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True)
 
 

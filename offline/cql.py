@@ -172,7 +172,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
             {name: value.detach() for name, value in metrics.items()},
         )
 
-    gradients = steps.compiled(gradients, args.compile)
+    gradients = steps.compiled(gradients, args.compile, long_sums=True)  # over every sampled action of every state
 
     def step():
         critic_grads, actor_grads, temperature_grads, metrics = gradients()

@@ -123,6 +123,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
     actor, critic, critic_target, value = agent.actor, agent.critic, agent.critic_target, agent.value
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
     value_params = list(value.parameters())
+    actor_optimizer = optimizers["actor_optimizer"]
 
     def gradients():
         obs, actions, rewards, next_obs, terminations, _ = sample(data, args.batch_size)
@@ -145,23 +146,26 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
         log_prob = gaussian_log_prob(actions, *actor(obs))
         actor_loss = -(weight * log_prob).mean()
 
+        # the actor's learning rate falls to zero along a cosine
+        actor_lr = 0.5 * args.lr * (1 + torch.cos(math.pi * actor_optimizer.steps[0] / args.steps))
+
         metrics = {"critic_loss": critic_loss, "value_loss": value_loss, "actor_loss": actor_loss, "q": q.mean(),
                    "v": v.mean(), "advantage_weight": weight.mean(), "log_prob": log_prob.mean()}  # fmt: skip
         return (
             torch.autograd.grad(value_loss, value_params),
             torch.autograd.grad(critic_loss, critic_params),
             torch.autograd.grad(actor_loss, actor_params),
+            actor_lr,
             {name: metric.detach() for name, metric in metrics.items()},
         )
 
     gradients = steps.compiled(gradients, args.compile)
-    actor_optimizer = optimizers["actor_optimizer"]
 
     def step():
-        value_grads, critic_grads, actor_grads, metrics = gradients()
+        value_grads, critic_grads, actor_grads, actor_lr, metrics = gradients()
         optimizers["value_optimizer"].step(value_grads)
         optimizers["critic_optimizer"].step(critic_grads)
-        actor_optimizer.lr.copy_(0.5 * args.lr * (1 + torch.cos(math.pi * actor_optimizer.steps[0] / args.steps)))
+        actor_optimizer.lr.copy_(actor_lr)
         actor_optimizer.step(actor_grads)
         polyak(critic_target, critic, args.tau)
         return metrics
