@@ -161,14 +161,14 @@ def main() -> None:
     data = random_data(args, device)
     kinds = ["eager"] + ["compiled"] * (args.compile and steps.can_compile(device))
     table = Table(title=f"steps/s, {report.hardware(device)}, PyTorch {torch.__version__}")
-    rate, latency = matrix_rate(device), kernel_latency() if device.type == "cuda" else 0.0
-    memory = ["peak MB"] * (device.type == "cuda")
-    for column in ("stage", *kinds, "ratio", "GFLOP", "floor", "of floor", *memory):
+    cuda = device.type == "cuda"
+    rate, latency = matrix_rate(device), kernel_latency() if cuda else 0.0
+    for column in ("stage", *kinds, "ratio", "GFLOP", *["kernels"] * cuda, "floor", "of floor", *["peak MB"] * cuda):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in args.stages:
         if stage not in STAGES:
             raise cli.UserError(f"there is no stage {stage!r}; choose from {', '.join(STAGES)}")
-        if memory:
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
         plain = make_step(stage, data, compile=False)
         flops = (count_flops(plain) + count_flops(plain)) / 2  # every second step of some updates the actor too
@@ -181,16 +181,16 @@ def main() -> None:
         rates = [[turn(stepper, args.seconds, device) for stepper in steppers] for _ in range(args.turns)]
         medians = [statistics.median(column) for column in zip(*rates, strict=True)]
         ratio = statistics.median(row[-1] / row[0] for row in rates)
-        kernels = count_kernels(steppers[-1]) if latency else 0.0
+        kernels = count_kernels(steppers[-1]) if cuda else 0.0
         floor = 1 / max(flops / rate, kernels * latency)
-        peak = [f"{torch.cuda.max_memory_allocated() / 1e6:,.0f}"] * len(memory)
         table.add_row(stage, *(f"{median:,.1f}" for median in medians), f"{ratio:.2f}", f"{flops / 1e9:.2f}",
-                      f"{floor:,.0f}", f"{medians[-1] / floor:.0%}", *peak)  # fmt: skip
+                      *[f"{kernels:.0f}"] * cuda, f"{floor:,.0f}", f"{medians[-1] / floor:.0%}",
+                      *[f"{torch.cuda.max_memory_allocated() / 1e6:,.0f}" for _ in range(cuda)])  # fmt: skip
     Console(width=120).print(table)
     print(
         f"matrix products: {rate / 1e9:,.0f} GFLOP/s" + f"; kernels in a graph: {latency * 1e6:.1f} µs" * bool(latency)
     )
-    if not memory:
+    if not cuda:
         unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes on Linux
         print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:,.0f} MB")
 

@@ -1,7 +1,7 @@
 """The analysis on runs made up so that the answers are known; the scheduler with runs that die."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import numpy as np
@@ -137,8 +137,11 @@ def test_threshold_is_scaled_at_both_ends(script):
         assert module.threshold_at(scaled, step) == pytest.approx(10 * module.threshold_at(plain, step))
 
 
-def test_every_experiment_explains_itself():
-    for name in ("matrix", "ablations", "alignment", "constraint", "q_stability", "reference"):
-        command = [sys.executable, str(harness.ROOT / "experiments" / f"{name}.py"), "--help"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0 and "--ray-address" in done.stdout and f"experiments/{name}.py" in done.stdout
+@pytest.mark.parametrize("name", ["matrix", "ablations", "alignment", "constraint", "q_stability", "reference"])
+def test_every_experiment_explains_itself(name, capsys, monkeypatch):
+    script = str(harness.ROOT / "experiments" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(script, run_name="__main__")
+    text = capsys.readouterr().out
+    assert stop.value.code in (0, None) and "--ray-address" in text and f"experiments/{name}.py" in text
