@@ -1,15 +1,17 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench
+.PHONY: demo test lint bench
 
 demo: .venv/installed  ## the whole pipeline, CQL included, on the dataset that ships with the repository
 	$(BIN)/python o2sac.py --preset demo
 
-test: .venv/installed  ## linter and tests, side by side; the tests of a file share runs and stay together
+test: .venv/installed  ## tests, side by side; those of a file share runs and stay together
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 bench: .venv/installed  ## steps per second of every stage on this machine
 	$(BIN)/python benchmarks/steps.py
