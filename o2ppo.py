@@ -11,7 +11,6 @@ Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & H
 """
 
 import copy
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,11 +22,12 @@ from torch import nn
 import offline
 from common import cli, datasets, envs, report, steps
 from common.checkpoint import Best, seed_everything
+from common.loop import Loop, train
 from common.nn import Adam, clip_grad_norm, ensemble_mlp, gaussian_entropy, gaussian_log_prob, mlp, polyak
 from common.probe import STATES, spread
 from common.reference import Margin
 from common.replay import sample
-from common.run import Clock, Run
+from common.run import Run
 
 PRESETS = {
     # The demo is 1/2.5 to 1/200 of the paper's stages, so the learning rates are larger and the anchor is weaker
@@ -396,48 +396,43 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     batch = empty_batch(args, data)
     epoch = update_epoch(args, batch, agent, optimizers)
     stepper = steps.Stepper(epoch, device, graph=args.compile, steps_per_graph=1)
-    env = envs.VectorEpisodes(data.simulator, evaluator.mean, evaluator.std, args.num_envs, args.seed)
+    env = envs.VectorEpisodes(data.task, evaluator.mean, evaluator.std, args.num_envs, args.seed)
     best = Best(best_score, agent.actor_reference)
     margin = Margin(args.reference_window, args.reference_margin)
     state = {"agent": agent, **optimizers, "env": env, "best": best, "margin": margin, "stepper": stepper}
-    start, done = run.restore("finetune", state, device)
-    if done:
+    total = args.online_steps // per_rollout * per_rollout
+    loop = Loop(run, "finetune", total, state, device)
+    if loop.done:
         return best
-    if start == 0:
+    if not loop.start:
         run.log("finetune", 0, probe())
     player = copy.deepcopy(agent.actor).cpu()  # a network this small acts faster beside the environments than on a GPU
 
-    total = args.online_steps // per_rollout * per_rollout
-    clock, began = Clock(run, "finetune"), time.monotonic()
-    with run.progress("finetune", total, start) as bar:
-        for env_step in range(start + per_rollout, total + 1, per_rollout):
-            fraction_left = 1 - (env_step - per_rollout) / total
-            optimizers["actor_optimizer"].lr.fill_(args.actor_lr * fraction_left)
-            optimizers["value_optimizer"].lr.fill_(args.critic_lr * fraction_left)
-            player.load_state_dict(agent.actor.state_dict())
-            collected, finished = rollout(player, env, per_rollout // args.num_envs)
-            beta = beta_at(args, env_step - per_rollout)
-            auxiliary = fill(args, batch, collected, agent, beta)
-            stepper.run(args.update_epochs)
+    for env_step, _ in loop.blocks(per_rollout):
+        fraction_left = 1 - (env_step - per_rollout) / total
+        optimizers["actor_optimizer"].lr.fill_(args.actor_lr * fraction_left)
+        optimizers["value_optimizer"].lr.fill_(args.critic_lr * fraction_left)
+        player.load_state_dict(agent.actor.state_dict())
+        collected, finished = rollout(player, env, per_rollout // args.num_envs)
+        beta = beta_at(args, env_step - per_rollout)
+        auxiliary = fill(args, batch, collected, agent, beta)
+        stepper.run(args.update_epochs)
 
-            scalars = {"charts/episodic_return": float(np.mean(finished))} if finished else {}
-            if env_step // args.eval_every > (env_step - per_rollout) // args.eval_every or env_step == total:
-                score = evaluator(agent.act, device)
-                losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-                sps = (env_step - start) / (time.monotonic() - began)
-                scalars |= {"charts/score": score, "charts/SPS": sps, "charts/beta": beta,
-                            "charts/best_score": max(score, best.score), "losses/reference_advantage": auxiliary.item(),
-                            **losses}  # fmt: skip
-                if best.update(score, agent.actor) and args.reference == "best":
-                    agent.actor_reference.load_state_dict(agent.actor.state_dict())
-            interval = args.reference_interval
-            if args.reference == "interval" and env_step // interval > (env_step - per_rollout) // interval:
+        scalars = {"charts/episodic_return": float(np.mean(finished))} if finished else {}
+        if env_step // args.eval_every > (env_step - per_rollout) // args.eval_every or env_step == total:
+            score = evaluator(agent.act, device)
+            losses = {f"losses/{name}": value for name, value in stepper.means().items()}
+            scalars |= {"charts/score": score, "charts/SPS": loop.rate, "charts/beta": beta,
+                        "charts/best_score": max(score, best.score), "losses/reference_advantage": auxiliary.item(),
+                        **losses}  # fmt: skip
+            if best.update(score, agent.actor) and args.reference == "best":
                 agent.actor_reference.load_state_dict(agent.actor.state_dict())
-            if any([margin.add(value) for value in finished]) and args.reference == "adaptive":
-                agent.actor_reference.load_state_dict(agent.actor.state_dict())
-            run.log("finetune", env_step, scalars | probe())
-            run.show(bar, per_rollout)
-            clock.tick(env_step, env_step == total, state)
+        interval = args.reference_interval
+        if args.reference == "interval" and env_step // interval > (env_step - per_rollout) // interval:
+            agent.actor_reference.load_state_dict(agent.actor.state_dict())
+        if any([margin.add(value) for value in finished]) and args.reference == "adaptive":
+            agent.actor_reference.load_state_dict(agent.actor.state_dict())
+        run.log("finetune", env_step, scalars | probe())
     return best
 
 
@@ -453,7 +448,7 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
     policy = dict(obs_dim=obs_dim, action_dim=action_dim, hidden_layers=2, actor=actor.state_dict())
     agent = Agent(args, policy).to(device)
     optimizers = Optimizers(args, agent)
-    env = envs.VectorEpisodes(data.simulator, np.zeros(obs_dim), np.ones(obs_dim), args.num_envs, 0)
+    env = envs.VectorEpisodes(data.task, np.zeros(obs_dim), np.ones(obs_dim), args.num_envs, 0)
     per_rollout, rollouts = args.rollout_steps // args.num_envs, args.online_steps // args.rollout_steps
     epoch = update_epoch(args, empty_batch(args, data), agent, optimizers)
     offline_step, offline_steps = offline.timed_step(args, data)
@@ -499,8 +494,8 @@ def main() -> None:
     offline_score = run.last_score = evaluator(agent.act, device)
 
     if args.reevaluate:
-        run.train(
-            "reevaluate", lambda: reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps,
+        train(
+            run, "reevaluate", lambda: reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps,
             {"agent": agent, **optimizers}, device=device, compile=args.compile, log_every=args.log_every,
             probe=probe,
         )  # fmt: skip

@@ -11,7 +11,6 @@ Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & H
 
 import copy
 import math
-import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,11 +20,12 @@ from torch import nn
 import offline
 from common import cli, datasets, envs, report, steps
 from common.checkpoint import Best, seed_everything
+from common.loop import Loop, train
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak, tanh_log_det
 from common.probe import STATES, Probe, fixed_noise
 from common.reference import Margin
 from common.replay import ReplayBuffer, sample
-from common.run import Clock, Run
+from common.run import Run
 
 PRESETS = {
     # The demo is 1/60 to 1/250 of the paper's stages, so what moves slowly there moves faster here: the targets of
@@ -383,13 +383,13 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     stepper = steps.Stepper(
         finetuning_step(args, replay, agent, optimizers, threshold), device, graph=args.compile, steps_per_graph=1
     )
-    env = envs.Episodes(envs.make_env(data.simulator, evaluator.mean, evaluator.std), args.seed)
+    env = envs.Episodes(envs.make_env(data.task, evaluator.mean, evaluator.std), args.seed)
     best = Best(best_score, agent.actor_reference)
     margin = Margin(args.reference_window, args.reference_margin)
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "margin": margin,
              "stepper": stepper}  # fmt: skip
-    start, done = run.restore("finetune", state, device)
-    if done:
+    loop = Loop(run, "finetune", args.online_steps, state, device)
+    if loop.done:
         return best
 
     @torch.no_grad()
@@ -397,36 +397,31 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         mean, log_std = agent.actor(torch.as_tensor(obs, device=device)[None])
         return sample_actions(mean, log_std)[0][0].cpu().numpy()
 
-    clock, began = Clock(run, "finetune"), time.monotonic()
-    with run.progress("finetune", args.online_steps, start) as bar:
-        for env_step in range(start + 1, args.online_steps + 1):
-            if (env_step - 1) % args.probe_every == 0:
-                run.log("finetune", env_step - 1, probe())
-            obs, action = env.obs, explore(env.obs)
-            # Updates draw on the transitions before this one, so a GPU does them while the simulator takes this step
-            if env_step > args.learning_starts:
-                threshold.fill_(threshold_at(args, env_step))
-                stepper.run(1)
-            next_obs, reward, terminated, episodic_return = env.step(action)
-            replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
-            if episodic_return is not None:
-                run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
-                if margin.add(episodic_return) and args.reference == "adaptive":
-                    agent.actor_reference.load_state_dict(agent.actor.state_dict())
-            if env_step % args.eval_every == 0 or env_step == args.online_steps:
-                score = evaluator(agent.act, device)
-                losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-                sps = (env_step - start) / (time.monotonic() - began)
-                run.log("finetune", env_step, {"charts/score": score, "charts/SPS": sps,
-                        "charts/kl_threshold": threshold.item(), "charts/best_score": max(score, best.score),
-                        **losses})  # fmt: skip
-                improved = best.update(score, agent.actor)
-                if improved and args.reference == "best":
-                    agent.actor_reference.load_state_dict(agent.actor.state_dict())
-            if args.reference == "interval" and env_step % args.reference_interval == 0:
+    for env_step in loop:
+        if (env_step - 1) % args.probe_every == 0:
+            run.log("finetune", env_step - 1, probe())
+        obs, action = env.obs, explore(env.obs)
+        # Updates draw on the transitions before this one, so a GPU does them while the simulator takes this step
+        if env_step > args.learning_starts:
+            threshold.fill_(threshold_at(args, env_step))
+            stepper.run(1)
+        next_obs, reward, terminated, episodic_return = env.step(action)
+        replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
+        if episodic_return is not None:
+            run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
+            if margin.add(episodic_return) and args.reference == "adaptive":
                 agent.actor_reference.load_state_dict(agent.actor.state_dict())
-            run.show(bar, 1)
-            clock.tick(env_step, env_step == args.online_steps, state)
+        if env_step % args.eval_every == 0 or env_step == args.online_steps:
+            score = evaluator(agent.act, device)
+            losses = {f"losses/{name}": value for name, value in stepper.means().items()}
+            run.log("finetune", env_step, {"charts/score": score, "charts/SPS": loop.rate,
+                    "charts/kl_threshold": threshold.item(), "charts/best_score": max(score, best.score),
+                    **losses})  # fmt: skip
+            improved = best.update(score, agent.actor)
+            if improved and args.reference == "best":
+                agent.actor_reference.load_state_dict(agent.actor.state_dict())
+        if args.reference == "interval" and env_step % args.reference_interval == 0:
+            agent.actor_reference.load_state_dict(agent.actor.state_dict())
     return best
 
 
@@ -480,13 +475,13 @@ def main() -> None:
     offline_score = run.last_score = evaluator(agent.act, device)
 
     if args.reevaluate:
-        run.train(
-            "reevaluate", lambda: reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps, state,
+        train(
+            run, "reevaluate", lambda: reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps, state,
             device=device, compile=args.compile, log_every=args.log_every, probe=probe,
         )  # fmt: skip
     if args.align:
-        run.train(
-            "align", lambda: alignment_step(args, data, agent, optimizers), args.align_steps, state,
+        train(
+            run, "align", lambda: alignment_step(args, data, agent, optimizers), args.align_steps, state,
             device=device, compile=args.compile, log_every=args.log_every, probe=probe,
             evaluate=lambda: evaluator(agent.act, device), evaluate_every=args.align_eval_every,
         )  # fmt: skip

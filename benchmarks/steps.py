@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import o2ppo  # noqa: E402
 import o2sac  # noqa: E402
 import o2td3  # noqa: E402
-from common import cli, datasets, report, steps  # noqa: E402
+from common import cli, datasets, report, steps, tasks  # noqa: E402
 from common.policies import Policy  # noqa: E402
 from common.replay import ReplayBuffer  # noqa: E402
 from offline import awac, bc, cql, iql, rebrac, td3_bc  # noqa: E402
@@ -67,7 +67,7 @@ def random_data(args: Args, device: torch.device) -> datasets.Dataset:
     return datasets.Dataset(
         obs=obs, actions=actions, next_actions=next_actions, rewards=torch.randn(n, device=device), next_obs=next_obs,
         terminations=ends, episode=ends.cumsum(0).long(), returns=torch.zeros(int(ends.sum()) + 1),
-        simulator="Hopper-v4", source="random",
+        task=tasks.resolve(tasks.DEMO), source="random",
     )  # fmt: skip
 
 

@@ -3,25 +3,20 @@
 The layout is D4RL's (Fu et al., 2020). A dataset is found by name in four places, see `load`.
 """
 
-import difflib
 import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import gymnasium
-import h5py
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.d4rl import D4RL_IDS, ROBOTS, d4rl_registry
 from common.envs import make_env
-
-DEMO = "hopper-medium-demo"
-DEMO_FILE = Path(__file__).parent.parent / "datasets" / "hopper-medium-demo.hdf5"
+from common.formats import read_hdf5, read_minari
+from common.tasks import DEMO, SHIPPED, Task, d4rl_registry, resolve
 
 
 @dataclass
@@ -30,8 +25,8 @@ class Dataset:
 
     obs, next_obs (N, S) standardised once `standardise` was called; actions (N, A) in [-1, 1], next_actions those that
     the data take at next_obs (meaningless after an end); rewards and terminations (N,), the latter 1.0 only where the
-    episode really ended; episode (N,) numbers the episodes; returns (number of episodes,) undiscounted; simulator is
-    the Gymnasium id, source says where the data come from.
+    episode really ended; episode (N,) numbers the episodes; returns (number of episodes,) undiscounted; task is what
+    they belong to, source says where the data come from.
     """
 
     obs: torch.Tensor
@@ -42,7 +37,7 @@ class Dataset:
     terminations: torch.Tensor
     episode: torch.Tensor
     returns: torch.Tensor
-    simulator: str
+    task: Task
     source: str
     table: torch.Tensor = field(init=False, repr=False)
 
@@ -99,32 +94,18 @@ class Dataset:
 
 def load(env_id: str, dataset_path: str = "", device: torch.device | str = "cpu") -> Dataset:
     """Load the data that `env_id` (or `dataset_path`) names. Raises UserError where that cannot be done."""
-    simulator = simulator_of(env_id)
+    task = resolve(env_id, dataset_path)
     if dataset_path:
         path, raw = Path(dataset_path), read_hdf5(Path(dataset_path))
-    elif "/" in env_id:
+    elif task.family == "minari":
         path, raw = env_id, read_minari(env_id)
     else:
         path = find_file(env_id)
         raw = read_hdf5(path)
-    check(raw, simulator, path)
-    view = qlearning_view(raw, max_episode_steps(simulator))
+    check(raw, task, path)
+    view = qlearning_view(raw, task.max_episode_steps)
     tensors = {key: torch.as_tensor(value, device=device) for key, value in view.items()}
-    return Dataset(**tensors, simulator=simulator, source=raw["source"])
-
-
-# ----------------------------------------------------------------------------------------------- names
-
-
-def simulator_of(env_id: str) -> str:
-    """The Gymnasium id behind a dataset's name: v4 keeps the model and reward of D4RL's v2. Raises UserError."""
-    if "/" in env_id:
-        return minari_dataset(env_id).env_spec.id
-    if env_id == DEMO or env_id in D4RL_IDS:
-        return ROBOTS[env_id.split("-")[0]]
-    near = difflib.get_close_matches(env_id, [*D4RL_IDS, DEMO], n=3, cutoff=0.3)
-    hint = f"; the nearest names are: {', '.join(near)}" if near else f"; try {DEMO}"
-    raise UserError(f"--env-id {env_id!r} is not known{hint}")
+    return Dataset(**tensors, task=task, source=raw["source"])
 
 
 # ----------------------------------------------------------------------------------------------- files
@@ -133,7 +114,7 @@ def simulator_of(env_id: str) -> str:
 def find_file(env_id: str) -> Path:
     """The HDF5 file of `env_id`: shipped, in $D4RL_DATASET_DIR, in ~/.d4rl/datasets, or downloaded to the latter."""
     if env_id == DEMO:
-        return DEMO_FILE
+        return SHIPPED / f"{DEMO}.hdf5"
     url = d4rl_registry()["DATASET_URLS"][env_id]
     name = url.rsplit("/", 1)[1]
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
@@ -164,71 +145,15 @@ def download(url: str, path: Path) -> None:
         ) from error
 
 
-def read_hdf5(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file in D4RL's layout, plus its `source`. Raises UserError for a file that is not one."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; give --dataset-path an HDF5 file in D4RL's layout")
-    try:
-        with h5py.File(path, "r") as file:
-            needed = ("observations", "actions", "rewards", "terminals")
-            missing = [key for key in needed if key not in file]
-            if missing:
-                raise UserError(
-                    f"{path} lacks {', '.join(missing)}; a file in D4RL's layout has {', '.join(needed)} "
-                    "and, if episodes were cut by a time limit, timeouts"
-                )
-            optional = [key for key in ("timeouts", "next_observations") if key in file]
-            for key in (*needed, *optional):
-                if not isinstance(file[key], h5py.Dataset) or file[key].dtype.kind not in "fiub":
-                    raise UserError(f"{path}: {key} is no array of numbers; give a file in D4RL's layout")
-            raw = {key: file[key][()] for key in (*needed, *optional)}
-            source = file.attrs.get("source", "D4RL" if path.stem.replace("_", "-") in D4RL_IDS else "unknown")
-            return raw | {"source": source.decode() if isinstance(source, bytes) else str(source)}
-    except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path} is not a whole HDF5 file ({error}); delete it and download it again") from error
-
-
-def minari_dataset(env_id: str):
-    """The Minari dataset `env_id`, downloaded if need be. Raises UserError."""
-    import minari
-
-    try:
-        return minari.load_dataset(env_id, download=True)
-    except Exception as error:  # Minari raises many kinds, from its storage to its network client
-        raise UserError(
-            f"Minari cannot load {env_id!r} ({error}): check the name with `minari list remote`, or download it on a "
-            f"machine with a network with `minari download {env_id}`"
-        ) from error
-
-
-def read_minari(env_id: str) -> dict[str, np.ndarray]:
-    """A Minari dataset in D4RL's layout: episodes end to end, with the true next observations."""
-    episodes = list(minari_dataset(env_id).iterate_episodes())
-    if not isinstance(episodes[0].observations, np.ndarray):
-        raise UserError(f"{env_id} has observations of a composite kind; only flat vectors can be used")
-    timeouts = [episode.truncations.copy() for episode in episodes]
-    for timeout, episode in zip(timeouts, episodes, strict=True):
-        timeout[-1] |= not episode.terminations[-1]  # an episode that was cut off anywhere else has no next state
-    return {
-        "observations": np.concatenate([episode.observations[:-1] for episode in episodes]),
-        "next_observations": np.concatenate([episode.observations[1:] for episode in episodes]),
-        "actions": np.concatenate([episode.actions for episode in episodes]),
-        "rewards": np.concatenate([episode.rewards for episode in episodes]),
-        "terminals": np.concatenate([episode.terminations for episode in episodes]),
-        "timeouts": np.concatenate(timeouts),
-        "source": f"Minari {env_id}",
-    }
-
-
-def check(raw: dict, simulator: str, path) -> None:
+def check(raw: dict, task: Task, path) -> None:
     """Refuse data that would train silently into nonsense. Raises UserError."""
-    env = make_env(simulator)
+    env = make_env(task)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     env.close()
     obs, actions = raw["observations"], raw["actions"]
     if obs.ndim != 2 or actions.ndim != 2 or (obs.shape[1], actions.shape[1]) != (obs_dim, action_dim):
         raise UserError(
-            f"{path} has observations {obs.shape} and actions {actions.shape}, but {simulator} has {obs_dim} and "
+            f"{path} has observations {obs.shape} and actions {actions.shape}, but {task.simulator} has {obs_dim} and "
             f"{action_dim} dimensions; name the environment that the data come from with --env-id"
         )
     lengths = {len(value) for key, value in raw.items() if key != "source"}
@@ -276,7 +201,3 @@ def qlearning_view(raw: dict, max_steps: int) -> dict[str, np.ndarray]:
         "episode": episode[keep],
         "returns": np.bincount(episode, weights=rewards),
     }
-
-
-def max_episode_steps(simulator: str) -> int:
-    return gymnasium.spec(simulator).max_episode_steps or 1000

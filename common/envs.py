@@ -1,4 +1,4 @@
-"""Simulators: environments, training episodes that can be saved, and the check that data and simulator agree."""
+"""Environments, and training episodes that can be saved."""
 
 import logging
 import sys
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from common.cli import UserError
+from common.tasks import Task
 
 warnings.filterwarnings("ignore", message=".*is out of date.*")  # v4 is meant: v5 changed the reward
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -17,16 +18,17 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(f"MuJoCo: {text}", file=sys.stderr))
 
 
-class ZeroContactForces(gym.ObservationWrapper):
+class ZeroForces(gym.ObservationWrapper):
     """D4RL's ant observes 84 contact forces that its MuJoCo left at zero; Gymnasium's Ant-v4 leaves them out."""
 
-    def __init__(self, env: gym.Env):
+    def __init__(self, env: gym.Env, forces: int):
         super().__init__(env)
-        size = env.observation_space.shape[0] + 84
+        self.zeros = np.zeros(forces)
+        size = env.observation_space.shape[0] + forces
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size,), np.float64)
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
-        return np.concatenate([observation, np.zeros(84)])
+        return np.concatenate([observation, self.zeros])
 
 
 class Standardised(gym.ObservationWrapper):
@@ -41,68 +43,16 @@ class Standardised(gym.ObservationWrapper):
         return ((observation - self.mean) / self.std).astype(np.float32)
 
 
-def make_env(simulator: str, mean=None, std=None, **kwargs) -> gym.Env:
-    """One environment of a Gymnasium id, its observations standardised where `mean` and `std` (S,) are given."""
-    env = gym.make(simulator, disable_env_checker=True, **kwargs)  # the checker costs as much as a step
-    if simulator == "Ant-v4":
-        env = ZeroContactForces(env)
+def make_env(task: Task, mean=None, std=None, **kwargs) -> gym.Env:
+    """One environment of a task, its observations standardised where `mean` and `std` (S,) are given."""
+    env = gym.make(task.spec, disable_env_checker=True, **kwargs)  # the checker costs as much as a step
+    if task.forces:
+        env = ZeroForces(env, task.forces)
     if not (isinstance(env.action_space, gym.spaces.Box) and len(env.observation_space.shape or ()) == 1):
-        raise UserError(f"{simulator} needs flat observations and continuous actions to be used here")
+        raise UserError(f"{task.simulator} needs flat observations and continuous actions to be used here")
     if mean is not None:
         env = Standardised(env, np.asarray(mean, np.float64), np.asarray(std, np.float64))
     return env
-
-
-def set_state(env: gym.Env, obs: np.ndarray) -> bool:
-    """Put a MuJoCo environment that was reset into the state that `obs` (S,) shows; whether that can be done.
-
-    The root's position is not observed and taken as zero. Hopper and Walker2d show no joint speed above 10, so a state
-    with such a speed cannot be rebuilt.
-    """
-    model, simulator = getattr(env.unwrapped, "model", None), env.spec.id
-    if model is None or not hasattr(env.unwrapped, "set_state"):
-        return False
-    obs = obs[: len(obs) - (84 if simulator == "Ant-v4" else 0)].astype(np.float64)
-    hidden = model.nq + model.nv - len(obs)  # root coordinates that are not observed
-    qvel = obs[model.nq - hidden :]
-    if not 0 <= hidden <= 2 or (simulator.startswith(("Hopper", "Walker2d")) and np.abs(qvel).max() >= 10):
-        return False
-    env.unwrapped.set_state(np.concatenate([np.zeros(hidden), obs[: model.nq - hidden]]), qvel)
-    return True
-
-
-def simulator_error(dataset, samples: int = 300, seed: int = 0) -> float | None:
-    """Median difference between what the data say and what the simulator does from the same state and action.
-
-    Puts the environment into dataset states, plays the dataset's actions, and compares next observation and reward
-    (the larger of the two errors, in their own units). None where a state cannot be rebuilt from its observation.
-    Call it before the dataset is standardised.
-    """
-    env = make_env(dataset.simulator)
-    obs, next_obs, actions = (x.cpu().numpy() for x in (dataset.obs, dataset.next_obs, dataset.actions))
-    errors = []
-    rows = np.flatnonzero(dataset.terminations.cpu().numpy() == 0)  # after an end comes a new episode
-    for row in np.random.default_rng(seed).permutation(rows)[:samples]:
-        env.reset(seed=0)
-        if set_state(env, obs[row]):
-            found, reward, *_ = env.step(actions[row])
-            errors.append(max(np.abs(found - next_obs[row]).max(), abs(reward - float(dataset.rewards[row]))))
-    env.close()
-    return float(np.median(errors)) if errors else None
-
-
-def report_simulator_check(dataset) -> None:
-    """Print the simulator check's result; warn plainly where the data come from another simulator."""
-    error = simulator_error(dataset)
-    if error is None:
-        print(f"simulator check: the states of {dataset.simulator} cannot be rebuilt from observations; not checked")
-    elif error < 1e-3:
-        print(f"simulator check: data and {dataset.simulator} agree (median error {error:.1e})")
-    else:
-        print(
-            f"WARNING: the data do not come from {dataset.simulator} as it is installed here (median error of one step "
-            f"{error:.2g}). Fine-tuning would go on in another environment than the data's."
-        )
 
 
 class Episodes:
@@ -148,8 +98,8 @@ class Episodes:
 class VectorEpisodes:
     """`n` such environments side by side: `obs` (n, S), and `step` takes (n, A) and gives arrays of n."""
 
-    def __init__(self, simulator: str, mean, std, n: int, seed: int):
-        self.all = [Episodes(make_env(simulator, mean, std), seed * n + i) for i in range(n)]
+    def __init__(self, task: Task, mean, std, n: int, seed: int):
+        self.all = [Episodes(make_env(task, mean, std), seed * n + i) for i in range(n)]
 
     @property
     def obs(self) -> np.ndarray:
@@ -173,10 +123,10 @@ class VectorEpisodes:
             episodes.load_state_dict(state[str(i)])
 
 
-def record_video(simulator: str, mean, std, policy, device, folder) -> None:
+def record_video(task: Task, mean, std, policy, device, folder) -> None:
     """Film one episode of `policy` into `folder`. Raises UserError where what it needs is missing."""
     try:
-        env = gym.wrappers.RecordVideo(make_env(simulator, mean, std, render_mode="rgb_array"), str(folder))
+        env = gym.wrappers.RecordVideo(make_env(task, mean, std, render_mode="rgb_array"), str(folder))
         obs, _ = env.reset(seed=0)
         done = False
         while not done:

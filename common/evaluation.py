@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from common.cli import UserError, check_positive
-from common.d4rl import reference_returns
 from common.envs import make_env
+from common.tasks import Task
 
 
 class Evaluator:
@@ -26,15 +26,15 @@ class Evaluator:
     so returns with and without workers are equal up to rounding.)
     """
 
-    def __init__(self, simulator: str, mean: torch.Tensor, std: torch.Tensor, episodes: int = 10, seed: int = 10_000,
+    def __init__(self, task: Task, mean: torch.Tensor, std: torch.Tensor, episodes: int = 10, seed: int = 10_000,
                  workers: int = 0):  # fmt: skip
         # The seeds start far from the training environment's, so that no evaluation start state is ever trained on.
         self.seeds = list(range(seed, seed + episodes))
-        self.simulator, self.mean, self.std = simulator, mean.cpu().numpy(), std.cpu().numpy()
+        self.task, self.mean, self.std = task, mean.cpu().numpy(), std.cpu().numpy()
         self.envs: list[gym.Env] = []
         self.workers = min(workers, episodes)
         self.pool = start_workers(self.workers) if workers else None
-        self.reference = reference_returns(simulator)
+        self.reference = task.references
         self.count, self.seconds = 0, 0.0  # evaluations so far, and the time that they took
 
     def returns(self, policy, device: torch.device | str) -> np.ndarray:
@@ -43,13 +43,13 @@ class Evaluator:
         Workers need a `policy` that is a method of a module, which they get whole; any other is played here.
         """
         if self.pool is None or not isinstance(getattr(policy, "__self__", None), torch.nn.Module):
-            self.envs = self.envs or [make_env(self.simulator) for _ in self.seeds]
+            self.envs = self.envs or [make_env(self.task) for _ in self.seeds]
             return play(self.envs, self.seeds, self.mean, self.std, policy, device)
         on_cpu = getattr(copy.deepcopy(policy.__self__).cpu(), policy.__name__)
-        task = pickle.dumps((self.simulator, self.mean, self.std, on_cpu))  # once, not once for every worker
+        packed = pickle.dumps((self.task, self.mean, self.std, on_cpu))  # once, not once for every worker
         shares = np.array_split(self.seeds, self.workers)
         try:
-            return np.concatenate(list(self.pool.map(play_share, [task] * len(shares), shares)))
+            return np.concatenate(list(self.pool.map(play_share, [packed] * len(shares), shares)))
         except BrokenExecutor as error:
             raise UserError("an evaluation process died, killed or out of memory; try --eval-workers 0") from error
 
@@ -93,7 +93,7 @@ def make_evaluator(args, data, mean: torch.Tensor, std: torch.Tensor) -> Evaluat
         workers = min(args.eval_episodes, torch.get_num_threads()) if data.obs.is_cuda else 0
     else:
         check_positive(args, "eval_workers", at_least=0)
-    return Evaluator(data.simulator, mean, std, args.eval_episodes, workers=workers)
+    return Evaluator(data.task, mean, std, args.eval_episodes, workers=workers)
 
 
 # ---------------------------------------------------------------------------------------------- workers
@@ -117,9 +117,9 @@ def start_worker() -> None:
 worker_envs: list[gym.Env] = []  # of a worker, kept from one evaluation to the next
 
 
-def play_share(task: bytes, seeds: np.ndarray) -> np.ndarray:
+def play_share(packed: bytes, seeds: np.ndarray) -> np.ndarray:
     """In a worker: the returns of the episodes of `seeds`."""
-    simulator, mean, std, policy = pickle.loads(task)
+    task, mean, std, policy = pickle.loads(packed)
     while len(worker_envs) < len(seeds):
-        worker_envs.append(make_env(simulator))
+        worker_envs.append(make_env(task))
     return play(worker_envs[: len(seeds)], seeds, mean, std, policy, "cpu")

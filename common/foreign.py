@@ -61,7 +61,7 @@ def load_policy(path: str | Path, data, trust: bool = False) -> dict:
         first = str(error).splitlines()[0]
         raise UserError(f"{path} is not a checkpoint that can be read safely ({first}); {HELP}") from error
     if isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT:
-        check_policy(checkpoint, path, data.simulator, data.obs.shape[1], data.actions.shape[1])
+        check_policy(checkpoint, path, data.task.simulator, data.obs.shape[1], data.actions.shape[1])
         return checkpoint
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("actor"), dict):
         return corl(path, data, checkpoint["actor"])
@@ -79,13 +79,13 @@ def wrap(path: Path, data, actor, kind: str = "function", hidden_layers: int = 3
     return dict(
         format=FORMAT, kind=kind, obs_dim=data.obs.shape[1], action_dim=data.actions.shape[1], state_mean=mean,
         hidden_layers=hidden_layers, state_std=std, algorithm=algorithm or path.stem, env_id="", steps=0, seed=0,
-        simulator=data.simulator, score=float("nan"), actor=actor,
+        simulator=data.task.simulator, score=float("nan"), actor=actor,
     )  # fmt: skip
 
 
 def raise_misfit(path: Path, data) -> None:
     raise UserError(
-        f"{path} is a policy of other dimensions than {data.simulator} has ({data.obs.shape[1]} observations, "
+        f"{path} is a policy of other dimensions than {data.task.simulator} has ({data.obs.shape[1]} observations, "
         f"{data.actions.shape[1]} actions); choose the --env-id that it was trained on"
     )
 

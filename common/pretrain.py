@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import cli, datasets, envs, steps
+from common import agreement, cli, datasets, loop, steps
 from common.checkpoint import seed_everything
 from common.evaluation import make_evaluator
 from common.policies import save_policy
@@ -43,8 +43,9 @@ def train(algorithm: str, args, data: datasets.Dataset, Agent, Optimizers, train
     agent = Agent(args, obs_dim, action_dim).to(data.obs.device)
     optimizers = Optimizers(args, agent)
     evaluator = make_evaluator(args, data, mean, std)
-    run.train(
-        algorithm, lambda: training_step(args, data, agent, optimizers), args.steps, {"agent": agent, **optimizers},
+    loop.train(
+        run, algorithm, lambda: training_step(args, data, agent, optimizers), args.steps,
+        {"agent": agent, **optimizers},
         device=data.obs.device, compile=args.compile, log_every=args.log_every, evaluate_every=args.eval_every,
         evaluate=lambda: evaluator(agent.act, data.obs.device), phases=getattr(args, "policy_freq", 1),
     )  # fmt: skip
@@ -56,7 +57,7 @@ def train(algorithm: str, args, data: datasets.Dataset, Agent, Optimizers, train
         }}  # fmt: skip
     save_policy(
         path, kind=agent.kind, obs_dim=obs_dim, action_dim=action_dim, hidden_layers=args.hidden_layers,
-        state_mean=mean, state_std=std, algorithm=algorithm, env_id=args.env_id, simulator=data.simulator,
+        state_mean=mean, state_std=std, algorithm=algorithm, env_id=args.env_id, simulator=data.task.simulator,
         seed=args.seed, steps=args.steps, score=run.scores(algorithm)[-1], actor=agent.actor.state_dict(), **critics,
     )  # fmt: skip
     return path
@@ -70,5 +71,5 @@ def main(Args, presets: dict, train: Callable) -> None:
     args.compile = args.compile and steps.can_compile(device)
     data = datasets.load(args.env_id, args.dataset_path, device)
     print(f"data: {len(data):,} transitions, {data.source}")
-    envs.report_simulator_check(data)
+    agreement.report_simulator_check(data)
     print(f"policy: {train(args, data)}")

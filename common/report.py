@@ -1,6 +1,5 @@
 """What the user sees of a run: the estimate at its start, the table and the picture at its end."""
 
-import csv
 import json
 import platform
 import sys
@@ -10,8 +9,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import cli, datasets, envs, seeds, steps
+from common import agreement, cli, datasets, envs, seeds, steps
 from common.checkpoint import write_atomic
+from common.log import read_rows
 from common.policies import save_online
 from common.run import Run, run_name
 
@@ -44,7 +44,7 @@ def start(args_class, presets: dict, check) -> tuple:
     run = Run(args, run_name(args))
     data = datasets.load(args.env_id, args.dataset_path, device)
     print(f"data: {len(data):,} transitions, {data.source}")
-    envs.report_simulator_check(data)
+    agreement.report_simulator_check(data)
     return args, run, data
 
 
@@ -92,7 +92,7 @@ def finish(run: Run, script: str, policy: dict, agent, best, offline: float, ali
     print(f"1 seed, {run.args.eval_episodes} episodes an evaluation; {what}.\n{run.dir}/curve.png shows the whole run.")
     if run.args.capture_video:
         device = data.obs.device
-        envs.record_video(data.simulator, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
+        envs.record_video(data.task, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
 
 
 def plot(run: Run, offline: float, policy: dict) -> None:
@@ -102,18 +102,17 @@ def plot(run: Run, offline: float, policy: dict) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = list(run.rows)
+    rows = list(run.logged.rows)
     if policy["progress"].exists() and policy["progress"].parent != run.dir:
-        with open(policy["progress"], newline="") as file:
-            rows = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)] + rows
+        rows = read_rows(policy["progress"]) + rows
     stages = list(dict.fromkeys(row["stage"] for row in rows))
-    last = {stage: max(int(row["step"]) for row in rows if row["stage"] == stage) for stage in stages}
+    last = {stage: max(row["step"] for row in rows if row["stage"] == stage) for stage in stages}
     figure, axes = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
     for panel, endings, label in ((axes[0], ["score"], "score"), (axes[1], ["q", "v"], "mean Q (or V) of a batch")):
         for i, stage in enumerate(stages):
             names = [f"{group}/{ending}" for ending in endings for group in (stage, "charts", "losses")]
             points = [
-                (i + int(row["step"]) / last[stage], float(row[name]))
+                (i + row["step"] / last[stage], row[name])
                 for row in rows if row["stage"] == stage for name in [n for n in names if n in row][:1]
             ]  # fmt: skip
             if points:

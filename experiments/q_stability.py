@@ -13,7 +13,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
-from common import datasets, envs, policies  # noqa: E402
+from common import agreement, datasets, envs, policies  # noqa: E402
 from common.foreign import load_policy  # noqa: E402
 from common.nn import gaussian_log_prob, tanh_log_det  # noqa: E402
 from common.probe import STATES  # noqa: E402
@@ -52,13 +52,13 @@ def true_values(args: Args, script: str, seed: int) -> np.ndarray:
     net = policies.module(policy)
     mean, std = policy["state_mean"], policy["state_std"]
     states = data.hold_out(spec.holdout, STATES)[1].obs.numpy()
-    all_envs = [envs.make_env(data.simulator) for _ in states]
+    all_envs = [envs.make_env(data.task) for _ in states]
     for env, state in zip(all_envs, states, strict=True):
         env.reset(seed=0)
-        envs.set_state(env, state)
+        agreement.set_state(env, data.task, state)
     torch.manual_seed(seed)
     obs, returns, running = states.copy(), np.zeros(len(states)), np.ones(len(states), bool)
-    for t in range(datasets.max_episode_steps(data.simulator)):
+    for t in range(data.task.max_episode_steps):
         x = (torch.as_tensor(obs) - mean) / std
         bonus = np.zeros(len(states))
         if net.kind == "squashed_gaussian":

@@ -8,6 +8,7 @@ from common import cli
 from common.datasets import Dataset
 from common.evaluation import Evaluator, make_evaluator
 from common.foreign import load_policy
+from common.loop import progress_bar
 from common.policies import save_policy
 from common.transfer import transfer
 
@@ -45,7 +46,7 @@ def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:
     data.standardise(found["state_mean"], found["state_std"])  # as the policy was trained
     evaluator = make_evaluator(args, data, found["state_mean"], found["state_std"])
     if found["kind"] != kind:
-        found = transfer(found, kind, data, evaluator, lambda total: run.progress("transfer", total, 0))
+        found = transfer(found, kind, data, evaluator, lambda total: progress_bar("transfer", total))
         save_policy(handed_on, **found)
     found["progress"] = path.parent / "progress.csv"
     return found, evaluator

@@ -7,11 +7,33 @@ import numpy as np
 import pytest
 import torch
 
-from common import datasets
+from common import datasets, tasks
 
 TINY = [
     "--device", "cpu", "--no-compile", "--checkpoint-seconds", "0", "--batch-size", "32", "--eval-episodes", "2",
 ]  # fmt: skip
+
+
+KILL = """
+import os, signal, sys
+sys.argv[0] = "{script}.py"
+import {script} as script
+from common import cli, loop, run
+save, blocks = run.Run.save, loop.Loop.blocks
+def deadly(self, stage, step, done, state):
+    if stage == "{stage}" and step >= {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if done or {every} and step % {every} == 0:
+        save(self, stage, step, done, state)
+run.Run.save = deadly
+loop.Loop.blocks = lambda self, size: blocks(self, 1 if callable(size) else size)
+cli.run(script.main)
+"""
+
+
+def kill_at(script: str, stage: str, step: int, every: int) -> str:
+    """A program that runs a script, saves it every `every` steps, and dies, without a word, at a step of a stage."""
+    return KILL.format(script=script, stage=stage, step=step, every=every)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +83,7 @@ def data(random_raw):
     """A standardised dataset of 1,999 random transitions of hopper's size."""
     view = datasets.qlearning_view(random_raw(), 1_000)
     tensors = {key: torch.as_tensor(value) for key, value in view.items()}
-    data = datasets.Dataset(**tensors, simulator="Hopper-v4", source="random")
+    data = datasets.Dataset(**tensors, task=tasks.resolve(tasks.DEMO), source="random")
     data.standardise(*data.statistics())
     return data
 

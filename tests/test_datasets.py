@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import d4rl, datasets, envs
+from common import agreement, datasets, envs, tasks
 from common.cli import UserError
 
 
@@ -71,14 +71,14 @@ def test_returns_are_those_of_whole_episodes(random_raw):
 
 def test_demo_data_come_from_the_simulator():
     data = datasets.load(datasets.DEMO)
-    assert len(data) == 99_999 and data.simulator == "Hopper-v4" and "not D4RL" in data.source
-    assert envs.simulator_error(data) < 1e-5
+    assert len(data) == 99_999 and data.task.robot == "hopper" and "not D4RL" in data.source
+    assert agreement.simulator_error(data) < 1e-5
 
 
 def test_simulator_check_warns(capsys):
     data = datasets.load(datasets.DEMO).head(5_000)
     data.rewards = data.rewards + 0.5
-    envs.report_simulator_check(data)
+    agreement.report_simulator_check(data)
     assert "WARNING" in capsys.readouterr().out
 
 
@@ -92,14 +92,14 @@ def test_standardised_once():
 
 
 def test_every_mujoco_name_has_an_address_and_reference_returns():
-    urls = d4rl.d4rl_registry()["DATASET_URLS"]
-    assert len(d4rl.D4RL_IDS) == 24 and all(name in urls for name in d4rl.D4RL_IDS)
-    assert d4rl.reference_returns("Hopper-v4") == (-20.272305, 3234.3)
-    assert d4rl.reference_returns("Pusher-v4") is None
+    urls = tasks.d4rl_registry()["DATASET_URLS"]
+    assert len(tasks.D4RL_IDS) == 24 and all(name in urls for name in tasks.D4RL_IDS)
+    assert tasks.reference_returns("hopper") == (-20.272305, 3234.3)
+    assert tasks.reference_returns("pusher") is None
 
 
 def test_ant_has_d4rl_observations():
-    assert envs.make_env("Ant-v4").observation_space.shape == (111,)
+    assert envs.make_env(tasks.resolve("ant-medium-v2")).observation_space.shape == (111,)
 
 
 def test_d4rl_dataset_dir(tmp_path, monkeypatch, hdf5):
@@ -131,7 +131,7 @@ def test_minari(tmp_path, monkeypatch):
     data = datasets.load("mujoco/hopper/tiny-v0")
     assert len(data) == 27 and not data.terminations.any()  # the cut step of each episode is dropped
     assert data.episode.tolist() == [0] * 9 + [1] * 9 + [2] * 9
-    assert envs.simulator_error(data) < 1e-5
+    assert agreement.simulator_error(data) < 1e-5
 
 
 # ----------------------------------------------------------------------------------------------- bad input

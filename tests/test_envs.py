@@ -13,20 +13,23 @@ import torch
 
 from common import cli, envs, evaluation, steps
 from common.policies import Policy
+from common.tasks import DEMO, resolve
+
+HOPPER = resolve(DEMO)
 
 
 def test_evaluation_equals_single_episodes():
     torch.manual_seed(1)
     weights = torch.randn(11, 3) * 0.5
     mean, std = torch.full((11,), 0.1), torch.full((11,), 0.7)
-    evaluator = evaluation.Evaluator("Hopper-v4", mean, std, episodes=4)
+    evaluator = evaluation.Evaluator(HOPPER, mean, std, episodes=4)
 
     def policy(obs):
         return torch.tanh(obs @ weights)
 
     expected, lengths = [], []
     for i in range(4):  # episodes of different lengths: those that end early are not played on into their next one
-        env = envs.make_env("Hopper-v4")
+        env = envs.make_env(HOPPER)
         obs, _ = env.reset(seed=evaluator.seeds[i])
         total, done, n = 0.0, False, 0
         while not done:
@@ -42,13 +45,13 @@ def test_evaluation_equals_single_episodes():
 
 @pytest.fixture
 def workers():
-    evaluator = evaluation.Evaluator("Hopper-v4", torch.zeros(11), torch.ones(11), episodes=5, workers=2)
+    evaluator = evaluation.Evaluator(HOPPER, torch.zeros(11), torch.ones(11), episodes=5, workers=2)
     yield evaluator
     evaluator.pool.shutdown()
 
 
 def test_workers_play_the_same_episodes(workers):
-    alone = evaluation.Evaluator("Hopper-v4", torch.zeros(11), torch.ones(11), episodes=5)
+    alone = evaluation.Evaluator(HOPPER, torch.zeros(11), torch.ones(11), episodes=5)
     for _ in range(2):  # another policy each time, in the same processes
         policy = Policy("gaussian", 11, 3, 2)
         np.testing.assert_allclose(workers.returns(policy.mode, "cpu"), alone.returns(policy.mode, "cpu"), rtol=1e-3)
@@ -79,8 +82,10 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
         "import torch\n"
         "from common.evaluation import Evaluator\n"
         "from common.policies import Policy\n"
+        "from common.tasks import resolve\n"
         "if __name__ == '__main__':\n"
-        "    evaluator = Evaluator('Hopper-v4', torch.zeros(11), torch.ones(11), episodes=2, workers=2)\n"
+        "    mean, std = torch.zeros(11), torch.ones(11)\n"
+        "    evaluator = Evaluator(resolve('hopper-medium-demo'), mean, std, episodes=2, workers=2)\n"
         "    evaluator.returns(Policy('deterministic', 11, 3, 2).mode, 'cpu')\n"
         "    print(*evaluator.pool._processes, flush=True)\n"
         "    input()\n"
@@ -104,7 +109,7 @@ def running(pid: int) -> bool:
 
 
 def test_score_is_d4rls():
-    evaluator = evaluation.Evaluator("Hopper-v4", torch.zeros(11), torch.ones(11), episodes=1)
+    evaluator = evaluation.Evaluator(HOPPER, torch.zeros(11), torch.ones(11), episodes=1)
     assert evaluator.score(np.array([-20.272305])) == pytest.approx(0)
     assert evaluator.score(np.array([3234.3, 3234.3])) == pytest.approx(100)
     evaluator.reference = None  # an environment that D4RL does not know

@@ -14,7 +14,7 @@ import torch
 import o2ppo
 import o2td3
 from common.replay import ReplayBuffer
-from tests.conftest import TINY
+from tests.conftest import TINY, kill_at
 
 ROOT = Path(o2td3.__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -96,23 +96,6 @@ def test_o2td3_stores_the_action_that_was_executed(finished):
     assert 1e-3 < noise.abs().max() < 0.6  # with its exploration noise
 
 
-KILL = """
-import os, signal, sys
-sys.argv[0] = "{script}.py"
-import {script} as script
-from common import cli, run
-tick = run.Clock.tick
-def deadly(self, step, done, state):
-    if self.stage == "{stage}" and step >= {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    self.run.args.checkpoint_seconds = 0 if {every} and step % {every} == 0 else 1e9
-    tick(self, step, done, state)
-run.Clock.tick = script.Clock.tick = deadly
-run.Run.train.__globals__["_until"] = lambda step, every, total: 1
-cli.run(script.main)
-"""
-
-
 @pytest.mark.parametrize(
     ("script", "stage", "step", "every"),
     [("o2td3", "reevaluate", 11, 10), ("o2td3", "align", 11, 10), ("o2td3", "finetune", 96, 5),
@@ -120,8 +103,7 @@ cli.run(script.main)
 )  # fmt: skip
 def test_a_killed_run_ends_with_the_same_weights(script, stage, step, every, finished, tmp_path):
     folder, *_ = finished(script)
-    program = KILL.format(script=script, stage=stage, step=step, every=every)
-    killed = execute(["-c", program, *SMALL[script], "--run-dir", str(tmp_path)])
+    killed = execute(["-c", kill_at(script, stage, step, every), *SMALL[script], "--run-dir", str(tmp_path)])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = execute([f"{script}.py", *SMALL[script], "--run-dir", str(tmp_path)])
     assert done.returncode == 0, done.stderr

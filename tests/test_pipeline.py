@@ -17,7 +17,7 @@ import o2sac
 from common import checkpoint
 from common.cli import UserError
 from common.replay import ReplayBuffer
-from tests.conftest import TINY
+from tests.conftest import TINY, kill_at
 
 ROOT = Path(o2sac.__file__).parent
 SMALL = [
@@ -107,28 +107,9 @@ def test_a_finished_stage_is_not_run_again(finished):
     assert (folder / NAME / "align.pt").stat().st_mtime_ns == before
 
 
-def kill_at(stage: str, step: int) -> str:
-    """A program that runs o2sac.py and dies, without a word, at a step of a stage, some steps after a checkpoint."""
-    return f"""
-import os, signal, sys
-sys.argv[0] = "o2sac.py"
-import o2sac
-from common import cli, run
-tick = run.Clock.tick
-def deadly(self, step, done, state):
-    if self.stage == {stage!r} and step >= {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    self.run.args.checkpoint_seconds = 0 if step % 10 == 0 else 1e9
-    tick(self, step, done, state)
-run.Clock.tick = o2sac.Clock.tick = deadly
-run.Run.train.__globals__["_until"] = lambda step, every, total: 1
-cli.run(o2sac.main)
-"""
-
-
 @pytest.mark.parametrize(("stage", "step"), [("reevaluate", 8), ("align", 11), ("finetune", 95)])
 def test_a_killed_run_ends_with_the_same_weights(finished, tmp_path, stage, step):
-    command = [sys.executable, "-c", kill_at(stage, step), *SMALL, *TINY, "--run-dir", str(tmp_path)]
+    command = [sys.executable, "-c", kill_at("o2sac", stage, step, 10), *SMALL, *TINY, "--run-dir", str(tmp_path)]
     killed = execute(command)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     command = [sys.executable, "o2sac.py", *SMALL, *TINY, "--run-dir", str(tmp_path)]

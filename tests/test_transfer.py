@@ -13,7 +13,7 @@ import torch
 import o2ppo
 import o2sac
 import o2td3
-from common import evaluation, policies
+from common import evaluation, policies, tasks
 from common.cli import UserError
 from common.foreign import load_policy
 from common.run import Run
@@ -35,13 +35,14 @@ def checkpoint(kind, data, hidden_layers=2):
             net.log_std.copy_(torch.tensor([-1.0, -1.5, -0.5]))
     return dict(
         kind=kind, obs_dim=S, action_dim=A, hidden_layers=hidden_layers, state_mean=torch.zeros(S), algorithm="test",
-        state_std=torch.ones(S), env_id="x", simulator="Hopper-v4", seed=0, steps=1, score=1.0, actor=net.state_dict(),
+        state_std=torch.ones(S), env_id="x", simulator=tasks.resolve(tasks.DEMO).simulator, seed=0, steps=1, score=1.0,
+        actor=net.state_dict(),
     )  # fmt: skip
 
 
 @pytest.fixture
 def evaluator():
-    return evaluation.Evaluator("Hopper-v4", torch.zeros(S), torch.ones(S), 2)
+    return evaluation.Evaluator(tasks.resolve(tasks.DEMO), torch.zeros(S), torch.ones(S), 2)
 
 
 def bar(total):

@@ -1,0 +1,76 @@
+"""A run's scalars: rows in memory, `progress.csv` on disk, TensorBoard, and Weights & Biases if asked for."""
+
+import csv
+import io
+import math
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from common.checkpoint import write_atomic
+from common.cli import UserError
+
+
+class Log:
+    """Everything that a run logged so far, one dictionary a row: `rows` is the content of progress.csv."""
+
+    def __init__(self, folder: Path, args):
+        self.dir = folder
+        self.rows: list[dict] = read_rows(folder / "progress.csv")
+        for old in folder.glob("events.out.tfevents*"):
+            old.unlink()  # written again from progress.csv, so that a resumed run shows no step twice
+        self.writer = SummaryWriter(str(folder))
+        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(
+            f"|{key}|{value}|" for key, value in vars(args).items()))  # fmt: skip
+        for row in self.rows:
+            self._to_tensorboard(row)
+
+    def add(self, stage: str, step: int, scalars: dict[str, float]) -> None:
+        """Log scalars under their TensorBoard names. Raises UserError when one of them is NaN or infinite."""
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                saved = self.dir / f"{stage}.pt"
+                self.writer.flush()
+                last = f"the last checkpoint is {saved}" if saved.exists() else "there is no checkpoint of this stage"
+                raise UserError(
+                    f"{name} became {value} in stage {stage!r} before step {step}; {last}. Look at the losses in "
+                    "TensorBoard, and try a smaller learning rate"
+                )
+        row = {"stage": stage, "step": step, **scalars}
+        self.rows.append(row)
+        self._to_tensorboard(row)
+
+    def _to_tensorboard(self, row: dict) -> None:
+        for name, value in row.items():
+            if name not in ("stage", "step"):
+                self.writer.add_scalar(name, value, row["step"])
+
+    def save(self) -> None:
+        """Write progress.csv and TensorBoard's file."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.dir / "progress.csv", text.getvalue().encode())
+        self.writer.flush()
+
+    def scores(self, stage: str) -> list[float]:
+        """Every evaluation score of a stage, in order."""
+        return [v for row in self.rows if row["stage"] == stage for k, v in row.items() if k.endswith("/score")]
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a progress.csv, each with what was logged in it, numbers as numbers; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+
+def _number(text: str):
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return int(value) if value.is_integer() and "." not in text and "e" not in text else value

@@ -1,0 +1,98 @@
+"""The loop of every stage, offline and online: where it stopped, how far it is, when it is saved."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from tqdm import tqdm
+
+from common.cli import Interrupted
+from common.steps import Stepper
+
+
+class Loop:
+    """The steps of a stage that are still to be done, of `total` in all.
+
+    `state` names all that the stage changes: things with `state_dict` and `load_state_dict`. They are restored when the
+    loop is made, and saved every `--checkpoint-seconds`, at the end, and when the run is asked to stop. `start` is the
+    step that it goes on from, and `done` whether nothing is left to do.
+    """
+
+    def __init__(self, run, stage: str, total: int, state: dict, device: torch.device):
+        self.run, self.stage, self.total, self.state = run, stage, total, state
+        self.start, self.done = run.restore(stage, state, device)
+        self.before = run.seconds.get(stage, 0.0)
+        self.step, self.began = self.start, time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        """Steps a second since this start."""
+        return (self.step - self.start) / max(time.monotonic() - self.began, 1e-9)
+
+    def blocks(self, size: int | Callable[[int], int]) -> Iterator[tuple[int, int]]:
+        """(step reached at its end, its length) of each block of `size` steps, or of `size(steps done)`.
+
+        Whatever the caller does between two blocks belongs to the former: it is saved after that.
+        """
+        saved = self.began = time.monotonic()
+        with progress_bar(self.stage, self.total, self.start) as bar:
+            while self.step < self.total:
+                n = min(size(self.step) if callable(size) else size, self.total - self.step)
+                self.step += n
+                yield self.step, n
+                now, step = time.monotonic(), self.step
+                self.run.seconds[self.stage] = self.before + now - self.began
+                if step == self.total or self.run.stop or now - saved >= self.run.args.checkpoint_seconds:
+                    self.run.save(self.stage, step, step == self.total, self.state)
+                    saved = now
+                if self.run.stop:
+                    where = f"{self.stage} is saved at step {step:,} in {self.run.dir}"
+                    raise Interrupted(f"{where}; the same command continues from there")
+                if math.isfinite(self.run.last_score):
+                    bar.set_postfix_str(f"score {self.run.last_score:.1f}", refresh=False)
+                bar.update(n)
+
+    def __iter__(self) -> Iterator[int]:
+        """The steps one by one, counted from 1."""
+        return (step for step, _ in self.blocks(1))
+
+
+def train(run, stage: str, make_step, steps: int, state: dict, *, device, compile=False, log_every: int, evaluate=None,
+          evaluate_every: int = 0, probe=None, phases: int = 1) -> None:  # fmt: skip
+    """Train a stage for `steps` steps in all, resuming where an earlier start of the same command stopped.
+
+    `state` names all that training changes. `make_step()`, called once that is restored, gives the step; it returns
+    named scalar tensors, logged as their means over `log_every` steps. `evaluate()` returns a score every
+    `evaluate_every` steps; `probe()` scalars that are logged at the start and with those means; `phases`: see
+    `Stepper`.
+    """
+    stepper = Stepper(None, device, graph=compile, phases=phases)
+    loop = Loop(run, stage, steps, state | {"stepper": stepper}, device)
+    if loop.done:
+        return
+    stepper.step = make_step()
+    if probe and not loop.start:
+        run.log(stage, 0, probe())
+    evaluate_every = evaluate_every or steps
+
+    def until_something_is_due(step: int) -> int:
+        return min(log_every - step % log_every, evaluate_every - step % evaluate_every, 10)
+
+    for step, n in loop.blocks(until_something_is_due):
+        stepper.run(n)
+        scalars = {}
+        if step % log_every == 0 or step == steps:
+            scalars = {f"{stage}/{name}": value for name, value in stepper.means().items()}
+            scalars |= probe() if probe else {}
+        if evaluate and (step % evaluate_every == 0 or step == steps):
+            scalars[f"{stage}/score"] = evaluate()
+        if scalars:
+            run.log(stage, step, scalars)
+
+
+def progress_bar(stage: str, total: int, initial: int = 0) -> tqdm:
+    # miniters: by itself tqdm looks at its clock less often the faster steps are, and then for long not at all when
+    # they slow down, as fine-tuning does at its first update
+    return tqdm(total=total, initial=initial, desc=f"{stage:<10}", unit="step", mininterval=0.5, miniters=1,
+                smoothing=0.05, dynamic_ncols=True)  # fmt: skip

@@ -1,0 +1,131 @@
+"""What an `--env-id` means: its simulator, its data, its scale. One entry a family; nothing else looks at names.
+
+A family is a function from the name to a `Task`, or to None where the name is not one of its own. A new one is one more
+such function, named in `FAMILIES`, and, where it needs one, an environment file beside this.
+"""
+
+import difflib
+import importlib.util
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
+
+from common.cli import UserError
+
+SHIPPED = Path(__file__).parent.parent / "datasets"
+ROBOTS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
+QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
+D4RL_IDS = [f"{robot}-{quality}-v2" for robot in ROBOTS for quality in QUALITIES]
+DEMO = "hopper-medium-demo"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A dataset and the simulator that it belongs to.
+
+    family     - "locomotion", "minari": what the scripts' constants depend on
+    env_id     - the name that the user gave
+    data       - the dataset's own name, on which the choice of constants rests: the file's, where one was given
+    simulator  - the simulator in words; a policy can be used wherever these are the same
+    spec       - how Gymnasium makes it: id, arguments, time limit
+    d4rl       - whether its physics are D4RL's (see common/physics.py) and not those of the MuJoCo that is installed
+    forces     - zeros that follow each observation: D4RL's ant observes contact forces that its MuJoCo left at zero
+    references - returns of a random policy and of an expert, which score 0 and 100; None: the score is the return
+    """
+
+    family: str
+    env_id: str
+    data: str
+    simulator: str
+    spec: EnvSpec
+    d4rl: bool = False
+    forces: int = 0
+    references: tuple[float, float] | None = None
+
+    @property
+    def expert(self) -> bool:
+        """Whether the data are an expert's, all or in part: the paper's constants differ there."""
+        return "expert" in self.data
+
+    @property
+    def robot(self) -> str:
+        """The robot's name in D4RL's spelling: "hopper", …"""
+        return self.spec.id.split("/")[-1].split("-")[0].lower()
+
+    @property
+    def max_episode_steps(self) -> int:
+        return self.spec.max_episode_steps or 1000
+
+
+def resolve(env_id: str, dataset_path: str = "") -> Task:
+    """The task that `--env-id` and `--dataset-path` name. Raises UserError."""
+    data = Path(dataset_path).stem if dataset_path else env_id
+    for family in FAMILIES:
+        if task := family(env_id, data):
+            return task
+    near = difflib.get_close_matches(env_id, [*D4RL_IDS, DEMO], n=3, cutoff=0.3)
+    hint = f"; the nearest names are: {', '.join(near)}" if near else f"; try {DEMO}"
+    raise UserError(f"--env-id {env_id!r} is not known{hint}")
+
+
+# ----------------------------------------------------------------------------------------------- families
+
+
+def locomotion(env_id: str, data: str) -> Task | None:
+    """D4RL's robots, `hopper-medium-v2` and so on, and the dataset that ships: v4 keeps the model and reward of v2."""
+    if env_id != DEMO and env_id not in D4RL_IDS:
+        return None
+    robot = env_id.split("-")[0]
+    spec, forces = gym.spec(ROBOTS[robot]), 84 if robot == "ant" else 0
+    simulator = f"D4RL's {robot}"
+    return Task("locomotion", env_id, data, simulator, spec, True, forces, reference_returns(robot))
+
+
+def minari(env_id: str, data: str) -> Task | None:
+    """A dataset of Minari: an id with a slash."""
+    if "/" not in env_id:
+        return None
+    spec = minari_dataset(env_id).env_spec
+    robot = spec.id.split("-")[0].lower()
+    return Task("minari", env_id, data, spec.id, gym.spec(spec.id), references=reference_returns(robot))
+
+
+FAMILIES = (locomotion, minari)
+
+
+# ----------------------------------------------------------------------------------------------- registries
+
+
+def d4rl_registry() -> dict:
+    """The tables of `d4rl/infos.py` (DATASET_URLS, REF_MIN_SCORE, REF_MAX_SCORE), read without importing d4rl.
+
+    The package is read as data: its simulators need mujoco-py and do not import on a current machine.
+    """
+    spec = importlib.util.find_spec("d4rl")
+    if spec is None:
+        raise UserError("the d4rl registry is missing; install it with: pip install --no-deps d4rl==1.1")
+    return runpy.run_path(str(Path(spec.submodule_search_locations[0]) / "infos.py"))
+
+
+def reference_returns(robot: str) -> tuple[float, float] | None:
+    """D4RL's (random, expert) returns of a robot, or None where it has none and scores are plain returns."""
+    if robot not in ROBOTS:
+        return None
+    infos = d4rl_registry()
+    return infos["REF_MIN_SCORE"][f"{robot}-medium-v2"], infos["REF_MAX_SCORE"][f"{robot}-medium-v2"]
+
+
+def minari_dataset(env_id: str):
+    """The Minari dataset `env_id`, downloaded if need be. Raises UserError."""
+    import minari
+
+    try:
+        return minari.load_dataset(env_id, download=True)
+    except Exception as error:  # Minari raises many kinds, from its storage to its network client
+        raise UserError(
+            f"Minari cannot load {env_id!r} ({error}): check the name with `minari list remote`, or download it on a "
+            f"machine with a network with `minari download {env_id}`"
+        ) from error
