@@ -14,11 +14,6 @@ import copy
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 import offline
 from common import cli, datasets, envs, report, steps
 from common.checkpoint import Best, seed_everything
@@ -28,6 +23,11 @@ from common.probe import STATES, spread
 from common.reference import Margin
 from common.replay import sample
 from common.run import Run
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 PRESETS = {
     # The demo is 1/2.5 to 1/200 of the paper's stages, so the learning rates are larger and the anchor is weaker

@@ -14,9 +14,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import nn
-
 import offline
 from common import cli, datasets, envs, report, steps
 from common.checkpoint import Best, seed_everything
@@ -26,6 +23,9 @@ from common.probe import STATES, Probe, fixed_noise
 from common.reference import Margin
 from common.replay import ReplayBuffer, sample
 from common.run import Run
+
+import torch
+from torch import nn
 
 PRESETS = {
     # The demo is 1/60 to 1/250 of the paper's stages, so what moves slowly there moves faster here: the targets of

@@ -15,9 +15,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import nn
-
 import offline
 from common import cli, datasets, envs, report, steps
 from common.checkpoint import Best, seed_everything
@@ -27,6 +24,9 @@ from common.probe import STATES, Probe, fixed_noise
 from common.reference import Margin
 from common.replay import ReplayBuffer, sample
 from common.run import Run
+
+import torch
+from torch import nn
 
 PRESETS = {
     # The demo is 1/8 to 1/125 of the paper's stages, so what moves slowly there moves faster here: the targets of

@@ -18,18 +18,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common import cli, pretrain
+from common.report import duration
+from common.run import run_name
+from offline import ALGORITHMS, algorithm_args
+
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from common import cli, pretrain  # noqa: E402
-from common.report import duration  # noqa: E402
-from common.run import run_name  # noqa: E402
-from offline import ALGORITHMS, algorithm_args  # noqa: E402
 
 
 @dataclass

@@ -15,21 +15,21 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import o2ppo
+import o2sac
+import o2td3
+from common import cli, datasets, report, steps, tasks
+from common.policies import Policy
+from common.replay import ReplayBuffer
+from offline import awac, bc, cql, iql, rebrac, td3_bc
+
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import o2ppo  # noqa: E402
-import o2sac  # noqa: E402
-import o2td3  # noqa: E402
-from common import cli, datasets, report, steps, tasks  # noqa: E402
-from common.policies import Policy  # noqa: E402
-from common.replay import ReplayBuffer  # noqa: E402
-from offline import awac, bc, cql, iql, rebrac, td3_bc  # noqa: E402
 
 OFFLINE = {"cql": cql, "iql": iql, "td3_bc": td3_bc, "bc": bc, "awac": awac, "rebrac": rebrac}
 ONLINE = {"o2sac": (o2sac, "squashed_gaussian"), "o2td3": (o2td3, "deterministic"), "o2ppo": (o2ppo, "gaussian")}

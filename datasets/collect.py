@@ -18,20 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
+
+from common import cli, envs, steps, tasks
+from common.checkpoint import seed_everything, write_atomic
+from common.loop import Loop
+from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det
+from common.run import Run
+
 import h5py
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
-
-from common import cli, envs, steps, tasks  # noqa: E402
-from common.checkpoint import seed_everything, write_atomic  # noqa: E402
-from common.loop import Loop  # noqa: E402
-from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det  # noqa: E402
-from common.run import Run  # noqa: E402
 
 # Mean return ± standard deviation of an episode in D4RL's own v2 files
 D4RL_RETURNS = {

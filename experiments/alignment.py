@@ -8,13 +8,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import tyro
-
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
-from experiments import analysis, harness  # noqa: E402
-from experiments.harness import OFFLINE, Spec  # noqa: E402
+from experiments import analysis, harness
+from experiments.harness import OFFLINE, Spec
+
+import numpy as np
+import tyro
 
 MEASURES = {
     "rank_correlation": "rank correlation of preference and Q",

@@ -7,6 +7,9 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from common.checkpoint import write_atomic
+from experiments import harness
+
 import numpy as np
 import torch
 from rich.console import Console
@@ -14,9 +17,6 @@ from rich.table import Table
 from rliable import library as rly
 from rliable import metrics
 from scipy.integrate import trapezoid
-
-from common.checkpoint import write_atomic
-from experiments import harness
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="arch")  # of how rliable calls it
 

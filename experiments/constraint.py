@@ -7,14 +7,14 @@ speed (area under the curve) against stability (largest drop below the offline s
 import sys
 from pathlib import Path
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
-import o2sac  # noqa: E402
-import o2td3  # noqa: E402
-from experiments import analysis, harness  # noqa: E402
-from experiments.harness import OFFLINE, Args, Spec  # noqa: E402
+import o2sac
+import o2td3
+from experiments import analysis, harness
+from experiments.harness import OFFLINE, Args, Spec
+
+import tyro
 
 FACTORS = (0.01, 0.1, 1, 10, 100)
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the scripts run from anywhere
+
+import offline
+from common import cli, pretrain
+from common.run import run_name
+
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # so that the scripts run from anywhere
-
-import offline  # noqa: E402
-from common import cli, pretrain  # noqa: E402
-from common.run import run_name  # noqa: E402
-
 # What only the third stage reads: runs that differ in nothing else have the same first two stages
 FINETUNING_ARGS = {
     "constrain", "online_steps", "learning_starts", "utd", "reference", "reference_interval", "reference_window",

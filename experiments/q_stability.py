@@ -7,18 +7,18 @@ and without re-evaluation, beside the returns that the offline policy really get
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
+
+from common import agreement, datasets, envs, policies
+from common.foreign import load_policy
+from common.nn import gaussian_log_prob, tanh_log_det
+from common.probe import STATES
+from experiments import analysis, harness
+from experiments.harness import OFFLINE, Args, Spec
+
 import numpy as np
 import torch
 import tyro
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
-
-from common import agreement, datasets, envs, policies  # noqa: E402
-from common.foreign import load_policy  # noqa: E402
-from common.nn import gaussian_log_prob, tanh_log_det  # noqa: E402
-from common.probe import STATES  # noqa: E402
-from experiments import analysis, harness  # noqa: E402
-from experiments.harness import OFFLINE, Args, Spec  # noqa: E402
 
 UPDATES_FOR = 2_000  # environment steps with updates
 WINDOW = 1_000  # environment steps within which a jump counts

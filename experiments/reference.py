@@ -7,12 +7,12 @@ evaluation at all (`--reference adaptive`).
 import sys
 from pathlib import Path
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
-from experiments.analysis import comparison  # noqa: E402
-from experiments.harness import OFFLINE, Args, Spec  # noqa: E402
+from experiments.analysis import comparison
+from experiments.harness import OFFLINE, Args, Spec
+
+import tyro
 
 INTERVALS = (1_000, 5_000, 10_000)
 

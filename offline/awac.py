@@ -9,14 +9,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
-from common import cli, datasets, pretrain, steps  # noqa: E402
-from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak  # noqa: E402
-from common.replay import sample  # noqa: E402
+from common import cli, datasets, pretrain, steps
+from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak
+from common.replay import sample
+
+import torch
+from torch import nn
 
 PRESETS = {
     "demo": dict(env_id="hopper-medium-demo", steps=5_000, log_every=1_000, eval_every=2_500, compile=False),
