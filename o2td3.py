@@ -387,6 +387,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     loop = Loop(run, "finetune", args.online_steps, state, device)
     if loop.done:
         return best
+    stepper.step = finetuning_step(args, replay, agent, optimizers, threshold)
 
     @torch.no_grad()
     def explore(obs):
