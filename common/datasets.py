@@ -26,7 +26,8 @@ class Dataset:
     obs, next_obs (N, S) standardised once `standardise` was called; actions (N, A) in [-1, 1], next_actions those that
     the data take at next_obs (meaningless after an end); rewards and terminations (N,), the latter 1.0 only where the
     episode really ended; episode (N,) numbers the episodes; returns (number of episodes,) undiscounted; task is what
-    they belong to, source says where the data come from.
+    they belong to, source says where the data come from; states (N, nq + nv) are MuJoCo's qpos and qvel in each row, as
+    the file has them, where it has them.
     """
 
     obs: torch.Tensor
@@ -39,6 +40,7 @@ class Dataset:
     returns: torch.Tensor
     task: Task
     source: str
+    states: np.ndarray | None = None
     table: torch.Tensor = field(init=False, repr=False)
 
     def __len__(self) -> int:
@@ -89,7 +91,10 @@ class Dataset:
 
     def rows(self, chosen) -> "Dataset":
         columns = ("obs", "actions", "next_actions", "rewards", "next_obs", "terminations", "episode")
-        return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
+        parts = {name: getattr(self, name)[chosen] for name in columns}
+        if self.states is not None:
+            parts["states"] = self.states[chosen.cpu().numpy() if isinstance(chosen, torch.Tensor) else chosen]
+        return replace(self, **parts)
 
 
 def load(env_id: str, dataset_path: str = "", device: torch.device | str = "cpu") -> Dataset:
@@ -104,8 +109,9 @@ def load(env_id: str, dataset_path: str = "", device: torch.device | str = "cpu"
         raw = read_hdf5(path)
     check(raw, task, path)
     view = qlearning_view(raw, task.max_episode_steps)
+    states = view.pop("states", None)
     tensors = {key: torch.as_tensor(value, device=device) for key, value in view.items()}
-    return Dataset(**tensors, task=task, source=raw["source"])
+    return Dataset(**tensors, states=states, task=task, source=raw["source"])
 
 
 # ----------------------------------------------------------------------------------------------- files
@@ -191,7 +197,7 @@ def qlearning_view(raw: dict, max_steps: int) -> dict[str, np.ndarray]:
     obs = raw["observations"].astype(np.float32, copy=False)
     actions = raw["actions"].astype(np.float32, copy=False).clip(-1, 1)
     next_obs = raw["next_observations"][:-1].astype(np.float32, copy=False) if "next_observations" in raw else obs[1:]
-    return {
+    view = {
         "obs": obs[:-1][keep],
         "actions": actions[:-1][keep],
         "next_actions": actions[1:][keep],
@@ -201,3 +207,6 @@ def qlearning_view(raw: dict, max_steps: int) -> dict[str, np.ndarray]:
         "episode": episode[keep],
         "returns": np.bincount(episode, weights=rewards),
     }
+    if "qpos" in raw and "qvel" in raw:
+        view["states"] = np.concatenate([raw["qpos"], raw["qvel"]], axis=1)[:-1][keep]
+    return view

@@ -8,6 +8,10 @@ import numpy as np
 from common.cli import UserError
 from common.tasks import D4RL_IDS, minari_dataset
 
+# What is read from a file in D4RL's layout, and its name there. qpos and qvel are MuJoCo's state at each row.
+NAMES = {name: name for name in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")}
+NAMES |= {"qpos": "infos/qpos", "qvel": "infos/qvel"}
+
 
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a file in D4RL's layout, plus its `source`. Raises UserError for a file that is not one."""
@@ -22,11 +26,11 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
                     f"{path} lacks {', '.join(missing)}; a file in D4RL's layout has {', '.join(needed)} "
                     "and, if episodes were cut by a time limit, timeouts"
                 )
-            optional = [key for key in ("timeouts", "next_observations") if key in file]
-            for key in (*needed, *optional):
-                if not isinstance(file[key], h5py.Dataset) or file[key].dtype.kind not in "fiub":
+            found = {key: file[name] for key, name in NAMES.items() if name in file}
+            for key, array in found.items():
+                if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "fiub":
                     raise UserError(f"{path}: {key} is no array of numbers; give a file in D4RL's layout")
-            raw = {key: file[key][()] for key in (*needed, *optional)}
+            raw = {key: array[()] for key, array in found.items()}
             source = file.attrs.get("source", "D4RL" if path.stem.replace("_", "-") in D4RL_IDS else "unknown")
             return raw | {"source": source.decode() if isinstance(source, bytes) else str(source)}
     except (OSError, RuntimeError, KeyError) as error:

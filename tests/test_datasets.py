@@ -108,6 +108,18 @@ def test_d4rl_dataset_dir(tmp_path, monkeypatch, hdf5):
     assert len(datasets.load("hopper-medium-replay-v2")) > 1_900
 
 
+def test_states_of_a_file_stay_beside_their_rows(hdf5):
+    numbers = np.arange(2_000.0)
+    path = hdf5(**{"observations": numbers[:, None] + np.zeros(11), "infos/qpos": numbers[:, None] + np.zeros(6),
+                   "infos/qvel": -numbers[:, None] + np.zeros(6)})  # fmt: skip
+    data = datasets.load("hopper-medium-v2", str(path))
+    for part in (data, data.head(70), data.best_episodes(0.2), data.hold_out(0.2, 30)[1]):
+        np.testing.assert_array_equal(part.states[:, 0], part.obs[:, 0].numpy())
+        np.testing.assert_array_equal(part.states[:, 6], -part.obs[:, 0].numpy())
+    assert data.states.dtype == np.float64 and data.states.shape == (len(data), 12)
+    assert datasets.load(datasets.DEMO).states is None
+
+
 def test_minari(tmp_path, monkeypatch):
     import gymnasium
     import minari
