@@ -390,20 +390,19 @@ def empty_batch(args: Args, data: datasets.Dataset) -> dict[str, torch.Tensor]:
     return batch | {name: torch.zeros(n, getattr(data, name).shape[1], device=device) for name in ("obs", "actions")}
 
 
-def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best_score: float):
-    """Roll out, update, evaluate, and move π_ref. `best_score` is π_ref's at the start."""
+def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best: Best):
+    """Roll out, update, evaluate, and move π_ref. `best` is the best policy of the stages before, with its score."""
     device, per_rollout = data.obs.device, args.rollout_steps
     batch = empty_batch(args, data)
     epoch = update_epoch(args, batch, agent, optimizers)
     stepper = steps.Stepper(epoch, device, graph=args.compile, steps_per_graph=1)
     env = envs.VectorEpisodes(data.task, evaluator.mean, evaluator.std, args.num_envs, args.seed)
-    best = Best(best_score, agent.actor_reference)
     margin = Margin(args.reference_window, args.reference_margin)
     state = {"agent": agent, **optimizers, "env": env, "best": best, "margin": margin, "stepper": stepper}
     total = args.online_steps // per_rollout * per_rollout
     loop = Loop(run, "finetune", total, state, device)
     if loop.done:
-        return best
+        return
     if not loop.start:
         run.log("finetune", 0, probe())
     player = copy.deepcopy(agent.actor).cpu()  # a network this small acts faster beside the environments than on a GPU
@@ -433,7 +432,6 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         if any([margin.add(value) for value in finished]) and args.reference == "adaptive":
             agent.actor_reference.load_state_dict(agent.actor.state_dict())
         run.log("finetune", env_step, scalars | probe())
-    return best
 
 
 # ---------------------------------------------------------------------------------------------- the whole run
@@ -499,7 +497,8 @@ def main() -> None:
             {"agent": agent, **optimizers}, device=device, compile=args.compile, log_every=args.log_every,
             probe=probe,
         )  # fmt: skip
-    best = finetune(args, run, data, agent, optimizers, evaluator, probe, offline_score)
+    best = Best(offline_score, agent.actor)
+    finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 
     report.finish(run, "o2ppo", policy, agent, best, offline_score, None, data, evaluator)
 

@@ -375,8 +375,8 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
     return step
 
 
-def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best_score: float):
-    """Interact, update, evaluate, and move π_ref. `best_score` is π_ref's at the start."""
+def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best: Best):
+    """Interact, update, evaluate, and move π_ref. `best` is the best policy of the stages before, with its score."""
     device = data.obs.device
     replay = ReplayBuffer(data, args.online_steps, args.buffer, args.part_episodes)
     threshold = torch.zeros((), device=device)
@@ -384,13 +384,12 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         finetuning_step(args, replay, agent, optimizers, threshold), device, graph=args.compile, steps_per_graph=1
     )
     env = envs.Episodes(envs.make_env(data.task, evaluator.mean, evaluator.std), args.seed)
-    best = Best(best_score, agent.actor_reference)
     margin = Margin(args.reference_window, args.reference_margin)
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "margin": margin,
              "stepper": stepper}  # fmt: skip
     loop = Loop(run, "finetune", args.online_steps, state, device)
     if loop.done:
-        return best
+        return
 
     @torch.no_grad()
     def explore(obs):
@@ -422,7 +421,6 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
                 agent.actor_reference.load_state_dict(agent.actor.state_dict())
         if args.reference == "interval" and env_step % args.reference_interval == 0:
             agent.actor_reference.load_state_dict(agent.actor.state_dict())
-    return best
 
 
 # ---------------------------------------------------------------------------------------------- the whole run
@@ -487,10 +485,11 @@ def main() -> None:
         )  # fmt: skip
         agent.critic_target.load_state_dict(agent.critic.state_dict())
     aligned_score = evaluator(agent.act, device)
-    if aligned_score > offline_score or args.reference == "adaptive":  # else π_off stays the reference
+    best = Best(offline_score, agent.actor_offline)
+    if best.update(aligned_score, agent.actor) or args.reference == "adaptive":  # else π_off stays the reference
         agent.actor_reference.load_state_dict(agent.actor.state_dict())
 
-    best = finetune(args, run, data, agent, optimizers, evaluator, probe, max(offline_score, aligned_score))
+    finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 
     aligned_score = aligned_score if args.align else None
     report.finish(run, "o2sac", policy, agent, best, offline_score, aligned_score, data, evaluator)

@@ -13,6 +13,8 @@ import torch
 
 import o2ppo
 import o2td3
+from common import policies
+from common.evaluation import Evaluator
 from common.replay import ReplayBuffer
 from tests.conftest import TINY, kill_at
 
@@ -94,6 +96,28 @@ def test_o2td3_stores_the_action_that_was_executed(finished):
     actor.load_state_dict({k[6:]: v for k, v in state["agent"].items() if k.startswith("actor.")})
     noise = executed[-1] - actor(table[-1:, :11])[0].detach()
     assert 1e-3 < noise.abs().max() < 0.6  # with its exploration noise
+
+
+@pytest.mark.parametrize("reference", ["best", "adaptive"])
+def test_best_pt_scores_what_it_says(reference, data, finished, run_script):
+    """Also where alignment spoils the policy (here by a huge learning rate) and π_ref starts from it all the same."""
+    folder, *_ = finished("o2td3")
+    flags = ["--align-steps", "30", "--actor-lr", "0.1", "--learning-starts", "1000", "--reference", reference]
+    name = f"spoilt-{reference}"
+    code, _, err = run_script(o2td3, *SMALL["o2td3"], "--run-dir", folder, "--exp-name", name, *flags)
+    assert code == 0, err
+    run = folder / f"hopper-medium-demo__{name}__td3_bc__0"
+    result = json.loads((run / "result.json").read_text())
+    assert result["aligned"] < result["offline"]
+    best = torch.load(run / "best.pt", weights_only=True)
+    evaluator = Evaluator(data.task, best["state_mean"], best["state_std"], episodes=2)
+    assert evaluator(policies.module(best).mode, "cpu") == pytest.approx(best["score"])
+    assert best["score"] == pytest.approx(result["offline"])
+    moved = torch.load(run / "align.pt", weights_only=True)["state"]["agent"]["actor.net.0.weight"]
+    reference_weight = torch.load(run / "finetune.pt", weights_only=True)["state"]["agent"][
+        "actor_reference.net.0.weight"
+    ]
+    assert torch.equal(moved, reference_weight) == (reference == "adaptive")
 
 
 @pytest.mark.parametrize(
