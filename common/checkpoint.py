@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -76,22 +77,22 @@ def seed_everything(seed: int) -> None:
 
 
 class Best:
-    """The best policy so far: its score and a copy of its weights."""
+    """The best policy so far: its score, where it comes from in words, and a copy of its weights."""
 
-    def __init__(self, score: float, policy: torch.nn.Module):
-        self.score, self.weights = score, {}
-        self.update(score, policy, force=True)
+    def __init__(self, score: float, policy: torch.nn.Module, origin: str):
+        self.score = -math.inf
+        self.update(score, policy, origin)
 
-    def update(self, score: float, policy: torch.nn.Module, force: bool = False) -> bool:
+    def update(self, score: float, policy: torch.nn.Module, origin: str) -> bool:
         """Take `policy` over where it scores better; whether it did."""
-        better = force or score > self.score
+        better = score > self.score
         if better:
-            self.score = score
+            self.score, self.origin = score, origin
             self.weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
         return better
 
     def state_dict(self) -> dict:
-        return {"score": self.score, "weights": self.weights}
+        return {"score": self.score, "origin": self.origin, "weights": self.weights}
 
     def load_state_dict(self, state: dict) -> None:
-        self.score, self.weights = state["score"], state["weights"]
+        self.score, self.origin, self.weights = state["score"], state["origin"], state["weights"]

@@ -55,9 +55,10 @@ class Log:
         write_atomic(self.dir / "progress.csv", text.getvalue().encode())
         self.writer.flush()
 
-    def scores(self, stage: str) -> list[float]:
-        """Every evaluation score of a stage, in order."""
-        return [v for row in self.rows if row["stage"] == stage for k, v in row.items() if k.endswith("/score")]
+    def evaluations(self, stage: str) -> list[tuple[int, float]]:
+        """Step and score of every evaluation of a stage, in order."""
+        rows = [row for row in self.rows if row["stage"] == stage]
+        return [(row["step"], value) for row in rows for name, value in row.items() if name.endswith("/score")]
 
 
 def read_rows(path: Path) -> list[dict]:

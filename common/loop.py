@@ -16,7 +16,8 @@ class Loop:
 
     `state` names all that the stage changes: things with `state_dict` and `load_state_dict`. They are restored when the
     loop is made, and saved every `--checkpoint-seconds`, at the end, and when the run is asked to stop. `start` is the
-    step that it goes on from, and `done` whether nothing is left to do.
+    step that it goes on from, and `done` whether nothing is left to do. The progress bar shows the last score, and
+    beside it that of the state's `best` where there is one.
     """
 
     def __init__(self, run, stage: str, total: int, state: dict, device: torch.device):
@@ -50,7 +51,8 @@ class Loop:
                     where = f"{self.stage} is saved at step {step:,} in {self.run.dir}"
                     raise Interrupted(f"{where}; the same command continues from there")
                 if math.isfinite(self.run.last_score):
-                    bar.set_postfix_str(f"score {self.run.last_score:.1f}", refresh=False)
+                    best = f" (best {self.state['best'].score:.1f})" if "best" in self.state else ""
+                    bar.set_postfix_str(f"score {self.run.last_score:.1f}{best}", refresh=False)
                 bar.update(n)
 
     def __iter__(self) -> Iterator[int]:

@@ -112,7 +112,7 @@ class Run:
 
     def scores(self, stage: str) -> list[float]:
         """Every evaluation score of a stage, in order."""
-        return self.logged.scores(stage)
+        return [score for _, score in self.logged.evaluations(stage)]
 
     # ------------------------------------------------------------------------------------------ checkpoints
 

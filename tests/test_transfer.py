@@ -370,7 +370,7 @@ def test_every_offline_policy_into_every_online_algorithm(script, algorithm, sha
     assert code == 0, err
     run = shared_runs / f"hopper-medium-demo__{script.__name__}__{algorithm}__0"
     result = json.loads((run / "result.json").read_text())
-    assert result["offline_algorithm"] == algorithm and result["best_online"] >= result["offline"]
+    assert result["offline_algorithm"] == algorithm and result["best"] >= result["offline"]
     handed_on = torch.load(run / "policy.pt", weights_only=True)
     ACTORS[handed_on["kind"]](S, A, handed_on["hidden_layers"]).load_state_dict(handed_on["actor"])
     exact = {"cql": "squashed_gaussian", "td3_bc": "deterministic", "rebrac": "deterministic"}.get(
