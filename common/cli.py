@@ -1,5 +1,6 @@
 """The command line: presets, and one clear sentence instead of a traceback."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -98,13 +99,15 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except (Interrupted, KeyboardInterrupt) as stop:
-        sys.exit(_fail(f"stopped: {stop or 'nothing was being trained yet'}", 130))
+        words = str(stop) or "nothing was being trained at the moment; the same command goes on from what is saved"
+        sys.exit(_fail(f"stopped: {words}", 130))
     except torch.cuda.OutOfMemoryError as error:
         sys.exit(_fail(f"error: the GPU has too little free memory ({error}); use --device cpu or a free GPU", 2))
 
 
 def _fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        print(message, file=sys.stderr, flush=True)
     return code
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import agreement, cli, datasets, envs, seeds, steps
-from common.checkpoint import write_atomic
+from common.checkpoint import aside, write_atomic
 from common.log import read_rows
 from common.policies import save_online
 from common.run import Run, run_name
@@ -129,7 +129,6 @@ def plot(run: Run, offline: float, policy: dict) -> None:
     axes[1].set_xticks([i + 0.5 for i in range(len(stages))])
     axes[1].set_xticklabels([f"{stage}\n{last[stage]:,} steps" for stage in stages])
     axes[1].set_xlim(0, len(stages))
-    aside = run.dir / "curve.png.part"
-    figure.savefig(aside, dpi=120, format="png")
+    with aside(run.dir / "curve.png") as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
-    aside.replace(run.dir / "curve.png")
