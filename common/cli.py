@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 import tyro
@@ -62,7 +62,9 @@ class RunArgs:
 
 @dataclass
 class OnlineArgs(RunArgs):
-    """What the fine-tuning scripts take on top of that."""
+    """What the fine-tuning scripts take on top of that. `stages` are those before fine-tuning, in their order."""
+
+    stages: ClassVar[tuple[str, ...]] = ("reevaluate", "align")
 
     num_seeds: int = 1
     """seeds to run side by side, from --seed on; each has a run folder of its own"""

@@ -94,7 +94,7 @@ class Run:
         )  # fmt: skip
 
     def log(self, stage: str, step: int, scalars: dict[str, float]) -> None:
-        """Log scalars under their TensorBoard names. Raises UserError when one of them is NaN or infinite."""
+        """Log scalars under their names in progress.csv. Raises UserError when one of them is NaN or infinite."""
         self.logged.add(stage, step, scalars)
         scores = [value for name, value in scalars.items() if name.endswith("/score")]
         self.last_score = scores[-1] if scores else self.last_score

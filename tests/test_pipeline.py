@@ -91,7 +91,7 @@ def test_tensorboard_has_every_scalar_once(finished):
 
     events = EventAccumulator(str(finished[0] / NAME))
     events.Reload()
-    assert {"charts/score", "charts/episodic_return", "losses/actor_loss", "align/score", "reevaluate/q"} <= set(
+    assert {"charts/score", "charts/episodic_return", "losses/actor_loss", "2_align/score", "1_reevaluate/q"} <= set(
         events.Tags()["scalars"]
     )
     assert [event.step for event in events.Scalars("charts/score")] == [40, 80, 120]
