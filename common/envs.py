@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from common.cli import UserError
+from common.physics import as_d4rl
 from common.tasks import Task
 
 warnings.filterwarnings("ignore", message=".*is out of date.*")  # v4 is meant: v5 changed the reward
@@ -46,6 +47,8 @@ class Standardised(gym.ObservationWrapper):
 def make_env(task: Task, mean=None, std=None, **kwargs) -> gym.Env:
     """One environment of a task, its observations standardised where `mean` and `std` (S,) are given."""
     env = gym.make(task.spec, disable_env_checker=True, **kwargs)  # the checker costs as much as a step
+    if task.d4rl:
+        env = as_d4rl(env)
     if task.forces:
         env = ZeroForces(env, task.forces)
     if not (isinstance(env.action_space, gym.spaces.Box) and len(env.observation_space.shape or ()) == 1):
