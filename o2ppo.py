@@ -424,7 +424,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
             scalars |= {"charts/score": score, "charts/SPS": loop.rate, "charts/beta": beta,
                         "charts/best_score": max(score, best.score), "losses/reference_advantage": auxiliary.item(),
                         **losses}  # fmt: skip
-            if best.update(score, agent.actor) and args.reference == "best":
+            improved = best.update(score, agent.actor, f"online, step {env_step:,}")
+            if improved and args.reference == "best":
                 agent.actor_reference.load_state_dict(agent.actor.state_dict())
         interval = args.reference_interval
         if args.reference == "interval" and env_step // interval > (env_step - per_rollout) // interval:
@@ -497,7 +498,7 @@ def main() -> None:
             {"agent": agent, **optimizers}, device=device, compile=args.compile, log_every=args.log_every,
             probe=probe,
         )  # fmt: skip
-    best = Best(offline_score, agent.actor)
+    best = Best(offline_score, agent.actor, "offline policy")
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 
     report.finish(run, "o2ppo", policy, agent, best, offline_score, None, data, evaluator)

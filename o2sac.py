@@ -416,7 +416,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
             run.log("finetune", env_step, {"charts/score": score, "charts/SPS": loop.rate,
                     "charts/kl_threshold": threshold.item(), "charts/best_score": max(score, best.score),
                     **losses})  # fmt: skip
-            improved = best.update(score, agent.actor)
+            improved = best.update(score, agent.actor, f"online, step {env_step:,}")
             if improved and args.reference == "best":
                 agent.actor_reference.load_state_dict(agent.actor.state_dict())
         if args.reference == "interval" and env_step % args.reference_interval == 0:
@@ -485,8 +485,9 @@ def main() -> None:
         )  # fmt: skip
         agent.critic_target.load_state_dict(agent.critic.state_dict())
     aligned_score = evaluator(agent.act, device)
-    best = Best(offline_score, agent.actor_offline)
-    if best.update(aligned_score, agent.actor) or args.reference == "adaptive":  # else π_off stays the reference
+    best = Best(offline_score, agent.actor_offline, "offline policy")
+    improved = best.update(aligned_score, agent.actor, "aligned policy")
+    if improved or args.reference == "adaptive":  # else π_off stays the reference
         agent.actor_reference.load_state_dict(agent.actor.state_dict())
 
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)

@@ -1,9 +1,14 @@
 """Files that are never half written, and what has to be saved for a run to continue as if it had not been stopped."""
 
+import contextlib
+import hashlib
 import io
 import json
+import math
 import os
 import random
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,28 +17,70 @@ import torch
 from common.cli import UserError
 
 
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A name beside `path`, of this process alone: what is written there takes the place of `path` at the end.
+
+    Where the end is not reached it is removed; a process that is killed leaves it, with the ending `.part`.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` aside, then rename. Raises UserError where the disk does not take it."""
-    aside = path.with_name(path.name + ".part")
     try:
-        with open(aside, "wb") as file:
+        with aside(path) as temporary, open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path} ({error.strerror}); free some space or choose another --run-dir, then start the same "
             "command again: it continues from the last checkpoint"
         ) from error
 
 
+def sha256(path: Path, length: int | None = None) -> str:
+    """The hash of a file, or of its first `length` bytes."""
+    digest = hashlib.sha256()
+    left = path.stat().st_size if length is None else length
+    with open(path, "rb") as file:
+        while block := file.read(min(left, 1 << 20)):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+SEAL = b"sha256:"  # and 64 digits, at the end of every file of ours: as the comment that a zip archive may have
+
+
 def save_tensors(path: Path, state: dict) -> None:
-    """`torch.save`, atomically. `state` holds tensors, numbers, strings, lists and dictionaries alone."""
+    """`torch.save`, atomically, with a checksum. `state` holds tensors, numbers, strings, lists and dictionaries."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    buffer.seek(-2, os.SEEK_END)  # a zip archive ends with the length of its comment
+    buffer.write((len(SEAL) + 64).to_bytes(2, "little"))
+    with buffer.getbuffer() as data:
+        digest = hashlib.sha256(data).hexdigest()
+    buffer.write(SEAL + digest.encode())
     write_atomic(path, buffer.getbuffer())
+
+
+def verify(path: Path) -> None:
+    """Refuse a file that is no longer what `save_tensors` wrote. Raises UserError. One from elsewhere passes."""
+    length = path.stat().st_size - len(SEAL) - 64
+    if length <= 0:
+        return
+    with open(path, "rb") as file:
+        file.seek(length)
+        seal = file.read()
+    if seal.startswith(SEAL) and seal != SEAL + sha256(path, length).encode():
+        raise UserError(f"{path} is damaged: it no longer has the checksum that it was written with; delete it")
 
 
 class Inert:
@@ -48,6 +95,7 @@ class Inert:
 
 def load_tensors(path: Path, device) -> object:
     """`torch.load` that executes nothing: what is no tensor, number, string or container becomes an `Inert`."""
+    verify(path)
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
         return torch.load(path, map_location=device, weights_only=True)
@@ -76,22 +124,22 @@ def seed_everything(seed: int) -> None:
 
 
 class Best:
-    """The best policy so far: its score and a copy of its weights."""
+    """The best policy so far: its score, where it comes from in words, and a copy of its weights."""
 
-    def __init__(self, score: float, policy: torch.nn.Module):
-        self.score, self.weights = score, {}
-        self.update(score, policy, force=True)
+    def __init__(self, score: float, policy: torch.nn.Module, origin: str):
+        self.score = -math.inf
+        self.update(score, policy, origin)
 
-    def update(self, score: float, policy: torch.nn.Module, force: bool = False) -> bool:
+    def update(self, score: float, policy: torch.nn.Module, origin: str) -> bool:
         """Take `policy` over where it scores better; whether it did."""
-        better = force or score > self.score
+        better = score > self.score
         if better:
-            self.score = score
+            self.score, self.origin = score, origin
             self.weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
         return better
 
     def state_dict(self) -> dict:
-        return {"score": self.score, "weights": self.weights}
+        return {"score": self.score, "origin": self.origin, "weights": self.weights}
 
     def load_state_dict(self, state: dict) -> None:
-        self.score, self.weights = state["score"], state["weights"]
+        self.score, self.origin, self.weights = state["score"], state["origin"], state["weights"]

@@ -1,5 +1,6 @@
 """The command line: presets, and one clear sentence instead of a traceback."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -7,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 import tyro
@@ -61,7 +62,9 @@ class RunArgs:
 
 @dataclass
 class OnlineArgs(RunArgs):
-    """What the fine-tuning scripts take on top of that."""
+    """What the fine-tuning scripts take on top of that. `stages` are those before fine-tuning, in their order."""
+
+    stages: ClassVar[tuple[str, ...]] = ("reevaluate", "align")
 
     num_seeds: int = 1
     """seeds to run side by side, from --seed on; each has a run folder of its own"""
@@ -98,13 +101,15 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except (Interrupted, KeyboardInterrupt) as stop:
-        sys.exit(_fail(f"stopped: {stop or 'nothing was being trained yet'}", 130))
+        words = str(stop) or "nothing was being trained at the moment; the same command goes on from what is saved"
+        sys.exit(_fail(f"stopped: {words}", 130))
     except torch.cuda.OutOfMemoryError as error:
         sys.exit(_fail(f"error: the GPU has too little free memory ({error}); use --device cpu or a free GPU", 2))
 
 
 def _fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        print(message, file=sys.stderr, flush=True)
     return code
 
 

@@ -3,6 +3,7 @@
 The layout is D4RL's (Fu et al., 2020). A dataset is found by name in four places, see `load`.
 """
 
+import contextlib
 import os
 import urllib.error
 import urllib.request
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.checkpoint import aside
 from common.cli import UserError
 from common.envs import make_env
 from common.formats import read_hdf5, read_minari
+from common.owner import own
 from common.tasks import DEMO, SHIPPED, Task, d4rl_registry, resolve
 
 
@@ -130,21 +133,32 @@ def find_file(env_id: str) -> Path:
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch `url` to `path`: written aside, size checked, then renamed. Raises UserError."""
-    aside = path.with_name(path.name + ".part")
+    """Fetch `url` to `path`: written aside, size checked, then renamed. Raises UserError.
+
+    Of several processes that need the same file one fetches it, and the others wait.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as reply, open(aside, "wb") as file:
-            size = int(reply.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"download {path.name}") as bar:
-                while block := reply.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-            if size and file.tell() != size:
-                raise OSError(f"{file.tell()} of {size} bytes arrived")
-        aside.replace(path)
+        lock = own(path.with_name(path.name + ".lock"), f"another process is downloading {path.name}", wait=True)
+        try:
+            if path.exists():
+                return
+            with urllib.request.urlopen(url, timeout=30) as reply, aside(path) as temporary:
+                size = int(reply.headers.get("Content-Length") or 0)
+                with (
+                    open(temporary, "wb") as file,
+                    tqdm(total=size or None, unit="B", unit_scale=True, desc=f"download {path.name}") as bar,
+                ):
+                    while block := reply.read(1 << 20):
+                        file.write(block)
+                        bar.update(len(block))
+                    if size and file.tell() != size:
+                        raise OSError(f"{file.tell()} of {size} bytes arrived")
+        finally:
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink()
+            lock.release()
     except (OSError, urllib.error.URLError) as error:
-        aside.unlink(missing_ok=True)
         raise UserError(
             f"could not download the dataset ({error}): fetch {url} on a machine with a network and put it at {path}, "
             f"or use --env-id {DEMO}, which needs no network"

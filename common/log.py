@@ -11,11 +11,23 @@ from common.checkpoint import write_atomic
 from common.cli import UserError
 
 
+def tag(args, stage: str, name: str) -> str:
+    """What a scalar of progress.csv is called in TensorBoard, whose page sorts its curves by their names.
+
+    Each stage counts its steps from 0, and a curve whose steps go back loses the points before that. So the stages
+    before fine-tuning have tags of their own, numbered in the run's order: "1_reevaluate/q", "2_align/probe/q_data".
+    """
+    if stage == "finetune":
+        return name
+    order = getattr(args, "stages", ())
+    return f"{order.index(stage) + 1 if stage in order else 0}_{stage}/{name.removeprefix(stage + '/')}"
+
+
 class Log:
     """Everything that a run logged so far, one dictionary a row: `rows` is the content of progress.csv."""
 
     def __init__(self, folder: Path, args):
-        self.dir = folder
+        self.dir, self.args = folder, args
         self.rows: list[dict] = read_rows(folder / "progress.csv")
         for old in folder.glob("events.out.tfevents*"):
             old.unlink()  # written again from progress.csv, so that a resumed run shows no step twice
@@ -26,7 +38,7 @@ class Log:
             self._to_tensorboard(row)
 
     def add(self, stage: str, step: int, scalars: dict[str, float]) -> None:
-        """Log scalars under their TensorBoard names. Raises UserError when one of them is NaN or infinite."""
+        """Log scalars under their names in progress.csv. Raises UserError when one of them is NaN or infinite."""
         for name, value in scalars.items():
             if not math.isfinite(value):
                 saved = self.dir / f"{stage}.pt"
@@ -43,7 +55,7 @@ class Log:
     def _to_tensorboard(self, row: dict) -> None:
         for name, value in row.items():
             if name not in ("stage", "step"):
-                self.writer.add_scalar(name, value, row["step"])
+                self.writer.add_scalar(tag(self.args, row["stage"], name), value, row["step"])
 
     def save(self) -> None:
         """Write progress.csv and TensorBoard's file."""
@@ -55,9 +67,10 @@ class Log:
         write_atomic(self.dir / "progress.csv", text.getvalue().encode())
         self.writer.flush()
 
-    def scores(self, stage: str) -> list[float]:
-        """Every evaluation score of a stage, in order."""
-        return [v for row in self.rows if row["stage"] == stage for k, v in row.items() if k.endswith("/score")]
+    def evaluations(self, stage: str) -> list[tuple[int, float]]:
+        """Step and score of every evaluation of a stage, in order."""
+        rows = [row for row in self.rows if row["stage"] == stage]
+        return [(row["step"], value) for row in rows for name, value in row.items() if name.endswith("/score")]
 
 
 def read_rows(path: Path) -> list[dict]:

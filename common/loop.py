@@ -1,11 +1,15 @@
 """The loop of every stage, offline and online: where it stopped, how far it is, when it is saved."""
 
+import contextlib
 import math
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 import torch
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 from common.cli import Interrupted
 from common.steps import Stepper
@@ -15,8 +19,9 @@ class Loop:
     """The steps of a stage that are still to be done, of `total` in all.
 
     `state` names all that the stage changes: things with `state_dict` and `load_state_dict`. They are restored when the
-    loop is made, and saved every `--checkpoint-seconds`, at the end, and when the run is asked to stop. `start` is the
-    step that it goes on from, and `done` whether nothing is left to do.
+    loop is made, and saved every `--checkpoint-seconds`, at the end, and when a signal asks to stop. `start` is the
+    step that it goes on from, and `done` whether nothing is left to do. The progress bar shows the last score, and
+    beside it that of the state's `best` where there is one.
     """
 
     def __init__(self, run, stage: str, total: int, state: dict, device: torch.device):
@@ -36,21 +41,22 @@ class Loop:
         Whatever the caller does between two blocks belongs to the former: it is saved after that.
         """
         saved = self.began = time.monotonic()
-        with progress_bar(self.stage, self.total, self.start) as bar:
+        with noted_signals() as signals, progress_bar(self.stage, self.total, self.start) as bar:
             while self.step < self.total:
                 n = min(size(self.step) if callable(size) else size, self.total - self.step)
                 self.step += n
                 yield self.step, n
-                now, step = time.monotonic(), self.step
+                now, step, stop = time.monotonic(), self.step, bool(signals)
                 self.run.seconds[self.stage] = self.before + now - self.began
-                if step == self.total or self.run.stop or now - saved >= self.run.args.checkpoint_seconds:
+                if step == self.total or stop or now - saved >= self.run.args.checkpoint_seconds:
                     self.run.save(self.stage, step, step == self.total, self.state)
                     saved = now
-                if self.run.stop:
+                if stop:
                     where = f"{self.stage} is saved at step {step:,} in {self.run.dir}"
                     raise Interrupted(f"{where}; the same command continues from there")
                 if math.isfinite(self.run.last_score):
-                    bar.set_postfix_str(f"score {self.run.last_score:.1f}", refresh=False)
+                    best = f" (best {self.state['best'].score:.1f})" if "best" in self.state else ""
+                    bar.set_postfix_str(f"score {self.run.last_score:.1f}{best}", refresh=False)
                 bar.update(n)
 
     def __iter__(self) -> Iterator[int]:
@@ -91,8 +97,35 @@ def train(run, stage: str, make_step, steps: int, state: dict, *, device, compil
             run.log(stage, step, scalars)
 
 
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Until the end, Ctrl-C, SIGTERM and the closing of the terminal interrupt nothing: they come into the list."""
+    came: list[int] = []
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Patient(ObjectWrapper):
+    """A stream to whose end nobody may be listening any more, as after Ctrl-C in `… 2>&1 | tee log.txt`."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._wrapped.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wrapped.flush()
+
+
 def progress_bar(stage: str, total: int, initial: int = 0) -> tqdm:
     # miniters: by itself tqdm looks at its clock less often the faster steps are, and then for long not at all when
     # they slow down, as fine-tuning does at its first update
     return tqdm(total=total, initial=initial, desc=f"{stage:<10}", unit="step", mininterval=0.5, miniters=1,
-                smoothing=0.05, dynamic_ncols=True)  # fmt: skip
+                smoothing=0.05, dynamic_ncols=True, file=Patient(sys.stderr))  # fmt: skip

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common import agreement, cli, datasets, envs, seeds, steps
-from common.checkpoint import write_atomic
+from common.checkpoint import aside, write_atomic
 from common.log import read_rows
 from common.policies import save_online
 from common.run import Run, run_name
@@ -65,13 +65,14 @@ def finish(run: Run, script: str, policy: dict, agent, best, offline: float, ali
     save_online(run, script, policy, agent.actor, best)
     scores = run.scores("finetune")
     last3 = float(np.mean(scores[-3:]))
+    best_step, best_online = max(run.logged.evaluations("finetune"), key=lambda evaluation: evaluation[1])
     result = {
-        "offline": offline, "aligned": aligned, "best_online": best.score, "last_online": scores[-1],
-        "mean_of_last_3": last3, "env_id": run.args.env_id, "source": data.source,
-        "offline_algorithm": policy["algorithm"], "offline_steps": policy["steps"], "seed": run.args.seed,
-        "preset": run.args.preset, "eval_episodes": run.args.eval_episodes, "evaluations": len(scores),
-        "seconds": run.seconds, "seconds_per_evaluation": evaluator.seconds / evaluator.count,
-        "hardware": hardware(data.obs.device),
+        "offline": offline, "aligned": aligned, "best_online": best_online, "best_online_step": best_step,
+        "last_online": scores[-1], "mean_of_last_3": last3, "best": best.score, "best_from": best.origin,
+        "env_id": run.args.env_id, "source": data.source, "offline_algorithm": policy["algorithm"],
+        "offline_steps": policy["steps"], "seed": run.args.seed, "preset": run.args.preset,
+        "eval_episodes": run.args.eval_episodes, "evaluations": len(scores), "seconds": run.seconds,
+        "seconds_per_evaluation": evaluator.seconds / evaluator.count, "hardware": hardware(data.obs.device),
     }  # fmt: skip
     write_atomic(run.dir / "result.json", json.dumps(result, indent=2).encode())
     plot(run, offline, policy)
@@ -84,9 +85,10 @@ def finish(run: Run, script: str, policy: dict, agent, best, offline: float, ali
         table.add_row("re-evaluated", "", duration(run.seconds["reevaluate"]))
     if aligned is not None:
         table.add_row("aligned", f"{aligned:.1f}", duration(run.seconds["align"]))
-    table.add_row("best online", f"{best.score:.1f}", "")
+    table.add_row(f"best online (step {best_step:,})", f"{best_online:.1f}", "")
     table.add_row("last online", f"{scores[-1]:.1f}", duration(run.seconds["finetune"]))
     table.add_row("mean of the last 3", f"{last3:.1f}", "")
+    table.add_row(f"best.pt ({best.origin})", f"{best.score:.1f}", "")
     Console().print(table)
     what = "D4RL score" if data.source.startswith("D4RL") else "score on D4RL's scale, but these are not D4RL's data"
     print(f"1 seed, {run.args.eval_episodes} episodes an evaluation; {what}.\n{run.dir}/curve.png shows the whole run.")
@@ -127,7 +129,6 @@ def plot(run: Run, offline: float, policy: dict) -> None:
     axes[1].set_xticks([i + 0.5 for i in range(len(stages))])
     axes[1].set_xticklabels([f"{stage}\n{last[stage]:,} steps" for stage in stages])
     axes[1].set_xlim(0, len(stages))
-    aside = run.dir / "curve.png.part"
-    figure.savefig(aside, dpi=120, format="png")
+    with aside(run.dir / "curve.png") as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
-    aside.replace(run.dir / "curve.png")

@@ -9,13 +9,12 @@ Every file is written aside and renamed, so that an interruption never leaves ha
 import dataclasses
 import json
 import math
-import signal
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import rng_state, save_tensors, set_rng_state, write_atomic
+from common.checkpoint import rng_state, save_tensors, set_rng_state, verify, write_atomic
 from common.cli import UserError
 from common.log import Log
 
@@ -57,8 +56,6 @@ def make_folder(folder: Path) -> None:
 
 
 class Run:
-    stop = False  # whether a signal asked to stop
-
     def __init__(self, args, name: str):
         self.args, self.name = args, name
         self.dir = Path(args.run_dir) / name
@@ -69,9 +66,6 @@ class Run:
         if getattr(args, "track", False):
             self._track()
         self.logged = Log(self.dir, args)
-        Run.stop = False
-        signal.signal(signal.SIGINT, Run.ask_to_stop)
-        signal.signal(signal.SIGTERM, Run.ask_to_stop)
 
     # ------------------------------------------------------------------------------------------ start
 
@@ -99,20 +93,15 @@ class Run:
             config=vars(self.args), name=self.name, id=self.name, resume="allow", dir=str(self.dir),
         )  # fmt: skip
 
-    @staticmethod
-    def ask_to_stop(*_) -> None:
-        """Of a signal. Whichever run is being trained, an offline one or this one, saves and stops at its next step."""
-        Run.stop = True
-
     def log(self, stage: str, step: int, scalars: dict[str, float]) -> None:
-        """Log scalars under their TensorBoard names. Raises UserError when one of them is NaN or infinite."""
+        """Log scalars under their names in progress.csv. Raises UserError when one of them is NaN or infinite."""
         self.logged.add(stage, step, scalars)
         scores = [value for name, value in scalars.items() if name.endswith("/score")]
         self.last_score = scores[-1] if scores else self.last_score
 
     def scores(self, stage: str) -> list[float]:
         """Every evaluation score of a stage, in order."""
-        return self.logged.scores(stage)
+        return [score for _, score in self.logged.evaluations(stage)]
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -135,6 +124,7 @@ class Run:
         if not path.exists():
             self.logged.rows = [row for row in self.logged.rows if row["stage"] != stage]
             return 0, False
+        verify(path)
         try:
             saved = torch.load(path, map_location=device, weights_only=True)
             for name, thing in state.items():

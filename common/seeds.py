@@ -23,7 +23,7 @@ from common.cli import Interrupted
 from common.run import make_folder, run_name
 
 COLUMNS = {"offline": "offline", "aligned": "aligned", "best_online": "best online", "last_online": "last online",
-           "mean_of_last_3": "mean of the last 3"}  # fmt: skip
+           "mean_of_last_3": "mean of the last 3", "best": "best.pt"}  # fmt: skip
 
 
 def train(args, device: torch.device) -> int:

@@ -99,15 +99,20 @@ FAMILIES = (locomotion, minari)
 # ----------------------------------------------------------------------------------------------- registries
 
 
-def d4rl_registry() -> dict:
-    """The tables of `d4rl/infos.py` (DATASET_URLS, REF_MIN_SCORE, REF_MAX_SCORE), read without importing d4rl.
+def d4rl_file(name: str) -> Path:
+    """A file of the package d4rl, which is read as data: it needs mujoco-py and does not import on a current machine.
 
-    The package is read as data: its simulators need mujoco-py and do not import on a current machine.
+    Raises UserError where it is not installed.
     """
     spec = importlib.util.find_spec("d4rl")
     if spec is None:
-        raise UserError("the d4rl registry is missing; install it with: pip install --no-deps d4rl==1.1")
-    return runpy.run_path(str(Path(spec.submodule_search_locations[0]) / "infos.py"))
+        raise UserError("the package d4rl is missing; install it with: pip install --no-deps d4rl==1.1")
+    return Path(spec.submodule_search_locations[0]) / name
+
+
+def d4rl_registry() -> dict:
+    """The tables of `d4rl/infos.py` (DATASET_URLS, REF_MIN_SCORE, REF_MAX_SCORE)."""
+    return runpy.run_path(str(d4rl_file("infos.py")))
 
 
 def reference_returns(robot: str) -> tuple[float, float] | None:

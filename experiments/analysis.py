@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from common.checkpoint import write_atomic
+from common.checkpoint import aside, write_atomic
 from experiments import harness
 
 import numpy as np
@@ -93,9 +93,8 @@ class Report:
 
     def figure(self, figure, suffix: str = "") -> None:
         path = self.folder / f"{self.name}{suffix}.png"
-        aside = path.with_name(path.name + ".part")
-        figure.savefig(aside, dpi=110, format="png")
-        aside.replace(path)
+        with aside(path) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
         self.text.append(f"\n![{self.name}]({path.name})")
 
     def finish(self, runs: list[Path], failures: list[str]) -> None:

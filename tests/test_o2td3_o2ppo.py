@@ -75,7 +75,7 @@ def test_what_a_run_leaves(script, finished):
     assert {"reevaluate.pt", "finetune.pt", "policy.pt", "best.pt", "args.json", "result.json", "curve.png"} <= left
     assert ("align.pt" in left) == (script == "o2td3") and not list(folder.rglob("*.part"))
     result = json.loads((run / "result.json").read_text())
-    assert result["best_online"] >= result["offline"] and "not D4RL" in result["source"]
+    assert result["best"] >= result["offline"] and "not D4RL" in result["source"]
     for word in ("simulator check", "estimated time", "best online", "last online", "not D4RL's data"):
         assert word in out
     assert "finetune  : 100%" in err and "step/s" in err
