@@ -71,7 +71,7 @@ def test_returns_are_those_of_whole_episodes(random_raw):
 
 def test_demo_says_that_it_is_not_d4rls():
     data = datasets.load(datasets.DEMO)
-    assert len(data) == 99_999 and data.task.robot == "hopper" and "not D4RL" in data.source
+    assert len(data) == 299_999 and data.task.robot == "hopper" and "not D4RL" in data.source
 
 
 def test_standardised_once():
