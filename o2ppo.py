@@ -11,7 +11,7 @@ Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & H
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import offline
@@ -440,8 +440,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
 def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
     """Seconds of each stage from a few timed steps, on networks that are thrown away."""
-    args, data, device = copy.copy(args), data.head(10_000), data.obs.device
-    args.compile = False
+    args = replace(args, compile=False)
+    data, device = data.head(10_000), data.obs.device
     obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
     actor = Actor(obs_dim, action_dim)
     policy = dict(obs_dim=obs_dim, action_dim=action_dim, hidden_layers=2, actor=actor.state_dict())

@@ -11,7 +11,7 @@ Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & H
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import offline
@@ -428,8 +428,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
 def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
     """Seconds of each stage from a few timed steps, on networks that are thrown away."""
-    args, data, device = copy.copy(args), data.head(10_000), data.obs.device
-    args.compile, args.reevaluate = False, True
+    args = replace(args, compile=False, reevaluate=True)
+    data, device = data.head(10_000), data.obs.device
     obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
     policy = dict(
         obs_dim=obs_dim, action_dim=action_dim, hidden_layers=3, actor=Actor(obs_dim, action_dim).state_dict()

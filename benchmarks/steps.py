@@ -12,7 +12,7 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -93,7 +93,7 @@ def make_step(stage: str, data: datasets.Dataset, compile: bool):
     if stage == "epoch":
         batch = {key: torch.randn_like(tensor) for key, tensor in o2ppo.empty_batch(args, data).items()}
         return o2ppo.update_epoch(args, batch, agent, optimizers)
-    args.utd = 1
+    args = replace(args, utd=1)
     replay = ReplayBuffer(data, 1_000, "half")
     replay.size.fill_(1_000)
     return script.finetuning_step(args, replay, agent, optimizers, torch.tensor(0.1, device=device))

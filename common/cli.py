@@ -24,9 +24,14 @@ class Interrupted(Exception):
     """The user asked the run to stop (Ctrl-C or SIGTERM); what was trained so far is on disk."""
 
 
+HOW_TO_SCHEDULE = (
+    "what changes during training is a tensor that the caller fills, as threshold is in o2sac.py (docs/extend.md)"
+)
+
+
 @dataclass
 class RunArgs:
-    """What every script takes, whatever its algorithm."""
+    """What every script takes, whatever its algorithm. Each is set once: `dataclasses.replace` makes a changed copy."""
 
     preset: Literal["none", "demo", "quick"] = "none"
     """demo: minutes on 2 cores, with hopper-medium-demo; quick: up to about an hour there; none: the paper's budgets"""
@@ -58,6 +63,11 @@ class RunArgs:
     """episodes of an evaluation, played side by side"""
     eval_workers: int | None = None
     """processes that share these episodes; None: on a GPU as many as there are cores to play them, on a CPU none"""
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in vars(self):
+            raise UserError(f"args.{name} stays as it was set, for steps have read it; {HOW_TO_SCHEDULE}")
+        super().__setattr__(name, value)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What every script in offline/ does around its algorithm: run folder, evaluation, policy file, command line."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import agreement, cli, datasets, loop, steps
@@ -68,7 +68,7 @@ def main(Args, presets: dict, train: Callable) -> None:
     args = cli.parse(Args, presets)
     device = cli.resolve_device(args.device)
     steps.setup(device, args.seed, args.deterministic)
-    args.compile = args.compile and steps.can_compile(device)
+    args = replace(args, compile=args.compile and steps.can_compile(device))
     data = datasets.load(args.env_id, args.dataset_path, device)
     print(f"data: {len(data):,} transitions, {data.source}")
     agreement.report_simulator_check(data)

@@ -1,5 +1,6 @@
 """What the user sees of a run: the estimate at its start, the table and the picture at its end."""
 
+import dataclasses
 import json
 import platform
 import sys
@@ -40,7 +41,7 @@ def start(args_class, presets: dict, check) -> tuple:
         datasets.load(args.env_id, args.dataset_path)  # downloaded once, and refused once
         sys.exit(seeds.train(args, device))
     steps.setup(device, args.seed, args.deterministic)
-    args.compile = args.compile and steps.can_compile(device)
+    args = dataclasses.replace(args, compile=args.compile and steps.can_compile(device))
     run = Run(args, run_name(args))
     data = datasets.load(args.env_id, args.dataset_path, device)
     print(f"data: {len(data):,} transitions, {data.source}")

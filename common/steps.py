@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from common.cli import HOW_TO_SCHEDULE, UserError
 
 
 def setup(device: torch.device, seed: int, deterministic: bool = False) -> None:
@@ -38,17 +41,35 @@ def compiled(fn, enabled: bool, long_sums: bool = False):
     if not enabled:
         return fn
     torch._dynamo.config.trace_autograd_ops = True
+    torch._dynamo.config.error_on_recompile = True
     options = {
-        # Shapes and closures never change after the first call, so nothing needs to be checked before every other; a
-        # step that is made again, from other arguments, is compiled again
-        "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+        # Shapes and closures never change after the first call, so of all that could be checked before every other only
+        # numbers are; a step that is made again, from other arguments, is compiled again
+        "guard_filter_fn": numbers,
         "fallback_random": True,
         # On a GPU a sum over a batch of 256 is one kernel so, and not two: a fifth of a step's kernels less
         "split_reductions": long_sums,
         # With --deterministic nothing is chosen by timing it: in another process the choice may be another one
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-    return torch.compile(fn, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True)
+    fast = torch.compile(fn, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True)
+
+    def call(*tensors):
+        try:
+            return fast(*tensors)
+        except torch._dynamo.exc.RecompileError as error:
+            found = re.search(r"guard failure\(s\):\n[^:]*: (.*?) *(#|\n|$)", str(error))
+            raise UserError(
+                f"a compiled step has read a number that is another one now (it was {found[1] if found else error}); "
+                + HOW_TO_SCHEDULE
+            ) from error
+
+    return call
+
+
+def numbers(guards) -> list[bool]:
+    """Of all that PyTorch offers to check before every call of a compiled function, the numbers that it has read."""
+    return [guard.has_value and isinstance(guard.value, (bool, int, float, str)) for guard in guards]
 
 
 def can_compile(device: torch.device) -> bool:

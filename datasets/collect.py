@@ -14,7 +14,7 @@ import io
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -267,7 +267,7 @@ def main() -> None:
     args = cli.parse(Args, {})
     device = cli.resolve_device(args.device)
     steps.setup(device, args.seed, args.deterministic)
-    args.compile = args.compile and steps.can_compile(device)
+    args = replace(args, compile=args.compile and steps.can_compile(device))
     folder = Path(args.out or os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     paths = {quality: folder / f"{args.robot}_{quality.replace('-', '_')}-v2.hdf5" for quality in QUALITIES}
     missing = [quality for quality in QUALITIES if not paths[quality].exists()]

@@ -1,6 +1,7 @@
 """Offline algorithms, one file each. The online scripts take them by name: `--offline cql`."""
 
 import copy
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -57,6 +58,6 @@ def timed_step(args, data: Dataset):
     if args.offline not in ALGORITHMS:
         return None, 0
     script, chosen = algorithm_args(args)
-    chosen.compile = False
+    chosen = dataclasses.replace(chosen, compile=False)
     agent = script.Agent(chosen, data.obs.shape[1], data.actions.shape[1]).to(data.obs.device)
     return script.training_step(chosen, data, agent, script.Optimizers(chosen, agent)), chosen.steps

@@ -1,6 +1,7 @@
 """The whole of O2TD3 and of O2PPO at tiny budgets: what they write, how they resume, what they refuse."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -200,11 +201,11 @@ def test_compiled_steps_equal_eager_ones(script, data):
         agent = o2ppo.Agent(args, dict(obs_dim=11, action_dim=3, hidden_layers=2, actor=actor))
         optimizers = o2ppo.Optimizers(args, agent)
         batch = {name: torch.randn_like(tensor) for name, tensor in o2ppo.empty_batch(args, data).items()}
-        args.value_init = "fqe"
-        fqe = o2ppo.reevaluation_step(args, data, agent, optimizers)
-        args.value_init = "returns"
-        returns = o2ppo.reevaluation_step(args, data, agent, optimizers)
-        return agent, [fqe, returns, o2ppo.update_epoch(args, batch, agent, optimizers)]
+        fits = [
+            o2ppo.reevaluation_step(dataclasses.replace(args, value_init=init), data, agent, optimizers)
+            for init in ("fqe", "returns")
+        ]
+        return agent, [*fits, o2ppo.update_epoch(args, batch, agent, optimizers)]
 
     def trained(compile):
         torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """The order in which steps run inside captured graphs, with a stand-in for CUDA that records and replays."""
 
 import contextlib
+import dataclasses
 import itertools
 import sysconfig
 from types import SimpleNamespace
@@ -11,8 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import o2ppo
+import o2sac
 from benchmarks import steps as benchmark
 from common import steps
+from common.cli import UserError
+from offline import cql
 
 
 @pytest.fixture
@@ -123,6 +127,34 @@ def test_a_step_that_is_made_again_is_compiled_again():
     assert first().tolist() == [0, 2, 4]
     assert second().tolist() == [0, 5, 10, 15]
     assert first().tolist() == [0, 2, 4]
+
+
+def test_a_number_that_a_compiled_step_has_read_is_not_frozen_without_a_word():
+    settings, scale, factor = SimpleNamespace(offset=1.0), torch.ones(()), 2.0
+
+    def set_factor(value):
+        nonlocal factor
+        factor = value
+
+    step = steps.compiled(lambda: scale * factor + settings.offset, enabled=True)
+    assert step() == 3.0
+    scale.fill_(10.0)  # as a schedule is written
+    assert step() == 21.0
+    set_factor(3.0)
+    with pytest.raises(UserError, match="it was factor == 2.0.*docs/extend.md"):
+        step()
+    set_factor(2.0)
+    settings.offset = 0.0
+    with pytest.raises(UserError, match="it was settings.offset == 1.0"):
+        step()
+
+
+@pytest.mark.parametrize("script", [o2sac, cql])
+def test_arguments_stay_as_they_were_set(script):
+    args = script.Args(alpha=1.0)
+    with pytest.raises(UserError, match="args.alpha .*docs/extend.md"):
+        args.alpha = 2.0
+    assert args.alpha == 1.0 and dataclasses.replace(args, alpha=2.0).alpha == 2.0
 
 
 def test_what_compiling_lacks_is_named(monkeypatch, tmp_path, capsys):
