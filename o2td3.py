@@ -397,9 +397,9 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         if (env_step - 1) % args.probe_every == 0:
             run.log("finetune", env_step - 1, probe())
         obs, action = env.obs, explore(env.obs)
+        threshold.fill_(threshold_at(args, env_step))
         # Updates draw on the transitions before this one, so a GPU does them while the simulator takes this step
         if env_step > args.learning_starts:
-            threshold.fill_(threshold_at(args, env_step))
             stepper.run(1)
         next_obs, reward, terminated, episodic_return = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end

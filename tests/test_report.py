@@ -1,4 +1,4 @@
-"""What is shown of a run: its scores and where they come from."""
+"""What is shown of a run: its scores and where they come from, and its pictures."""
 
 import json
 
@@ -6,7 +6,10 @@ import o2sac
 import o2td3
 import pytest
 import torch
+from common import plots
 from common.evaluation import Evaluator
+from common.log import Log
+from matplotlib.figure import Figure
 
 from tests.conftest import TINY
 
@@ -61,3 +64,131 @@ def test_where_best_pt_comes_from(scripted, scores, origin):
     result, out, _, best, _ = scripted(o2td3, scores)
     assert result["best_from"] == origin and f"best.pt ({origin})" in out
     assert result["best"] == best["score"] == max(scores) and result["best_online"] == max(scores[2:])
+
+
+# ----------------------------------------------------------------------------------------------- pictures
+
+
+def made_up_run(args, prefix="kl"):
+    """Rows and result of a run whose stages are all there."""
+    spread = lambda q: {"probe/q_data": q, "probe/q_data_low": q - 1, "probe/q_data_high": q + 1}  # noqa: E731
+    rows = [{"stage": "cql", "step": 500 * i, "cql/q": i, "cql/score": 10.0 * i} for i in (1, 2, 3)]
+    rows += [{"stage": "reevaluate", "step": s, **spread(s / 10)} for s in (0, 50, 100)]
+    rows += [{"stage": "align", "step": s, "align/score": s / 4, **spread(9.0)} for s in (80, 160)]
+    rows += [{"stage": "finetune", "step": s, "charts/episodic_return": 50.0 * s} for s in (5, 15)]
+    for s in (10, 20, 30, 40):
+        row = {"stage": "finetune", "step": s, "charts/score": 30.0 + s, **spread(10.0)}
+        if s > args.learning_starts:
+            row |= {f"charts/{prefix}_threshold": 0.1, f"losses/{prefix}": 0.05, "losses/lagrange": 1.0 + s}
+        rows.append(row)
+    result = dict(
+        offline=30.0, aligned=40.0, references=(0, 1000), offline_algorithm="cql", dataset="some-data", seed=3
+    )
+    return rows, result
+
+
+def curves(panel):
+    return {line.get_label(): line.get_xydata() for line in panel.get_lines()}
+
+
+def test_the_picture_of_a_run_explains_itself():
+    args = o2sac.Args(exp_name="mine", learning_starts=20, online_steps=40, seed=3)
+    figure = Figure()
+    plots.curve(figure, *made_up_run(args), args)
+    scores, values, constraint, weight = figure.axes
+    title = figure.get_suptitle()
+    assert "mine from cql on some-data" in title and "1 seed (3)" in title and "10 episodes" in title
+    stages = [label.get_text().split("\n") for label in constraint.get_xticklabels()]
+    assert [stage[:2] for stage in stages] == [
+        ["cql", "1,500"],
+        ["reevaluate", "100"],
+        ["align", "160"],
+        ["finetune", "40"],
+    ]
+    assert [stage[2] for stage in stages] == 3 * ["gradient steps"] + ["environment steps"]
+    assert "higher is better" in scores.get_ylabel() and "nats" in constraint.get_ylabel()
+    assert weight.get_ylabel() == "λ" and all(panel.get_ylabel() for panel in figure.axes)
+    # stages are one unit wide, fine-tuning three, which begins with the aligned policy
+    shown = curves(scores)
+    assert shown["offline policy: 30.0"].tolist() == [[0, 30], [6, 30]]
+    assert shown["aligned policy: 40.0"].tolist() == [[3, 40], [6, 40]]
+    assert shown["training episode"][:, 1].tolist() == [25.0, 75.0]  # returns on the scale of the scores
+    assert shown["evaluation"].tolist() == [
+        [3, 40],
+        [3.75, 40],
+        [4.5, 50],
+        [5.25, 60],
+        [6, 70],
+    ]  # the last of its stages
+    assert curves(values)["Q of the data's, held-out states"][:3].tolist() == [[1, 0], [1.5, 5], [2, 10]]
+    assert curves(constraint)["τ: its threshold"].tolist() == [[5.25, 0.1], [6, 0.1]]
+    assert curves(weight)["λ: weight of f"].tolist() == [[5.25, 31], [6, 41]]
+    for panel in (scores, values, constraint):
+        [waiting] = [patch for patch in panel.patches if patch.get_label() == "no update yet"]
+        assert waiting.get_bbox().intervalx.tolist() == [3, 4.5]
+
+
+def test_one_legend_off_the_data(tmp_path, monkeypatch):
+    args, seen = o2sac.Args(learning_starts=20), []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: (figure.draw_without_rendering(), seen.append(figure))
+    )
+    plots.draw(tmp_path / "a.png", plots.curve, *made_up_run(args), args)
+    [figure] = seen
+    [legend] = figure.legends
+    box = legend.get_window_extent()
+    assert not any(panel.get_legend() or panel.get_tightbbox().overlaps(box) for panel in figure.axes)
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert len(labels) == len(set(labels)) and {"evaluation", "no update yet", "λ: weight of f"} <= set(labels)
+
+
+@pytest.mark.parametrize("name", ["cost_$5_vs_$6", "half [bold] a {name} \\frac"])
+def test_any_name_can_stand_in_a_picture(tmp_path, monkeypatch, name, capsys):
+    monkeypatch.setenv("MPLBACKEND", "module://a_notebook_that_is_not_here")
+    args = o2sac.Args(exp_name=name)
+    plots.draw(tmp_path / "curve.png", plots.curve, *made_up_run(args), args)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG") and not capsys.readouterr().out
+
+
+def test_what_cannot_be_drawn_costs_the_picture(tmp_path, capsys):
+    args = o2sac.Args()
+    rows, result = made_up_run(args)
+    plots.draw(tmp_path / "curve.png", plots.curve, [row | {"step": "?"} for row in rows], result, args)
+    assert "curve.png could not be drawn" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_the_demos_show_the_naive_switch_beside_their_own_curve(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "SHIPPED", tmp_path)
+    lines = ["env_id,seed,step,score", "here,0,10,4", "here,0,20,2", "here,1,10,6", "here,1,20,0", "there,0,10,99"]
+    (tmp_path / "demo_naive_o2td3.csv").write_text("\n".join(lines))
+    demo = dict(preset="demo", env_id="here", learning_starts=20)
+    assert not plots.naive_switch(o2sac.Args(**demo))  # another script
+    for other in (dict(preset="none"), dict(env_id="elsewhere"), dict(dataset_path="mine.hdf5")):
+        assert not plots.naive_switch(o2td3.Args(**demo | other))
+    figure, args = Figure(), o2td3.Args(**demo)
+    plots.curve(figure, *made_up_run(args, "mse"), args)
+    shown = curves(figure.axes[0])["naive switch, same budget (mean ± std of 2 seeds)"]
+    assert shown.tolist() == [[3.75, 5], [4.5, 1]]
+
+
+def test_the_picture_of_several_seeds_shows_the_tables_statistic(tmp_path):
+    args, folders = o2sac.Args(learning_starts=20), []
+    for seed, gain in ((0, 0.0), (1, 8.0)):
+        rows, result = made_up_run(args)
+        folders.append(tmp_path / str(seed))
+        log = Log(folders[-1], args)
+        for row in rows:
+            scores = {"charts/score": row["charts/score"] + gain} if "charts/score" in row else {}
+            log.add(row["stage"], row["step"], {k: v for k, v in row.items() if k not in ("stage", "step")} | scores)
+        log.save()
+        (folders[-1] / "result.json").write_text(json.dumps(result | {"seed": seed, "offline": 30.0 + gain}))
+    figure = Figure()
+    plots.seeds(figure, folders, args)
+    [panel] = figure.axes
+    assert "seeds 0, 1" in figure.get_suptitle() and "environment steps" in panel.get_xlabel()
+    mean = curves(panel)["o2sac (mean ± std of 2 seeds)"]
+    assert mean.tolist() == [[0, 40], [10, 44], [20, 54], [30, 64], [40, 74]]
+    band = panel.collections[0].get_datalim(panel.transData).intervaly
+    assert band.tolist() == [40, 78]  # 74 ± 4 at its end
+    assert "offline policies: mean 34.0" in curves(panel)
