@@ -1,16 +1,22 @@
 """Running a training step many times: compiled, captured in a CUDA graph, or plain. The numbers are the same."""
 
+import atexit
 import ctypes
+import getpass
+import hashlib
 import os
+import platform
 import re
 import shutil
 import statistics
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from common.cli import HOW_TO_SCHEDULE, UserError
 
@@ -18,7 +24,9 @@ from common.cli import HOW_TO_SCHEDULE, UserError
 def setup(device: torch.device, seed: int, deterministic: bool = False) -> None:
     """Seed PyTorch and set what makes it fast on `device`."""
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    choose_cache_folder()
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # it loads the compiler, for seconds
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # graphs, their streams and random states are the current device's
         if deterministic:
@@ -31,6 +39,9 @@ def setup(device: torch.device, seed: int, deterministic: bool = False) -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(-3, 1 << 30)
             libc.mallopt(-1, 1 << 30)
+
+
+compiler_works = True  # until a step could not be compiled
 
 
 def compiled(fn, enabled: bool, long_sums: bool = False):
@@ -55,6 +66,9 @@ def compiled(fn, enabled: bool, long_sums: bool = False):
     fast = torch.compile(fn, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True)
 
     def call(*tensors):
+        global compiler_works
+        if not compiler_works:
+            return fn(*tensors)
         try:
             return fast(*tensors)
         except torch._dynamo.exc.RecompileError as error:
@@ -63,6 +77,13 @@ def compiled(fn, enabled: bool, long_sums: bool = False):
                 f"a compiled step has read a number that is another one now (it was {found[1] if found else error}); "
                 + HOW_TO_SCHEDULE
             ) from error
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            compiler_works = False
+            cause = error.inner_exception
+            lines = [line for line in str(cause).splitlines() if "error: " in line]  # a compiler's among its commands
+            reason = lines[0].strip() if lines else f"{type(cause).__name__}: {cause}"
+            tqdm.write(f"nothing is compiled, which makes steps slower: {reason}")
+            return fn(*tensors)
 
     return call
 
@@ -74,17 +95,47 @@ def numbers(guards) -> list[bool]:
 
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile finds all that it needs. It says what is missing, as steps are slower without."""
-    compilers = ("cc", "gcc", "clang") if device.type == "cuda" else ("c++", "g++", "clang++", "cl")
+    if device.type == "cuda":
+        compilers = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    else:
+        compilers = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
     missing = ""
     if device.type == "cuda" and not torch.utils._triton.has_triton():
         missing = "Triton"
     elif not any(shutil.which(name) for name in compilers):
-        missing = "a C++ compiler"
+        missing = f"the C++ compiler {compilers[-1]} (the environment variable CXX may name another one)"
     elif not Path(sysconfig.get_config_var("INCLUDEPY") or sysconfig.get_path("include"), "Python.h").exists():
         missing = "Python's headers (on Debian and Ubuntu the package python3-dev)"
     if missing:
         print(f"nothing is compiled, which makes steps slower: {missing} cannot be found")
     return not missing
+
+
+def choose_cache_folder() -> None:
+    """What is compiled is kept in a folder for processors like this one: code for another one gives NaN, or crashes.
+
+    That is a folder in $TORCHINDUCTOR_CACHE_DIR, else in a temporary one of the user's that lasts. Where it cannot be
+    written to, it is one that does not last. PyTorch needs such a folder even where nothing is compiled.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        described = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", text, re.M)
+    except OSError:  # not Linux
+        described = [platform.processor()]
+    processor = "|".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *sorted(set(described))])
+    name = "cpu-" + hashlib.sha256(processor.encode()).hexdigest()[:12]
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    place = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/o2rl-compiled-{user}")
+    folder = place if place.name == name else place / name  # chosen by the process that started this one
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        place = Path(tempfile.mkdtemp(prefix="o2rl-compiled-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        print(f"the cache folder {folder} cannot be written to ({error.strerror}): what is compiled is not kept")
+        folder = place / name
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 class Stepper:

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from common import steps
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
@@ -23,3 +26,48 @@ def test_threads_are_told_to_wait_quietly_before_pytorch_is_loaded(script, tmp_p
         command = [sys.executable, ROOT / script]
         done = subprocess.run(command, env=environment | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
         assert done.stdout == expected + "\n", done.stderr
+
+
+COMPILE = """
+from common import steps
+import torch
+steps.setup(torch.device("cpu"), 0)
+step = steps.compiled(lambda: torch.arange(3).float() + 1, enabled=True)
+print([step().tolist() for _ in range(2)], steps.compiler_works)
+"""
+RESULT = "[[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]"
+
+
+def test_a_compiler_that_does_not_work_costs_speed_alone(tmp_path):
+    compiler = tmp_path / "c++"
+    says = "case $1 in -*version) echo c++ 13.2.0;; *) echo fatal error: no licence; exit 1; esac"
+    compiler.write_text(f"#!/bin/sh\n{says}\n")
+    compiler.chmod(0o755)
+    environment = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    said, result = done.stdout.splitlines()
+    assert said == "nothing is compiled, which makes steps slower: fatal error: no licence"
+    assert result == f"{RESULT} False"
+
+
+def test_a_cache_folder_that_cannot_be_made_costs_the_cache_alone(tmp_path):
+    (tmp_path / "file").touch()
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache"), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True)
+    said, result = done.stdout.splitlines()
+    assert str(tmp_path / "file" / "cache") in said and "is not kept" in said
+    assert result == f"{RESULT} True"
+    assert not list(tmp_path.glob("o2rl-compiled-*"))
+
+
+def test_processors_of_other_kinds_share_no_compiled_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    folders = []
+    for capability in ("AVX512", "AVX2", "AVX512"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        for _ in range(2):  # once more, as a process does that this one has started
+            steps.choose_cache_folder()
+            folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folders == [folders[0]] * 2 + [folders[2]] * 2 + [folders[0]] * 2 and folders[0] != folders[2]
+    assert {str(path) for path in tmp_path.iterdir()} == {folders[0], folders[2]}

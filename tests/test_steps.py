@@ -159,13 +159,18 @@ def test_arguments_stay_as_they_were_set(script):
 
 def test_what_compiling_lacks_is_named(monkeypatch, tmp_path, capsys):
     cpu = torch.device("cpu")
+    monkeypatch.delenv("CXX", raising=False)
     assert steps.can_compile(cpu) and capsys.readouterr().out == ""
     monkeypatch.setattr(sysconfig, "get_config_var", lambda _: str(tmp_path))  # as without python3-dev
     assert not steps.can_compile(cpu) and "python3-dev" in capsys.readouterr().out
     (tmp_path / "Python.h").touch()
     assert steps.can_compile(cpu)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not steps.can_compile(cpu) and "a C++ compiler" in capsys.readouterr().out
+    assert not steps.can_compile(cpu) and "the C++ compiler" in capsys.readouterr().out
+    (tmp_path / "c++").touch(0o755)  # not the one that PyTorch uses
+    assert not steps.can_compile(cpu)
+    monkeypatch.setenv("CXX", "c++")
+    assert steps.can_compile(cpu)
 
 
 def test_means_are_over_the_steps_since_the_last_call():
