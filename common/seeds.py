@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,11 +20,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from common import plots
+from common.checkpoint import write_atomic
 from common.cli import Interrupted
 from common.run import make_folder, run_name
 
 COLUMNS = {"offline": "offline", "aligned": "aligned", "best_online": "best online", "last_online": "last online",
            "mean_of_last_3": "mean of the last 3", "best": "best.pt"}  # fmt: skip
+BAR = re.compile(r"(\S+) *: *(\d+%)\|.*?(?:, (score [^]]*))?\]")  # a progress bar
+MINUTE = 60.0
 
 
 def train(args, device: torch.device) -> int:
@@ -41,7 +46,7 @@ def train(args, device: torch.device) -> int:
     at_once = min(args.num_seeds, cores) if device.type == "cpu" else args.num_seeds
     environment = {"OMP_NUM_THREADS": str(max(1, cores // at_once))} | os.environ
     waiting, running, codes = list(folders), {}, {}
-    with shared_gpu(device) as service, Live(console=Console(stderr=True), auto_refresh=False) as screen:
+    with shared_gpu(device) as service, screen() as show:
         environment |= service
         try:
             while waiting or running:
@@ -53,20 +58,18 @@ def train(args, device: torch.device) -> int:
                 time.sleep(0.5)
                 for seed in [seed for seed, process in running.items() if process.poll() is not None]:
                     codes[seed] = running.pop(seed).returncode
-                lines = [f"seed {seed}: {last_line(folder)}" for seed, folder in folders.items()]
-                screen.update(Text("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True)
+                show({seed: "done" if codes.get(seed) == 0 else last_line(folder) for seed, folder in folders.items()})
         except KeyboardInterrupt:
             for process in running.values():
                 process.send_signal(signal.SIGINT)  # each saves its checkpoint
             for process in running.values():
                 process.wait()
             raise Interrupted("every seed is saved; the same command continues them") from None
-    if done := {seed: folders[seed] for seed in folders if codes[seed] == 0}:
-        summarise(args, done)
-    for seed, code in codes.items():
-        if code:
-            print(f"seed {seed}: {last_line(folders[seed])}; all it said is in {folders[seed] / 'output.txt'}",
-                  file=sys.stderr)  # fmt: skip
+    failed = {seed: last_line(folders[seed]) for seed, code in codes.items() if code}
+    if len(failed) < len(folders):
+        summarise(args, {seed: folder for seed, folder in folders.items() if seed not in failed}, failed)
+    for seed, words in failed.items():
+        print(f"seed {seed}: {words}; all it said is in {folders[seed] / 'output.txt'}", file=sys.stderr)
     return max(abs(code) for code in codes.values())
 
 
@@ -101,6 +104,25 @@ def shared_gpu(device: torch.device):
                 succeeds(control, input=b"quit\n")
 
 
+@contextlib.contextmanager
+def screen():
+    """A function that shows what the seeds say, {seed: words}: live in a terminal, else in one plain line a minute."""
+    console, due = Console(stderr=True), 0.0
+    with Live(console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
+
+        def show(said: dict[int, str]) -> None:
+            nonlocal due
+            if live:
+                lines = "\n".join(f"seed {seed}: {words}" for seed, words in said.items())
+                live.update(Text(lines, no_wrap=True, overflow="ellipsis"), refresh=True)
+            elif time.monotonic() >= due:
+                due = time.monotonic() + MINUTE
+                words = "; ".join(f"seed {seed}: {brief(words)}" for seed, words in said.items())
+                print(f"{time.strftime('%H:%M')} {words}", file=sys.stderr, flush=True)
+
+        yield show
+
+
 def last_line(folder: Path) -> str:
     """What a run says at the moment: its progress bar, or its last words."""
     try:
@@ -112,17 +134,36 @@ def last_line(folder: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "starts")
 
 
-def summarise(args, folders: dict[int, Path]) -> None:
-    """Print the scores of every seed, and their means with standard deviations."""
+def brief(line: str) -> str:
+    """A progress bar without its bar: "finetune 37%, score 47.1 (best 53.2)"; of anything else the beginning."""
+    bar = BAR.search(line)
+    return ", ".join(filter(None, [f"{bar[1]} {bar[2]}", bar[3]])) if bar else line[:60]
+
+
+def summarise(args, folders: dict[int, Path], failed: dict[int, str]) -> None:
+    """Print the scores of every seed with their means and standard deviations; leave seeds.json and seeds.png."""
     results = {seed: json.loads((folder / "result.json").read_text()) for seed, folder in folders.items()}
-    title = f"{args.exp_name} from {args.offline} on {args.env_id}, {len(results)} of {args.num_seeds} seeds"
+    first = next(iter(results.values()))
+    names = [name for name in COLUMNS if first.get(name) is not None]
+    scores = np.array([[result[name] for name in names] for result in results.values()])
+    mean, std = scores.mean(0), scores.std(0)
+
+    seeds = [*folders, *failed]
+    together = Path(args.run_dir) / run_name(dataclasses.replace(args, seed=f"{min(seeds)}-{max(seeds)}"))
+    make_folder(together)
+    summary = {"mean": dict(zip(names, mean, strict=True)), "std": dict(zip(names, std, strict=True)),
+               "results": results, "failed": failed}  # fmt: skip
+    write_atomic(together / "seeds.json", json.dumps(summary, indent=2).encode())
+    plots.draw(together / "seeds.png", plots.seeds, list(folders.values()), args, height=5.0)
+
+    of, data = first["offline_algorithm"], first["dataset"]
+    title = f"{args.exp_name} from {of} on {data}, {len(results)} of {args.num_seeds} seeds"
     table = Table(title=title, title_justify="left")
-    names = [name for name in COLUMNS if next(iter(results.values()))[name] is not None]
     for column in ("seed", *(COLUMNS[name] for name in names)):
         table.add_column(column, justify="right")
-    for seed, result in results.items():
-        table.add_row(str(seed), *(f"{result[name]:.1f}" for name in names))
-    scores = np.array([[result[name] for name in names] for result in results.values()])
+    for seed, row in zip(results, scores, strict=True):
+        table.add_row(str(seed), *(f"{score:.1f}" for score in row))
     table.add_section()
-    table.add_row("mean ± std", *(f"{m:.1f} ± {s:.1f}" for m, s in zip(scores.mean(0), scores.std(0), strict=True)))
+    table.add_row("mean ± std", *(f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, std, strict=True)))
     Console().print(table)
+    print(f"{together} holds seeds.png, their curves, and seeds.json")

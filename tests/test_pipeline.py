@@ -128,6 +128,8 @@ def test_seeds_side_by_side_are_those_that_run_alone(finished, tmp_path):
     scores = [json.loads((tmp_path / f"{NAME[:-1]}{seed}" / "result.json").read_text()) for seed in (0, 1)]
     mean = sum(result["last_online"] for result in scores) / 2
     assert f"{mean:.1f} ±" in done.stdout and scores[0]["last_online"] != scores[1]["last_online"]
+    left = {path.name for path in (tmp_path / f"{NAME[:-1]}0-1").iterdir()}
+    assert left == {"seeds.json", "seeds.png"} and "seed 0: " in done.stderr.splitlines()[0]
 
 
 def test_a_seed_that_fails_is_named(finished, tmp_path):
