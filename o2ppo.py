@@ -11,11 +11,13 @@ Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & H
 """
 
 import copy
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import offline
 from common import cli, datasets, envs, report, steps
+from common.bounds import above, at_least, between
 from common.checkpoint import Best, seed_everything
 from common.loop import Loop, train
 from common.nn import Adam, clip_grad_norm, ensemble_mlp, gaussian_entropy, gaussian_log_prob, mlp, polyak
@@ -23,6 +25,7 @@ from common.probe import STATES, spread
 from common.reference import Margin
 from common.replay import sample
 from common.run import Run
+from common.tasks import Task
 
 import numpy as np
 import torch
@@ -46,11 +49,13 @@ class Args(cli.OnlineArgs):
     offline: str = "iql"
     """cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of any policy"""
 
-    gamma: float = 0.99
+    gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
-    value_layers: int = 3
+    value_layers: Annotated[int, at_least(1)] = 3
     """hidden layers of 256 tanh units in the value network"""
-    log_every: int = 5_000
+    scale_rewards: bool | None = None
+    """divide rewards by the running standard deviation of the discounted return; None: on halfcheetah alone"""
+    log_every: Annotated[int, at_least(1)] = 5_000
     """gradient steps between logged means in re-evaluation"""
 
     # 1. re-evaluation
@@ -59,63 +64,87 @@ class Args(cli.OnlineArgs):
     value_init: Literal["returns", "fqe"] = "returns"
     """returns: regress V on the discounted returns of the data, closer to the behaviour policy's value (the paper);
     fqe: fitted Q evaluation of π_off, then V(s) = E Q(s, a) over its actions"""
-    reevaluate_steps: int = 1_000_000
+    reevaluate_steps: Annotated[int, at_least(1)] = 1_000_000
     """gradient steps"""
-    reevaluate_batch_size: int = 512
+    reevaluate_batch_size: Annotated[int, at_least(1)] = 512
     """transitions in a batch"""
-    value_lr: float = 1e-4
+    value_lr: Annotated[float, at_least(0)] = 1e-4
     """learning rate of V there"""
-    fqe_lr: float = 3e-4
+    fqe_lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of Q with --value-init fqe"""
-    tau: float = 0.005
+    tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor of the target critics with --value-init fqe"""
 
     # 2. and 3. constrained fine-tuning
     constrain: bool = True
     """mix the auxiliary advantage in; without it this is PPO that starts from the offline policy"""
-    online_steps: int = 250_000
+    online_steps: Annotated[int, at_least(1)] = 250_000
     """environment steps, over all environments together"""
-    num_envs: int = 8
+    num_envs: Annotated[int, at_least(1)] = 8
     """environments side by side"""
-    rollout_steps: int = 2_048
+    rollout_steps: Annotated[int, at_least(2)] = 2_048
     """environment steps between updates, over all environments together"""
-    minibatch_size: int = 128
+    minibatch_size: Annotated[int, at_least(1)] = 128
     """transitions in a minibatch"""
-    update_epochs: int = 10
-    """passes over each rollout"""
-    actor_lr: float = 3e-5
+    update_epochs: Annotated[int | None, at_least(1)] = None
+    """passes over each rollout; None: 10, on hopper's expert and medium-expert data 5"""
+    actor_lr: Annotated[float, at_least(0)] = 3e-5
     """learning rate of the actor, annealed to zero"""
-    critic_lr: float = 2e-4
+    critic_lr: Annotated[float, at_least(0)] = 2e-4
     """learning rate of the value network, annealed to zero"""
-    gae_lambda: float = 0.95
+    gae_lambda: Annotated[float, between(0, 1)] = 0.95
     """λ of generalised advantage estimation"""
-    clip_coef: float = 0.2
+    clip_coef: Annotated[float, above(0)] = 0.2
     """PPO's clipping of the ratio"""
-    ent_coef: float = 0.01
+    ent_coef: Annotated[float, at_least(0)] = 0.01
     """weight of the entropy bonus"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: Annotated[float, above(0)] = 0.5
     """each network's gradient is clipped at this norm"""
-    adam_eps: float = 1e-5
+    adam_eps: Annotated[float, above(0)] = 1e-5
     """Adam's ε in fine-tuning"""
-    reference_alpha: float = 2.0
+    reference_alpha: Annotated[float, at_least(0)] = 2.0
     """the paper's α: scale of the auxiliary advantage"""
-    beta_start: float = 1.0
+    beta_start: Annotated[float, at_least(0)] = 1.0
     """the paper's β at the first step: weight of the auxiliary advantage"""
-    beta_steps: int | None = None
-    """environment steps over which β falls linearly to zero; None: 250,000, on expert data 500,000"""
-    max_std_start: float | None = None
-    """upper limit of the policy's standard deviation at the start; None: 0.05 on hopper's expert data, else none"""
+    beta_steps: Annotated[int | None, at_least(1)] = None
+    """environment steps over which β falls linearly to zero; None: 250,000, on expert and
+    medium-expert data 500,000"""
+    max_std_start: Annotated[float | None, above(0)] = None
+    """upper limit of the policy's standard deviation at the start; None: 0.05 on hopper's expert and medium-expert
+    data, else none"""
     reference: Literal["best", "interval", "adaptive"] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
     when the last training episodes beat those of π_ref by more than chance (what each is worth: docs/experiments.md)"""
-    reference_interval: int = 2_500
-    """environment steps between moves of π_ref, rounded up to whole rollouts"""
-    reference_window: int = 10
+    reference_interval: Annotated[int | None, at_least(1)] = None
+    """environment steps between moves of π_ref, rounded up to whole rollouts; None: 2,500, on hopper's expert
+    and medium-expert data 10,000"""
+    reference_window: Annotated[int, at_least(2)] = 10
     """adaptive: training episodes on either side of that comparison"""
-    reference_margin: float = 1.0
+    reference_margin: Annotated[float, at_least(0)] = 1.0
     """adaptive: standard errors by which their mean return has to be higher"""
-    eval_every: int = 2_500
+    eval_every: Annotated[int, at_least(1)] = 2_500
     """environment steps between evaluations, rounded up to whole rollouts"""
+
+    def constants(self, task: Task) -> dict:
+        """The paper's for each kind of data (see `Task.expert`)."""
+        scaled = task.robot == "halfcheetah"
+        values = dict(beta_steps=250_000, update_epochs=10, reference_interval=2_500, scale_rewards=scaled)
+        if task.expert:
+            values |= dict(beta_steps=500_000)
+            if task.robot == "hopper":
+                values |= dict(update_epochs=5, max_std_start=0.05, reference_interval=10_000)
+        return values
+
+    def check(self) -> None:
+        super().check()
+        n = self.rollout_steps
+        if n % self.num_envs or n % self.minibatch_size:
+            raise cli.UserError(
+                f"--rollout-steps is {n}, but has to be a multiple of --num-envs ({self.num_envs}) and of "
+                f"--minibatch-size ({self.minibatch_size})"
+            )
+        if self.online_steps < n:
+            raise cli.UserError(f"--online-steps is {self.online_steps}, but has to be at least --rollout-steps ({n})")
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -164,11 +193,8 @@ class Agent(nn.Module):
         obs_dim, action_dim = policy["obs_dim"], policy["action_dim"]
         self.actor = Actor(obs_dim, action_dim, policy["hidden_layers"])
         self.actor.load_state_dict(policy["actor"])
-        limit = args.max_std_start
-        if limit is None and expert_data(args) and args.env_id.startswith("hopper"):
-            limit = 0.05
-        if limit is not None:
-            self.actor.log_std.data.clamp_(max=float(np.log(limit)))
+        if args.max_std_start is not None:
+            self.actor.log_std.data.clamp_(max=math.log(args.max_std_start))
         self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)
         self.actor_reference = copy.deepcopy(self.actor_offline)
         self.value = Value(obs_dim, args.value_layers)
@@ -197,16 +223,47 @@ class Optimizers(dict):
         )
 
 
-def expert_data(args: Args) -> bool:
-    return "expert" in args.env_id and "medium" not in args.env_id
-
-
 def executed(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
     """A sampled action as the environment executes it: a ~ N(mean, std), clipped to [-1, 1]."""
     return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
 
 
 # ---------------------------------------------------------------------------------------------- 1. re-evaluation
+
+
+class RewardScale:
+    """Rewards over a running standard deviation of the discounted return R ← γR + r.
+
+    It is taken over the dataset first and goes on through the online episodes; R starts at zero in each of them.
+    """
+
+    def __init__(self, gamma: float):
+        self.gamma, self.now = gamma, np.zeros(1)
+        self.count, self.mean, self.squares = 0, 0.0, 0.0  # of every R so far; squares: the sum of (R - mean)²
+
+    def __call__(self, rewards: np.ndarray, ended: np.ndarray) -> np.ndarray:
+        """The scaled rewards of steps that follow those of the last call, (T, num_envs); `ended` as in `gae`."""
+        returns = np.zeros(rewards.shape)
+        for t in range(len(rewards)):
+            returns[t] = self.gamma * self.now + rewards[t]
+            self.now = np.where(ended[t], 0.0, returns[t])
+        n, total, shift = returns.size, self.count + returns.size, float(returns.mean()) - self.mean
+        self.squares += n * float(returns.var()) + shift**2 * self.count * n / total
+        self.mean, self.count = self.mean + shift * n / total, total
+        return (rewards / (math.sqrt(self.squares / total) + 1e-8)).astype(np.float32)
+
+    def state_dict(self) -> dict:
+        return vars(self) | {"now": self.now.tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state, now=np.array(state["now"]))
+
+
+def scaled(data: datasets.Dataset, scale: RewardScale) -> datasets.Dataset:
+    """The dataset with its rewards scaled, the first that `scale` sees."""
+    ended = np.append(np.diff(data.episode.cpu()) != 0, True)
+    rewards = scale(data.rewards.cpu().numpy()[:, None], ended[:, None])
+    return replace(data, rewards=torch.as_tensor(rewards[:, 0], device=data.rewards.device))
 
 
 def discounted_tails(data: datasets.Dataset, gamma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -294,8 +351,7 @@ def reference_advantage(args: Args, reference: Actor, obs: torch.Tensor, actions
 
 def beta_at(args: Args, env_step: int) -> float:
     """The weight of the auxiliary advantage: linear from `beta_start` to zero."""
-    beta_steps = args.beta_steps if args.beta_steps is not None else (500_000 if expert_data(args) else 250_000)
-    return args.beta_start * max(1 - env_step / beta_steps, 0.0) if args.constrain else 0.0
+    return args.beta_start * max(1 - env_step / args.beta_steps, 0.0) if args.constrain else 0.0
 
 
 # ---------------------------------------------------------------------------------------------- 3. fine-tuning
@@ -390,7 +446,8 @@ def empty_batch(args: Args, data: datasets.Dataset) -> dict[str, torch.Tensor]:
     return batch | {name: torch.zeros(n, getattr(data, name).shape[1], device=device) for name in ("obs", "actions")}
 
 
-def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best: Best):
+def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best: Best,
+             scale: RewardScale):  # fmt: skip
     """Roll out, update, evaluate, and move π_ref. `best` is the best policy of the stages before, with its score."""
     device, per_rollout = data.obs.device, args.rollout_steps
     batch = empty_batch(args, data)
@@ -398,7 +455,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     stepper = steps.Stepper(epoch, device, graph=args.compile, steps_per_graph=1)
     env = envs.VectorEpisodes(data.task, evaluator.mean, evaluator.std, args.num_envs, args.seed)
     margin = Margin(args.reference_window, args.reference_margin)
-    state = {"agent": agent, **optimizers, "env": env, "best": best, "margin": margin, "stepper": stepper}
+    state = {"agent": agent, **optimizers, "env": env, "best": best, "margin": margin, "scale": scale,
+             "stepper": stepper}  # fmt: skip
     total = args.online_steps // per_rollout * per_rollout
     loop = Loop(run, "finetune", total, state, device)
     if loop.done:
@@ -413,6 +471,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         optimizers["value_optimizer"].lr.fill_(args.critic_lr * fraction_left)
         player.load_state_dict(agent.actor.state_dict())
         collected, finished = rollout(player, env, per_rollout // args.num_envs)
+        if args.scale_rewards:
+            collected["rewards"] = scale(collected["rewards"], collected["ended"])
         beta = beta_at(args, env_step - per_rollout)
         auxiliary = fill(args, batch, collected, agent, beta)
         stepper.run(args.update_epochs)
@@ -461,31 +521,16 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
     }
 
 
-def check(args: Args) -> None:
-    cli.check_positive(
-        args, "value_layers", "log_every", "eval_episodes", "reevaluate_steps", "reevaluate_batch_size", "online_steps",
-        "num_envs", "rollout_steps", "minibatch_size", "update_epochs", "reference_interval", "reference_window",
-        "eval_every",
-    )  # fmt: skip
-    cli.check_online(args)
-    if args.rollout_steps % args.num_envs or args.rollout_steps % args.minibatch_size:
-        raise cli.UserError(
-            f"--rollout-steps is {args.rollout_steps}, but has to be a multiple of --num-envs ({args.num_envs}) and of "
-            f"--minibatch-size ({args.minibatch_size})"
-        )
-    if args.online_steps < args.rollout_steps:
-        raise cli.UserError(
-            f"--online-steps is {args.online_steps}, but has to be at least --rollout-steps ({args.rollout_steps})"
-        )
-
-
 def main() -> None:
-    args, run, data = report.start(Args, PRESETS, check)
+    args, run, data = report.start(Args, PRESETS)
     device = data.obs.device
     report.estimate(run, estimate(args, data))
 
     policy, evaluator = offline.policy(args, run, data, "gaussian")
     seed_everything(args.seed)
+    scale = RewardScale(args.gamma)
+    if args.scale_rewards:
+        data = scaled(data, scale)
     data, held_out = data.hold_out(args.holdout, STATES)
     agent = Agent(args, policy).to(device)
     probe = value_probe(agent, held_out)
@@ -499,7 +544,7 @@ def main() -> None:
             probe=probe,
         )  # fmt: skip
     best = Best(offline_score, agent.actor, "offline policy")
-    finetune(args, run, data, agent, optimizers, evaluator, probe, best)
+    finetune(args, run, data, agent, optimizers, evaluator, probe, best, scale)
 
     report.finish(run, "o2ppo", policy, agent, best, offline_score, None, data, evaluator)
 

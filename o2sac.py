@@ -12,17 +12,19 @@ Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & H
 import copy
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import offline
 from common import cli, datasets, envs, report, steps
+from common.bounds import above, at_least, between, even, finite
 from common.checkpoint import Best, seed_everything
 from common.loop import Loop, train
-from common.nn import Adam, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak, tanh_log_det
+from common.nn import Adam, clip_grad_norm, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak, tanh_log_det
 from common.probe import STATES, Probe, fixed_noise
 from common.reference import Margin
 from common.replay import ReplayBuffer, sample
 from common.run import Run
+from common.tasks import Task
 
 import torch
 from torch import nn
@@ -50,81 +52,96 @@ class Args(cli.OnlineArgs):
     """the name of this experiment, a part of the run folder's name"""
 
     # every stage
-    batch_size: int = 256
-    """transitions in a batch"""
-    gamma: float = 0.99
+    batch_size: Annotated[int, even()] = 256
+    """transitions in a batch, with --buffer half as many of either kind"""
+    gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
-    tau: float = 0.005
+    tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor of the target critics (the paper's τ is --kl-threshold-…)"""
-    critic_lr: float = 3e-4
+    critic_lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the critics"""
-    actor_lr: float = 1e-4
+    actor_lr: Annotated[float, at_least(0)] = 1e-4
     """learning rate of the actor"""
-    critic_layers: int = 3
+    critic_layers: Annotated[int, at_least(1)] = 3
     """hidden layers of 256 units in each critic"""
-    alpha: float = 0.2
-    """temperature: fixed in re-evaluation and alignment, the start of its tuning in fine-tuning"""
-    log_every: int = 5_000
+    alpha: Annotated[float | None, at_least(0)] = None
+    """temperature: fixed in re-evaluation and alignment, the start of its tuning in fine-tuning (where 0 stays 0);
+    None: 0.2, on expert and medium-expert data 0.5"""
+    log_every: Annotated[int, at_least(1)] = 5_000
     """gradient steps between logged means in re-evaluation and alignment"""
 
     # 1. re-evaluation
     reevaluate: bool = True
     """re-evaluate the critic; without it the offline algorithm's own critic goes on"""
-    reevaluate_steps: int = 500_000
+    reevaluate_steps: Annotated[int, at_least(1)] = 500_000
     """gradient steps of fitted Q evaluation"""
-    reevaluate_tau: float = 0.005
+    reevaluate_tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor there; with few steps a larger one is needed for Q to reach its fixed point"""
 
     # 2. alignment
     align: bool = True
     """align the critic with the policy"""
-    align_steps: int = 500_000
+    align_steps: Annotated[int, at_least(1)] = 500_000
     """gradient steps of alignment"""
-    align_eval_every: int = 50_000
+    align_eval_every: Annotated[int, at_least(1)] = 50_000
     """gradient steps between evaluations of the actor that is being aligned"""
 
     # 3. constrained fine-tuning
     constrain: bool = True
     """constrain the policy to the reference policy"""
-    online_steps: int = 100_000
+    online_steps: Annotated[int, at_least(1)] = 100_000
     """environment steps"""
-    learning_starts: int = 1_000
+    learning_starts: Annotated[int, at_least(1)] = 1_000
     """environment steps before the first update"""
-    utd: int = 10
+    utd: Annotated[int, at_least(1)] = 10
     """updates per environment step"""
     buffer: Literal["half", "all", "part", "none"] = "half"
     """offline data in online batches: half of each batch, all in one buffer, only the best episodes, or none"""
-    part_episodes: int = 50
+    part_episodes: Annotated[int, at_least(1)] = 50
     """how many episodes, those of highest return, --buffer part keeps"""
-    alpha_lr: float = 3e-4
+    alpha_lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the temperature"""
-    target_entropy: float | None = None
+    target_entropy: Annotated[float | None, finite()] = None
     """entropy that the temperature is tuned to; None: minus the number of action dimensions"""
-    lagrange_init: float = 1.0
+    lagrange_init: Annotated[float, above(0)] = 1.0
     """λ at the start"""
-    lagrange_lr: float = 5e-5
+    lagrange_lr: Annotated[float, at_least(0)] = 5e-5
     """learning rate of log λ"""
-    lagrange_expectile: float = 0.7
+    lagrange_expectile: Annotated[float, between(0, 1)] = 0.7
     """asymmetry of λ's loss: weight of violated states (0.7) against satisfied ones (0.3)"""
-    log_prob_floor: float = -50.0
+    log_prob_floor: Annotated[float, finite()] = -50.0
     """log π_ref(a|s) is clamped from below at this"""
-    kl_threshold_start: float | None = None
-    """the paper's τ at the first step; None: 0.125, on expert data 0.005"""
-    kl_threshold_end: float | None = None
-    """the paper's τ after --kl-threshold-steps; None: 2.0, on expert data 0.125; a quarter with --reference interval"""
-    kl_threshold_steps: int = 100_000
+    kl_threshold_start: Annotated[float | None, at_least(0)] = None
+    """the paper's τ at the first step; None: 0.125, on expert and medium-expert data 0.005"""
+    kl_threshold_end: Annotated[float | None, at_least(0)] = None
+    """the paper's τ after --kl-threshold-steps; None: 2.0, on expert and medium-expert data 0.125, a
+    quarter of these with --reference interval"""
+    kl_threshold_steps: Annotated[int, at_least(1)] = 100_000
     """environment steps over which the threshold grows linearly"""
     reference: Literal["best", "interval", "adaptive"] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
     when the last training episodes beat those of π_ref by more than chance (what each is worth: docs/experiments.md)"""
-    reference_interval: int = 1_000
-    """environment steps between moves of π_ref (the paper: 1,000 or 10,000)"""
-    reference_window: int = 10
+    reference_interval: Annotated[int | None, at_least(1)] = None
+    """environment steps between moves of π_ref; None: 1,000, on hopper's expert and medium-expert data 10,000"""
+    actor_grad_norm: Annotated[float | None, above(0)] = None
+    """the actor's gradient is clipped at this norm; None: where π_ref moves every 10,000 steps at 0.25, else not"""
+    reference_window: Annotated[int, at_least(2)] = 10
     """adaptive: training episodes on either side of that comparison"""
-    reference_margin: float = 1.0
+    reference_margin: Annotated[float, at_least(0)] = 1.0
     """adaptive: standard errors by which their mean return has to be higher"""
-    eval_every: int = 1_000
+    eval_every: Annotated[int, at_least(1)] = 1_000
     """environment steps between evaluations"""
+
+    def constants(self, task: Task) -> dict:
+        """The paper's for each kind of data (see `Task.expert`)."""
+        values = dict(alpha=0.2, kl_threshold_start=0.125, kl_threshold_end=2.0, reference_interval=1_000)
+        if task.expert:
+            values |= dict(alpha=0.5, kl_threshold_start=0.005, kl_threshold_end=0.125)
+        if self.reference == "interval":
+            values["kl_threshold_end"] /= 4
+            if task.expert and task.robot == "hopper":
+                values |= dict(reference_interval=10_000, actor_grad_norm=0.25)
+        return values
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -182,7 +199,7 @@ class Agent(nn.Module):
         if not args.reevaluate:
             self.critic.load_state_dict(policy["critic"]["critic"])
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
         self.log_lagrange = nn.Parameter(torch.tensor(math.log(args.lagrange_init)))
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
@@ -297,11 +314,7 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
 
 def threshold_at(args: Args, env_step: int) -> float:
     """The constraint's threshold (the paper's τ): linear from start to end over `kl_threshold_steps`."""
-    expert = "expert" in args.env_id and "medium" not in args.env_id
-    start = args.kl_threshold_start if args.kl_threshold_start is not None else (0.005 if expert else 0.125)
-    end = args.kl_threshold_end if args.kl_threshold_end is not None else (0.125 if expert else 2.0)
-    if args.reference == "interval":
-        end /= 4
+    start, end = args.kl_threshold_start, args.kl_threshold_end
     return start + (end - start) * min(env_step / args.kl_threshold_steps, 1.0)
 
 
@@ -353,7 +366,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
                    "alpha": alpha, "entropy": -log_prob.mean(), "kl": f.mean(), "lagrange": lagrange}  # fmt: skip
         return (
             torch.autograd.grad(critic_loss, critic_params),
-            torch.autograd.grad(actor_loss, actor_params),
+            clip_grad_norm(torch.autograd.grad(actor_loss, actor_params), args.actor_grad_norm),
             torch.autograd.grad(alpha_loss, [agent.log_alpha]),
             torch.autograd.grad(multiplier_loss, [agent.log_lagrange]),
             {name: value.detach() for name, value in metrics.items()},
@@ -446,20 +459,8 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
     return {stage: n * steps.seconds_per_step(step, device) if n else 0.0 for stage, (step, n) in steps_of.items()}
 
 
-def check(args: Args) -> None:
-    cli.check_positive(
-        args, "batch_size", "critic_layers", "log_every", "eval_episodes", "reevaluate_steps", "align_steps",
-        "align_eval_every", "online_steps", "utd", "reference_interval", "reference_window", "eval_every",
-        "kl_threshold_steps", "part_episodes",
-    )  # fmt: skip
-    cli.check_positive(args, "learning_starts")
-    cli.check_online(args)
-    if args.batch_size % 2:
-        raise cli.UserError(f"--batch-size is {args.batch_size}, but has to be even: half of it is offline data")
-
-
 def main() -> None:
-    args, run, data = report.start(Args, PRESETS, check)
+    args, run, data = report.start(Args, PRESETS)
     device = data.obs.device
     report.estimate(run, estimate(args, data))
 

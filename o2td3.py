@@ -13,24 +13,26 @@ import copy
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import offline
 from common import cli, datasets, envs, report, steps
+from common.bounds import above, at_least, between, even
 from common.checkpoint import Best, seed_everything
 from common.loop import Loop, train
-from common.nn import Adam, ensemble_mlp, in_chunks, mlp, polyak
+from common.nn import Adam, clip_grad_norm, ensemble_mlp, in_chunks, mlp, polyak
 from common.probe import STATES, Probe, fixed_noise
 from common.reference import Margin
 from common.replay import ReplayBuffer, sample
 from common.run import Run
+from common.tasks import Task
 
 import torch
 from torch import nn
 
 PRESETS = {
     # The demo is 1/8 to 1/125 of the paper's stages, so what moves slowly there moves faster here: the targets of
-    # re-evaluation and λ. The threshold ends between the paper's 0.01 and the 0.04 of its public code.
+    # re-evaluation and λ. The threshold ends at half the paper's.
     "demo": dict(
         env_id="hopper-medium-demo", reevaluate_steps=8_000, reevaluate_tau=0.05, align_steps=4_000,
         online_steps=12_000, learning_starts=2_000, lagrange_lr=1e-3, mse_threshold_end=0.02,
@@ -51,87 +53,105 @@ class Args(cli.OnlineArgs):
     """cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of any policy"""
 
     # every stage
-    batch_size: int = 256
-    """transitions in a batch"""
-    gamma: float = 0.99
+    batch_size: Annotated[int, even()] = 256
+    """transitions in a batch, with --buffer half as many of either kind"""
+    gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
-    tau: float = 0.005
+    tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor of the targets (the paper's τ is --mse-threshold-…)"""
-    critic_lr: float = 3e-4
+    critic_lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the critics"""
-    actor_lr: float = 1e-4
+    actor_lr: Annotated[float, at_least(0)] = 1e-4
     """learning rate of the actor"""
-    critic_layers: int = 2
+    critic_layers: Annotated[int, at_least(1)] = 2
     """hidden layers of 256 units in each critic"""
     critic_layer_norm: bool = True
     """layer normalisation in the critics (AntMaze: off)"""
-    policy_noise: float = 0.2
+    policy_noise: Annotated[float, at_least(0)] = 0.2
     """standard deviation of the noise on target actions"""
-    noise_clip: float = 0.5
+    noise_clip: Annotated[float, at_least(0)] = 0.5
     """that noise is clipped at this"""
-    log_every: int = 5_000
+    log_every: Annotated[int, at_least(1)] = 5_000
     """gradient steps between logged means in re-evaluation and alignment"""
 
     # 1. re-evaluation
     reevaluate: bool = True
     """re-evaluate the critic; without it the offline algorithm's own critic goes on"""
-    reevaluate_steps: int = 500_000
+    reevaluate_steps: Annotated[int, at_least(1)] = 500_000
     """gradient steps of fitted Q evaluation"""
-    reevaluate_tau: float = 0.005
+    reevaluate_tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor there; with few steps a larger one is needed for Q to reach its fixed point"""
 
     # 2. alignment
     align: bool = True
     """align the critic with the policy"""
-    align_steps: int = 500_000
+    align_steps: Annotated[int, at_least(1)] = 500_000
     """gradient steps of alignment"""
-    align_eval_every: int = 50_000
+    align_eval_every: Annotated[int, at_least(1)] = 50_000
     """gradient steps between evaluations of the actor that is being aligned"""
-    align_distance: float = 1.0
+    align_distance: Annotated[float, at_least(0)] = 1.0
     """the paper's k: how fast the aligned Q falls with the squared distance from the anchor"""
-    align_max_distance: float = 0.2
+    align_max_distance: Annotated[float, at_least(0)] = 0.2
     """that distance is clipped at this"""
 
     # 3. constrained fine-tuning
     constrain: bool = True
     """constrain the policy to the reference policy"""
-    online_steps: int = 100_000
+    online_steps: Annotated[int, at_least(1)] = 100_000
     """environment steps"""
-    learning_starts: int = 1_000
+    learning_starts: Annotated[int, at_least(1)] = 1_000
     """environment steps before the first update"""
-    utd: int = 1
+    utd: Annotated[int, at_least(1)] = 1
     """updates per environment step"""
-    policy_freq: int = 2
+    policy_freq: Annotated[int, at_least(1)] = 2
     """critic updates per update of the actor, of the targets and of λ"""
-    exploration_noise: float = 0.1
-    """standard deviation of the Gaussian noise on executed actions"""
+    exploration_noise: Annotated[float | None, at_least(0)] = None
+    """standard deviation of the Gaussian noise on executed actions; None: 0.1, on expert and medium-expert data
+    0.05"""
     buffer: Literal["half", "all", "part", "none"] = "half"
     """offline data in online batches: half of each batch, all in one buffer, only the best episodes, or none"""
-    part_episodes: int = 50
+    part_episodes: Annotated[int, at_least(1)] = 50
     """how many episodes, those of highest return, --buffer part keeps"""
-    lagrange_init: float = 1.0
+    lagrange_init: Annotated[float, above(0)] = 1.0
     """λ at the start"""
-    lagrange_lr: float = 5e-5
+    lagrange_lr: Annotated[float, at_least(0)] = 5e-5
     """learning rate of log λ"""
-    lagrange_expectile: float = 0.7
+    lagrange_expectile: Annotated[float, between(0, 1)] = 0.7
     """asymmetry of λ's loss: weight of violated states (0.7) against satisfied ones (0.3)"""
-    mse_threshold_start: float = 0.0025
-    """the paper's τ at the first step"""
-    mse_threshold_end: float = 0.01
-    """the paper's τ after --mse-threshold-steps (its code: 0.04); a quarter of it with --reference interval"""
-    mse_threshold_steps: int = 100_000
+    mse_threshold_start: Annotated[float | None, at_least(0)] = None
+    """the paper's τ at the first step; None: 0.0025, on expert and medium-expert data 2.5e-5"""
+    mse_threshold_end: Annotated[float | None, at_least(0)] = None
+    """the paper's τ after --mse-threshold-steps; None: 0.04, on expert and medium-expert data 6.25e-4, a
+    quarter of these with --reference interval"""
+    mse_threshold_steps: Annotated[int, at_least(1)] = 100_000
     """environment steps over which the threshold grows linearly"""
     reference: Literal["best", "interval", "adaptive"] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
     when the last training episodes beat those of π_ref by more than chance (what each is worth: docs/experiments.md)"""
-    reference_interval: int = 1_000
-    """environment steps between moves of π_ref (the paper: 1,000 or 10,000)"""
-    reference_window: int = 10
+    reference_interval: Annotated[int | None, at_least(1)] = None
+    """environment steps between moves of π_ref; None: 1,000, on hopper's expert and medium-expert data and on
+    walker2d's expert data 10,000"""
+    actor_grad_norm: Annotated[float | None, above(0)] = None
+    """the actor's gradient is clipped at this norm; None: where π_ref moves every 10,000 steps at 0.25, else not"""
+    reference_window: Annotated[int, at_least(2)] = 10
     """adaptive: training episodes on either side of that comparison"""
-    reference_margin: float = 1.0
+    reference_margin: Annotated[float, at_least(0)] = 1.0
     """adaptive: standard errors by which their mean return has to be higher"""
-    eval_every: int = 1_000
+    eval_every: Annotated[int, at_least(1)] = 1_000
     """environment steps between evaluations"""
+
+    def constants(self, task: Task) -> dict:
+        """The paper's for each kind of data (see `Task.expert`)."""
+        values = dict(
+            exploration_noise=0.1, mse_threshold_start=0.0025, mse_threshold_end=0.04, reference_interval=1_000
+        )
+        if task.expert:
+            values |= dict(exploration_noise=0.05, mse_threshold_start=2.5e-5, mse_threshold_end=6.25e-4)
+        if self.reference == "interval":
+            values["mse_threshold_end"] /= 4
+            if (task.robot == "hopper" and task.expert) or (task.robot, task.quality) == ("walker2d", "expert"):
+                values |= dict(reference_interval=10_000, actor_grad_norm=0.25)
+        return values
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -301,8 +321,6 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
 def threshold_at(args: Args, env_step: int) -> float:
     """The constraint's threshold (the paper's τ): linear from start to end over `mse_threshold_steps`."""
     start, end = args.mse_threshold_start, args.mse_threshold_end
-    if args.reference == "interval":
-        end /= 4
     return start + (end - start) * min(env_step / args.mse_threshold_steps, 1.0)
 
 
@@ -347,7 +365,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
         # multiplier towards E f = τ
         multiplier_loss = lagrange_loss(agent.log_lagrange, threshold - f.detach(), args.lagrange_expectile)
         return (
-            torch.autograd.grad(actor_loss, actor_params),
+            clip_grad_norm(torch.autograd.grad(actor_loss, actor_params), args.actor_grad_norm),
             torch.autograd.grad(multiplier_loss, [agent.log_lagrange]),
             torch.stack([actor_loss.detach(), f.detach().mean()]),
         )
@@ -443,20 +461,8 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
     return {stage: n * steps.seconds_per_step(step, device) if n else 0.0 for stage, (step, n) in steps_of.items()}
 
 
-def check(args: Args) -> None:
-    cli.check_positive(
-        args, "batch_size", "critic_layers", "log_every", "eval_episodes", "reevaluate_steps", "align_steps",
-        "align_eval_every", "online_steps", "utd", "reference_interval", "reference_window", "eval_every",
-        "mse_threshold_steps", "part_episodes", "policy_freq",
-    )  # fmt: skip
-    cli.check_positive(args, "learning_starts")
-    cli.check_online(args)
-    if args.batch_size % 2:
-        raise cli.UserError(f"--batch-size is {args.batch_size}, but has to be even: half of it is offline data")
-
-
 def main() -> None:
-    args, run, data = report.start(Args, PRESETS, check)
+    args, run, data = report.start(Args, PRESETS)
     device = data.obs.device
     report.estimate(run, estimate(args, data))
 

@@ -16,11 +16,12 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import cli, pretrain
+from common import bounds, cli, pretrain
+from common.bounds import at_least, between
 from common.report import duration
 from common.run import run_name
 from offline import ALGORITHMS, algorithm_args
@@ -43,11 +44,11 @@ class Args:
     """the dataset"""
     dataset_path: str = ""
     """an HDF5 file in D4RL's layout, used in place of the one that --env-id names"""
-    fraction: float = 1.0
+    fraction: Annotated[float, between(0, 1)] = 1.0
     """of the paper's steps in every stage; evaluations stay as frequent as they are there"""
     seed: int = 0
     """seed of the run"""
-    num_seeds: int = 1
+    num_seeds: Annotated[int, at_least(1)] = 1
     """seeds side by side, from --seed on"""
     device: str = "auto"
     """cpu, cuda, …; auto takes the GPU where there is one"""
@@ -81,9 +82,7 @@ def times(run) -> tuple[dict, dict[str, float]]:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    if not 0 < args.fraction <= 1:
-        raise cli.UserError(f"--fraction is {args.fraction}, but has to lie above 0 and not above 1")
-    cli.check_positive(args, "num_seeds")
+    bounds.check(args)
     if args.num_seeds > 1:  # a folder of their own, lest they find a seed that is finished already
         args.run_dir = f"{args.run_dir}/{args.num_seeds}-seeds"
     flags = command_line(args)

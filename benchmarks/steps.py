@@ -76,12 +76,12 @@ def make_step(stage: str, data: datasets.Dataset, compile: bool):
     obs_dim, action_dim, device = data.obs.shape[1], data.actions.shape[1], data.obs.device
     if stage in OFFLINE:
         script = OFFLINE[stage]
-        args = script.Args(compile=compile)
+        args = cli.complete(script.Args(compile=compile))
         agent = script.Agent(args, obs_dim, action_dim).to(device)
         return script.training_step(args, data, agent, script.Optimizers(args, agent))
     name, stage = stage.split("-")
     script, kind = ONLINE[name]
-    args = script.Args(compile=compile)
+    args = cli.complete(script.Args(compile=compile))
     layers = 3 if name == "o2sac" else 2
     actor = Policy(kind, obs_dim, action_dim, layers).state_dict()
     agent = script.Agent(args, dict(obs_dim=obs_dim, action_dim=action_dim, hidden_layers=layers, actor=actor))

@@ -8,20 +8,16 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 import tyro
 
+from common import bounds, tasks
+from common.bounds import at_least, between
+from common.errors import Interrupted, UserError
+
 Args = TypeVar("Args")
-
-
-class UserError(Exception):
-    """Something the user can mend. The message is one sentence that names the remedy."""
-
-
-class Interrupted(Exception):
-    """The user asked the run to stop (Ctrl-C or SIGTERM); what was trained so far is on disk."""
 
 
 HOW_TO_SCHEDULE = (
@@ -41,7 +37,7 @@ class RunArgs:
     """the dataset: a D4RL name, hopper-medium-demo, or a Minari id"""
     dataset_path: str = ""
     """an HDF5 file in D4RL's layout, used in place of the one that --env-id names"""
-    seed: int = 0
+    seed: Annotated[int, between(0, 2**32 - 1)] = 0
     """seed of the networks, of all sampling and of the training environments"""
     device: str = "auto"
     """cpu, cuda, cuda:1, …; auto takes the GPU where there is one"""
@@ -51,7 +47,7 @@ class RunArgs:
     """bitwise repeatable kernels, and no TF32 on a GPU"""
     run_dir: str = "runs"
     """where run folders are made"""
-    checkpoint_seconds: float = 60.0
+    checkpoint_seconds: Annotated[float, at_least(0)] = 60.0
     """time between checkpoints; an interrupted run continues from the last one"""
     track: bool = False
     """log to Weights & Biases too (needs `pip install wandb`)"""
@@ -59,15 +55,22 @@ class RunArgs:
     """the project there"""
     wandb_entity: str | None = None
     """the team there"""
-    eval_episodes: int = 10
+    eval_episodes: Annotated[int, at_least(1)] = 10
     """episodes of an evaluation, played side by side"""
-    eval_workers: int | None = None
+    eval_workers: Annotated[int | None, at_least(0)] = None
     """processes that share these episodes; None: on a GPU as many as there are cores to play them, on a CPU none"""
 
     def __setattr__(self, name: str, value) -> None:
         if name in vars(self):
             raise UserError(f"args.{name} stays as it was set, for steps have read it; {HOW_TO_SCHEDULE}")
         super().__setattr__(name, value)
+
+    def constants(self, task: tasks.Task) -> dict:
+        """Values of the arguments that depend on the data: they stand where neither user nor preset gives another."""
+        return {}
+
+    def check(self) -> None:
+        """What cannot be said of one argument alone. Raises UserError."""
 
 
 @dataclass
@@ -76,31 +79,44 @@ class OnlineArgs(RunArgs):
 
     stages: ClassVar[tuple[str, ...]] = ("reevaluate", "align")
 
-    num_seeds: int = 1
+    num_seeds: Annotated[int, at_least(1)] = 1
     """seeds to run side by side, from --seed on; each has a run folder of its own"""
     offline: str = "cql"
     """cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of any policy"""
-    offline_steps: int | None = None
+    offline_steps: Annotated[int | None, at_least(1)] = None
     """gradient steps of the offline algorithm, if it has to be trained; None: its own default or the preset's"""
-    holdout: float = 0.01
+    holdout: Annotated[float, between(0, 0.5)] = 0.01
     """share of the dataset that is kept out of fine-tuning, in whole episodes, to measure the critic on (probe/…)"""
-    probe_every: int = 1_000
+    probe_every: Annotated[int, at_least(1)] = 1_000
     """environment steps between those measurements (O2PPO: every rollout); before, they come with every logged mean"""
     trust_checkpoint: bool = False
     """load a TorchScript policy, which is a program; all other formats are read without running anything"""
     capture_video: bool = False
     """film an episode of the final policy (needs `pip install moviepy`)"""
 
+    def check(self) -> None:
+        if self.capture_video:
+            check_video()
+
 
 def parse(args_class: type[Args], presets: dict[str, dict], argv: list[str] | None = None) -> Args:
     """Read the command line twice: once for `--preset`, then again with that preset's values as the defaults.
 
-    What the user writes on the command line therefore always wins over the preset.
+    What the user writes on the command line therefore always wins over the preset, and both win over `constants`.
     """
     doc = sys.modules[args_class.__module__].__doc__
     preset = tyro.cli(args_class, args=argv, description=doc).preset
     defaults = dataclasses.replace(args_class(), preset=preset, **presets.get(preset, {}))
-    return tyro.cli(args_class, args=argv, default=defaults, description=doc)
+    return complete(tyro.cli(args_class, args=argv, default=defaults, description=doc))
+
+
+def complete(args: Args) -> Args:
+    """`args` with the constants of their data in the place of None, and checked. Raises UserError."""
+    bounds.check(args)
+    constants = args.constants(tasks.resolve(args.env_id, args.dataset_path))
+    args = dataclasses.replace(args, **{k: value for k, value in constants.items() if getattr(args, k) is None})
+    args.check()
+    return args
 
 
 def run(main: Callable[[], None]) -> None:
@@ -121,25 +137,6 @@ def _fail(message: str, code: int) -> int:
     with contextlib.suppress(OSError):  # nobody may be reading any more
         print(message, file=sys.stderr, flush=True)
     return code
-
-
-def check_positive(args, *names: str, at_least: float = 1) -> None:
-    """Refuse budgets and sizes below `at_least`. Raises UserError."""
-    for name in names:
-        if not getattr(args, name) >= at_least:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is {getattr(args, name)}, but has to be at least {at_least}")
-
-
-def check_online(args: OnlineArgs) -> None:
-    """What a fine-tuning run would only stumble over at its end."""
-    if args.offline_steps is not None:
-        check_positive(args, "offline_steps")
-    check_positive(args, "probe_every", "num_seeds")
-    if not 0 <= args.holdout <= 0.5:
-        raise UserError(f"--holdout is {args.holdout}, but has to lie between 0 and 0.5")
-    if args.capture_video:
-        check_video()
 
 
 def check_video() -> None:

@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from common.cli import UserError, check_positive
+from common.cli import UserError
 from common.envs import make_env
 from common.tasks import Task
 
@@ -91,8 +91,6 @@ def make_evaluator(args, data, mean: torch.Tensor, std: torch.Tensor) -> Evaluat
     workers = args.eval_workers
     if workers is None:
         workers = min(args.eval_episodes, torch.get_num_threads()) if data.obs.is_cuda else 0
-    else:
-        check_positive(args, "eval_workers", at_least=0)
     return Evaluator(data.task, mean, std, args.eval_episodes, workers=workers)
 
 

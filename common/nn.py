@@ -46,11 +46,20 @@ def mlp(inputs: int, hidden_layers: int, outputs: int, width: int = 256, activat
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 
 
-def ensemble_mlp(n: int, inputs: int, hidden_layers: int, outputs: int, layer_norm: bool = False) -> nn.Sequential:
-    """`n` networks side by side, (n, B, inputs) -> (n, B, outputs): Linear → (LayerNorm →) ReLU, 256 units a layer."""
+def ensemble_mlp(n: int, inputs: int, hidden_layers: int, outputs: int, layer_norm: bool | str = False):
+    """`n` networks side by side, (n, B, inputs) -> (n, B, outputs), 256 units a layer.
+
+    `layer_norm`: a LayerNorm before each ReLU; "after": behind it.
+    """
     layers = []
     for _ in range(hidden_layers):
-        layers += [EnsembleLinear(n, inputs, 256), *[EnsembleLayerNorm(n, 256)] * layer_norm, nn.ReLU(inplace=True)]
+        layers.append(EnsembleLinear(n, inputs, 256))
+        if layer_norm == "after":
+            layers += [nn.ReLU(inplace=True), EnsembleLayerNorm(n, 256)]
+        elif layer_norm:
+            layers += [EnsembleLayerNorm(n, 256), nn.ReLU(inplace=True)]
+        else:
+            layers += [nn.ReLU(inplace=True)]
         inputs = 256
     return nn.Sequential(*layers, EnsembleLinear(n, inputs, outputs))
 
@@ -89,8 +98,10 @@ class Adam:
                 mine.copy_(theirs)
 
 
-def clip_grad_norm(grads, max_norm: float) -> list[torch.Tensor]:
-    """The gradients, scaled down together where their common norm is above `max_norm`."""
+def clip_grad_norm(grads, max_norm: float | None) -> list[torch.Tensor]:
+    """The gradients, scaled down together where their common norm is above `max_norm`; None leaves them as they are."""
+    if max_norm is None:
+        return list(grads)
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return [grad * scale for grad in grads]

@@ -3,20 +3,26 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from common import agreement, cli, datasets, loop, steps
+from common.bounds import at_least
 from common.checkpoint import seed_everything
 from common.evaluation import make_evaluator
 from common.policies import save_policy
 from common.run import Run, dataset_label
 
+import torch
+
 
 @dataclass
 class PretrainArgs(cli.RunArgs):
-    log_every: int = 1_000
+    log_every: Annotated[int, at_least(1)] = 1_000
     """steps between logged means"""
-    eval_every: int = 5_000
+    eval_every: Annotated[int, at_least(1)] = 5_000
     """steps between evaluations"""
+    standardise: bool = True
+    """standardise observations with the dataset's mean and std, here and in all that starts from this policy"""
 
 
 def run_name(args) -> str:
@@ -31,10 +37,11 @@ def train(algorithm: str, args, data: datasets.Dataset, Agent, Optimizers, train
     `Agent(args, obs_dim, action_dim)` has `kind`, `actor`, `act(obs)` (its most likely actions) and, where it learns
     one, `critic` with `critic_target`; `training_step(args, data, agent, optimizers)` gives the step.
     """
-    cli.check_positive(args, "steps", "batch_size", "hidden_layers", "log_every", "eval_every", "eval_episodes")
     run = Run(args, run_name(args))
     path = run.dir / "policy.pt"
     mean, std = data.statistics()
+    if not args.standardise:
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
     data.standardise(mean, std)
     if path.exists():
         return path

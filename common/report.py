@@ -32,10 +32,9 @@ def hardware(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
 
 
-def start(args_class, presets: dict, check) -> tuple:
+def start(args_class, presets: dict) -> tuple:
     """Command line, device, run folder and dataset of a fine-tuning script: (args, run, data)."""
     args = cli.parse(args_class, presets)
-    check(args)
     device = cli.resolve_device(args.device)
     if args.num_seeds > 1:
         datasets.load(args.env_id, args.dataset_path)  # downloaded once, and refused once

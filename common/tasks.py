@@ -13,7 +13,7 @@ from pathlib import Path
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
-from common.cli import UserError
+from common.errors import UserError
 
 SHIPPED = Path(__file__).parent.parent / "datasets"
 ROBOTS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
@@ -47,8 +47,14 @@ class Task:
 
     @property
     def expert(self) -> bool:
-        """Whether the data are an expert's, all or in part: the paper's constants differ there."""
-        return "expert" in self.data
+        """Whether the data are an expert's, all or in part (medium-expert): the paper's constants differ there."""
+        return "expert" in self.data.lower()
+
+    @property
+    def quality(self) -> str:
+        """D4RL's word for the policies that the data come from: one of `QUALITIES`, or "" where the name holds none."""
+        name = self.data.lower().replace("_", "-")
+        return max((quality for quality in QUALITIES if quality in name), key=len, default="")
 
     @property
     def robot(self) -> str:

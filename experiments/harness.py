@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 FINETUNING_ARGS = {
     "constrain", "online_steps", "learning_starts", "utd", "reference", "reference_interval", "reference_window",
     "reference_margin", "eval_every", "probe_every", "kl_threshold_start", "kl_threshold_end", "kl_threshold_steps",
-    "mse_threshold_start", "mse_threshold_end", "mse_threshold_steps", "beta_start", "beta_steps",
+    "mse_threshold_start", "mse_threshold_end", "mse_threshold_steps", "beta_start", "beta_steps", "actor_grad_norm",
 }  # fmt: skip
 
 

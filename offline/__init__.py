@@ -25,9 +25,8 @@ def algorithm_args(args):
     script = importlib.import_module(f"offline.{args.offline}")
     chosen = script.PRESETS.get(args.preset, {}) | {key: getattr(args, key) for key in SHARED}
     if args.offline_steps is not None:
-        cli.check_positive(args, "offline_steps")
         chosen |= dict(steps=args.offline_steps, exp_name=f"{args.offline}-{args.offline_steps}")
-    return script, script.Args(**chosen)
+    return script, cli.complete(script.Args(**chosen))
 
 
 def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:

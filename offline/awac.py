@@ -8,10 +8,12 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli, datasets, pretrain, steps
+from common.bounds import above, at_least, between
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak
 from common.replay import sample
 
@@ -29,21 +31,21 @@ class Args(pretrain.PretrainArgs):
     exp_name: str = "awac"
     """the name of this experiment, a part of the run folder's name"""
 
-    steps: int = 1_000_000
+    steps: Annotated[int, at_least(1)] = 1_000_000
     """gradient steps"""
-    batch_size: int = 256
+    batch_size: Annotated[int, at_least(1)] = 256
     """transitions in a batch"""
-    gamma: float = 0.99
+    gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
-    tau: float = 0.005
+    tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor of the target critics"""
-    lr: float = 3e-4
+    lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the actor and of the critics"""
-    hidden_layers: int = 3
+    hidden_layers: Annotated[int, at_least(1)] = 3
     """hidden layers of 256 units in every network"""
-    temperature: float = 1 / 3
-    """the paper's λ: advantages are divided by it (0.1 on expert-like and manipulation data)"""
-    max_weight: float = 100.0
+    temperature: Annotated[float, above(0)] = 1 / 3
+    """the paper's λ: advantages are divided by it (on all locomotion data; on AntMaze, Maze2D and Adroit 0.1)"""
+    max_weight: Annotated[float, above(0)] = 100.0
     """advantage weights are clipped at this"""
 
 
@@ -152,7 +154,6 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
 
 def train(args: Args, data: datasets.Dataset) -> Path:
     """Train on `data` and return the policy's path; see `pretrain.train`."""
-    cli.check_positive(args, "temperature", at_least=1e-6)
     return pretrain.train("awac", args, data, Agent, Optimizers, training_step)
 
 

@@ -7,10 +7,12 @@ Writes the policy to runs/<env_id>__bc__<seed>/policy.pt. There is no critic.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli, datasets, pretrain, steps
+from common.bounds import at_least, between
 from common.nn import Adam, gaussian_log_prob, mlp
 from common.replay import sample
 
@@ -28,15 +30,15 @@ class Args(pretrain.PretrainArgs):
     exp_name: str = "bc"
     """the name of this experiment, a part of the run folder's name"""
 
-    steps: int = 1_000_000
+    steps: Annotated[int, at_least(1)] = 1_000_000
     """gradient steps"""
-    batch_size: int = 256
+    batch_size: Annotated[int, at_least(1)] = 256
     """transitions in a batch"""
-    lr: float = 3e-4
+    lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate"""
-    hidden_layers: int = 2
+    hidden_layers: Annotated[int, at_least(1)] = 2
     """hidden layers of 256 units"""
-    top_fraction: float = 1.0
+    top_fraction: Annotated[float, between(0, 1)] = 1.0
     """share of the episodes, those of highest return, that is imitated (0.1: the field's 10% BC)"""
 
 

@@ -9,10 +9,12 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli, datasets, pretrain, steps
+from common.bounds import at_least, between
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det
 from common.replay import sample
 
@@ -31,23 +33,23 @@ class Args(pretrain.PretrainArgs):
     exp_name: str = "cql"
     """the name of this experiment, a part of the run folder's name"""
 
-    steps: int = 1_000_000
+    steps: Annotated[int, at_least(1)] = 1_000_000
     """gradient steps"""
-    batch_size: int = 256
+    batch_size: Annotated[int, at_least(1)] = 256
     """transitions in a batch"""
-    gamma: float = 0.99
+    gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
-    tau: float = 0.005
+    tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor of the target critics"""
-    actor_lr: float = 3e-5
+    actor_lr: Annotated[float, at_least(0)] = 3e-5
     """learning rate of the actor and of the temperature"""
-    critic_lr: float = 3e-4
+    critic_lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the critics"""
-    hidden_layers: int = 3
+    hidden_layers: Annotated[int, at_least(1)] = 3
     """hidden layers of 256 units in the actor and in each critic"""
-    alpha: float = 10.0
+    alpha: Annotated[float, at_least(0)] = 10.0
     """weight of the conservative term"""
-    n_actions: int = 10
+    n_actions: Annotated[int, at_least(1)] = 10
     """actions sampled from each of: uniform, policy at s, policy at s'"""
 
 
@@ -187,7 +189,6 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
 
 def train(args: Args, data: datasets.Dataset) -> Path:
     """Train on `data` and return the policy's path; see `pretrain.train`."""
-    cli.check_positive(args, "n_actions")
     return pretrain.train("cql", args, data, Agent, Optimizers, training_step)
 
 

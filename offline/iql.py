@@ -9,10 +9,12 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli, datasets, pretrain, steps
+from common.bounds import above, at_least, between
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak
 from common.replay import sample
 
@@ -30,23 +32,23 @@ class Args(pretrain.PretrainArgs):
     exp_name: str = "iql"
     """the name of this experiment, a part of the run folder's name"""
 
-    steps: int = 1_000_000
+    steps: Annotated[int, at_least(1)] = 1_000_000
     """gradient steps"""
-    batch_size: int = 256
+    batch_size: Annotated[int, at_least(1)] = 256
     """transitions in a batch"""
-    gamma: float = 0.99
+    gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
-    tau: float = 0.005
+    tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor of the target critics"""
-    lr: float = 3e-4
+    lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the actor (annealed to zero by a cosine), of the critics and of the value"""
-    hidden_layers: int = 2
+    hidden_layers: Annotated[int, at_least(1)] = 2
     """hidden layers of 256 units in every network"""
-    expectile: float = 0.7
+    expectile: Annotated[float, between(0, 1)] = 0.7
     """the expectile that V regresses on (AntMaze: 0.9)"""
-    beta: float = 3.0
+    beta: Annotated[float, at_least(0)] = 3.0
     """inverse temperature of the advantage weights (AntMaze: 10)"""
-    max_weight: float = 100.0
+    max_weight: Annotated[float, above(0)] = 100.0
     """advantage weights are clipped at this"""
 
 

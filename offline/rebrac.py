@@ -1,5 +1,6 @@
 """ReBRAC (Tarasov et al., NeurIPS 2023): TD3+BC with the penalty in the critic's target too, each with a weight of its
-own, deeper networks and layer normalisation. Writes to runs/<env_id>__rebrac__<seed>/policy.pt.
+own, deeper networks and layer normalisation, on observations as they are. Writes to
+runs/<env_id>__rebrac__<seed>/policy.pt.
 
     python offline/rebrac.py --env-id hopper-medium-v2
 """
@@ -9,12 +10,15 @@ import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli, datasets, pretrain, steps
+from common.bounds import at_least, between
 from common.nn import Adam, ensemble_mlp, mlp, polyak
 from common.replay import sample
+from common.tasks import Task
 
 import torch
 from torch import nn
@@ -25,39 +29,55 @@ PRESETS = {
     "quick": dict(steps=30_000, batch_size=256, eval_every=10_000),
 }  # fmt: skip
 
-# The paper's weights, tuned for each dataset: (actor, critic). Others take the defaults below.
-COEFFICIENTS = {
-    "hopper-medium-v2": (0.01, 0.01), "halfcheetah-medium-v2": (0.001, 0.01), "walker2d-medium-v2": (0.05, 0.1),
-}  # fmt: skip
+# The paper's weights of imitation in actor and critic, tuned for each of these datasets; for no other is there any
+PUBLISHED = {
+    "random": {"halfcheetah": (0.001, 0.1), "hopper": (0.001, 0.01), "walker2d": (0.01, 0.0)},
+    "medium": {"halfcheetah": (0.001, 0.01), "hopper": (0.01, 0.01), "walker2d": (0.05, 0.1)},
+    "medium-replay": {"halfcheetah": (0.01, 0.001), "hopper": (0.05, 0.5), "walker2d": (0.05, 0.01)},
+    "full-replay": {"halfcheetah": (0.001, 0.1), "hopper": (0.01, 0.01), "walker2d": (0.01, 0.01)},
+    "medium-expert": {"halfcheetah": (0.01, 0.1), "hopper": (0.1, 0.01), "walker2d": (0.01, 0.01)},
+    "expert": {"halfcheetah": (0.01, 0.01), "hopper": (0.1, 0.1), "walker2d": (0.01, 0.5)},
+}
+
+
+def published(task: Task) -> tuple[float, float] | None:
+    return PUBLISHED.get(task.quality, {}).get(task.robot)
 
 
 @dataclass
 class Args(pretrain.PretrainArgs):
     exp_name: str = "rebrac"
     """the name of this experiment, a part of the run folder's name"""
+    standardise: bool = False
+    """standardise observations with the dataset's mean and std, here and in all that starts from this policy"""
 
-    steps: int = 1_000_000
+    steps: Annotated[int, at_least(1)] = 1_000_000
     """gradient steps"""
-    batch_size: int = 1024
+    batch_size: Annotated[int, at_least(1)] = 1024
     """transitions in a batch"""
-    gamma: float = 0.99
+    gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
-    tau: float = 0.005
+    tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor of the targets"""
-    lr: float = 1e-3
+    lr: Annotated[float, at_least(0)] = 1e-3
     """learning rate of the actor and of the critics"""
-    hidden_layers: int = 3
+    hidden_layers: Annotated[int, at_least(1)] = 3
     """hidden layers of 256 units in every network"""
-    actor_bc_coef: float | None = None
+    actor_bc_coef: Annotated[float | None, at_least(0)] = None
     """weight of imitation in the actor's loss (the paper's β1); None: the paper's for this dataset, else 0.01"""
-    critic_bc_coef: float | None = None
+    critic_bc_coef: Annotated[float | None, at_least(0)] = None
     """weight of imitation in the critic's target (β2); None: the paper's for this dataset, else 0.01"""
-    policy_noise: float = 0.2
+    policy_noise: Annotated[float, at_least(0)] = 0.2
     """standard deviation of the noise on target actions"""
-    noise_clip: float = 0.5
+    noise_clip: Annotated[float, at_least(0)] = 0.5
     """that noise is clipped at this"""
-    policy_freq: int = 2
+    policy_freq: Annotated[int, at_least(1)] = 2
     """critic updates per update of the actor and of the targets"""
+
+    def constants(self, task: Task) -> dict:
+        """The paper's for the dataset."""
+        actor, critic = published(task) or (0.01, 0.01)
+        return dict(actor_bc_coef=actor, critic_bc_coef=critic)
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -77,7 +97,7 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q networks side by side: (B, S), (B, A) -> (2, B), layer-normalised."""
 
-    layer_norm = True
+    layer_norm = "after"
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
         super().__init__()
@@ -115,20 +135,10 @@ class Optimizers(dict):
         )
 
 
-def bc_coefficients(args: Args) -> tuple[float, float]:
-    """β1 and β2."""
-    actor_coef, critic_coef = COEFFICIENTS.get(args.env_id, (0.01, 0.01))
-    return (
-        actor_coef if args.actor_bc_coef is None else args.actor_bc_coef,
-        critic_coef if args.critic_bc_coef is None else args.critic_bc_coef,
-    )
-
-
 def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: Optimizers):
     """One update of the critics, and at every `policy_freq`-th call of the actor and of the targets."""
     actor, actor_target, critic, critic_target = agent.actor, agent.actor_target, agent.critic, agent.critic_target
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
-    actor_bc_coef, critic_bc_coef = bc_coefficients(args)
     actor_loss_held = torch.zeros((), device=data.obs.device)  # logged at every step, computed at every second one
 
     def critic_gradients():
@@ -138,7 +148,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
             noise = (torch.randn_like(actions) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
             next_actions = (actor_target(next_obs) + noise).clamp(-1, 1)
             penalty = ((next_actions - data.next_actions[rows]) ** 2).sum(1)
-            next_q = critic_target(next_obs, next_actions).amin(0) - critic_bc_coef * penalty
+            next_q = critic_target(next_obs, next_actions).amin(0) - args.critic_bc_coef * penalty
             y = rewards + args.gamma * (1 - terminations) * next_q
         q = critic(obs, actions)
         critic_loss = ((q - y) ** 2).mean(1).sum()
@@ -150,7 +160,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
         new_actions = actor(obs)
         q = critic(obs, new_actions).amin(0)
         imitation = ((new_actions - actions) ** 2).sum(1).mean()
-        actor_loss = -q.mean() / q.abs().mean().detach() + actor_bc_coef * imitation
+        actor_loss = -q.mean() / q.abs().mean().detach() + args.actor_bc_coef * imitation
         return torch.autograd.grad(actor_loss, actor_params), actor_loss.detach()
 
     critic_gradients = steps.compiled(critic_gradients, args.compile)
@@ -173,7 +183,11 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
 
 def train(args: Args, data: datasets.Dataset) -> Path:
     """Train on `data` and return the policy's path; see `pretrain.train`."""
-    cli.check_positive(args, "policy_freq")
+    if not published(data.task):
+        print(
+            f"ReBRAC's paper has no weights of imitation for {data.task.data}: this run takes {args.actor_bc_coef} and "
+            f"{args.critic_bc_coef} (--actor-bc-coef, --critic-bc-coef; 0.01 by default)"
+        )
     return pretrain.train("rebrac", args, data, Agent, Optimizers, training_step)
 
 

@@ -9,10 +9,12 @@ import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli, datasets, pretrain, steps
+from common.bounds import at_least, between
 from common.nn import Adam, ensemble_mlp, mlp, polyak
 from common.replay import sample
 
@@ -30,25 +32,25 @@ class Args(pretrain.PretrainArgs):
     exp_name: str = "td3_bc"
     """the name of this experiment, a part of the run folder's name"""
 
-    steps: int = 1_000_000
+    steps: Annotated[int, at_least(1)] = 1_000_000
     """gradient steps"""
-    batch_size: int = 256
+    batch_size: Annotated[int, at_least(1)] = 256
     """transitions in a batch"""
-    gamma: float = 0.99
+    gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
-    tau: float = 0.005
+    tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor of the targets"""
-    lr: float = 3e-4
+    lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the actor and of the critics"""
-    hidden_layers: int = 2
+    hidden_layers: Annotated[int, at_least(1)] = 2
     """hidden layers of 256 units in every network"""
-    alpha: float = 2.5
+    alpha: Annotated[float, at_least(0)] = 2.5
     """weight of Q, which is normalised, against imitation"""
-    policy_noise: float = 0.2
+    policy_noise: Annotated[float, at_least(0)] = 0.2
     """standard deviation of the noise on target actions"""
-    noise_clip: float = 0.5
+    noise_clip: Annotated[float, at_least(0)] = 0.5
     """that noise is clipped at this"""
-    policy_freq: int = 2
+    policy_freq: Annotated[int, at_least(1)] = 2
     """critic updates per update of the actor and of the targets"""
 
 
@@ -152,7 +154,6 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
 
 def train(args: Args, data: datasets.Dataset) -> Path:
     """Train on `data` and return the policy's path; see `pretrain.train`."""
-    cli.check_positive(args, "policy_freq")
     return pretrain.train("td3_bc", args, data, Agent, Optimizers, training_step)
 
 

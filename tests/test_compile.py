@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import o2sac
+from common import cli
 from common.replay import ReplayBuffer
 from offline import cql
 
@@ -21,7 +22,7 @@ def make(stage, data, compile, dtype=torch.float32):
         agent = cql.Agent(args, 11, 3).to(dtype)
         optimizers = cql.Optimizers(args, agent)
         return cql.training_step(args, data, agent, optimizers), {"agent": agent, **optimizers}
-    args = o2sac.Args(compile=compile, batch_size=32, utd=1)
+    args = cli.complete(o2sac.Args(compile=compile, batch_size=32, utd=1))
     actor = o2sac.Actor(11, 3).state_dict()
     agent = o2sac.Agent(args, dict(obs_dim=11, action_dim=3, hidden_layers=3, actor=actor)).to(dtype)
     optimizers = o2sac.Optimizers(args, agent)

@@ -5,7 +5,7 @@ import torch
 
 import o2sac
 from benchmarks import steps as benchmark
-from common import steps
+from common import cli, steps
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = torch.device("cuda")
@@ -37,7 +37,7 @@ def test_tf32_moves_q_no_further_than_rounding_does():
         torch.set_float32_matmul_precision(precision)
         torch.manual_seed(0)
         data = benchmark.random_data(benchmark.Args(transitions=2_000), DEVICE)
-        args = o2sac.Args(compile=False)
+        args = cli.complete(o2sac.Args(compile=False))
         policy = dict(obs_dim=11, action_dim=3, hidden_layers=3, actor=o2sac.Actor(11, 3).state_dict())
         agent = o2sac.Agent(args, policy).to(DEVICE)
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """Every loss and target of O2PPO against an independent float64 version, written from the equations."""
 
 import copy
+import io
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch.distributions import Normal
 
 import o2ppo
+from common import tasks
 from common.envs import VectorEpisodes
 from tests.reference import A, B, Recorder, S, critic64, fixed_rows, mlp64, noises, same
 
@@ -32,6 +34,54 @@ def policy64(actor, obs):
 
 def v64(value, obs):
     return mlp64(value.net, obs, torch.tanh)[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------- rewards
+
+
+def discounted(episodes, gamma=0.99):
+    """R ← γR + r, from zero in each episode: of all their steps in a row."""
+    out = []
+    for rewards in episodes:
+        total = 0.0
+        for reward in rewards:
+            total = gamma * total + float(reward)
+            out.append(total)
+    return out
+
+
+def episodes_of(data):
+    rows = {}
+    for episode, reward in zip(data.episode.tolist(), data.rewards.tolist(), strict=True):
+        rows.setdefault(episode, []).append(reward)
+    return list(rows.values())
+
+
+def test_rewards_of_the_data_are_divided_by_the_std_of_their_discounted_return(data):
+    scale = o2ppo.RewardScale(0.99)
+    scaled = o2ppo.scaled(data, scale)
+    std = np.std(discounted(episodes_of(data)))
+    assert (data.terminations == 1).any() and std > 1.5  # of one reward it is 1
+    torch.testing.assert_close(scaled.rewards, data.rewards / float(std))  # those of last steps, too
+    torch.testing.assert_close(scaled.table[:, 2 * S + A], scaled.rewards)  # what batches are drawn from
+    assert torch.equal(scaled.returns, data.returns)
+
+
+def test_the_running_std_goes_on_online_and_through_a_checkpoint(data):
+    scale = o2ppo.RewardScale(0.99)
+    o2ppo.scaled(data, scale)
+    rng = np.random.default_rng(0)
+    rewards, ended = rng.normal(3.0, 2.0, (3, 50, 2)).astype(np.float32), rng.random((3, 50, 2)) < 0.1
+    for rollout in range(3):
+        got = scale(rewards[rollout], ended[rollout])
+        so_far, ends = rewards[: rollout + 1].reshape(-1, 2), ended[: rollout + 1].reshape(-1, 2)
+        online = [np.split(so_far[:, i], np.flatnonzero(ends[:, i]) + 1) for i in range(2)]
+        everything = discounted(episodes_of(data)) + discounted(online[0]) + discounted(online[1])
+        np.testing.assert_allclose(got, rewards[rollout] / np.std(everything), rtol=1e-5)
+        saved = io.BytesIO()
+        torch.save(scale.state_dict(), saved)
+        scale = o2ppo.RewardScale(0.99)
+        scale.load_state_dict(torch.load(io.BytesIO(saved.getvalue()), weights_only=True))
 
 
 # ----------------------------------------------------------------------------------------------- re-evaluation
@@ -147,8 +197,8 @@ def test_mixed_advantage_is_normalised(agent, data, beta):
 
 
 def test_beta_schedule():
-    assert [o2ppo.beta_at(o2ppo.Args(), step) for step in (0, 125_000, 250_000, 300_000)] == [1.0, 0.5, 0.0, 0.0]
-    assert o2ppo.beta_at(o2ppo.Args(env_id="hopper-expert-v2"), 250_000) == 0.5
+    args = o2ppo.Args(beta_steps=250_000)
+    assert [o2ppo.beta_at(args, step) for step in (0, 125_000, 250_000, 300_000)] == [1.0, 0.5, 0.0, 0.0]
     assert o2ppo.beta_at(o2ppo.Args(constrain=False), 0) == 0.0
 
 
@@ -206,7 +256,7 @@ def test_every_row_is_used_once_an_epoch(agent):
 def test_rollout_keeps_unclipped_actions_and_true_next_states(agent):
     with torch.no_grad():
         agent.actor.log_std.fill_(0.5)  # so wide that many actions lie outside [-1, 1]
-    env = VectorEpisodes("Hopper-v4", np.zeros(S), np.ones(S), 3, seed=1)
+    env = VectorEpisodes(tasks.resolve(tasks.DEMO), np.zeros(S), np.ones(S), 3, seed=1)
     played = []
     step = env.step
     env.step = lambda actions: played.append(actions) or step(actions)
@@ -220,8 +270,9 @@ def test_rollout_keeps_unclipped_actions_and_true_next_states(agent):
     np.testing.assert_array_equal(follows, ~ended[:-1])  # after an end comes another episode, not its next state
 
 
-def test_std_is_capped_on_hopper_expert_data():
+def test_std_is_capped_at_the_start():
     policy = dict(obs_dim=S, action_dim=A, hidden_layers=2, actor=o2ppo.Actor(S, A).state_dict())
-    std = o2ppo.Agent(o2ppo.Args(env_id="hopper-expert-v2"), policy).actor(torch.zeros(1, S))[1].exp()
-    torch.testing.assert_close(std, torch.full((A,), 0.05))
-    assert (o2ppo.Agent(o2ppo.Args(env_id="walker2d-expert-v2"), policy).actor(torch.zeros(1, S))[1].exp() == 1).all()
+    agent = o2ppo.Agent(o2ppo.Args(max_std_start=0.05), policy)
+    for actor in (agent.actor, agent.actor_reference):
+        torch.testing.assert_close(actor(torch.zeros(1, S))[1].exp(), torch.full((A,), 0.05))
+    assert (o2ppo.Agent(o2ppo.Args(), policy).actor(torch.zeros(1, S))[1].exp() == 1).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import o2sac
-from common import replay
+from common import cli, replay
 from offline import cql
 from tests.reference import A, B, Recorder, S, actor64, critic64, fixed_rows, log_prob64, noises, same, squashed
 
@@ -15,7 +15,7 @@ from tests.reference import A, B, Recorder, S, actor64, critic64, fixed_rows, lo
 @pytest.fixture
 def agent():
     torch.manual_seed(3)
-    args = o2sac.Args()
+    args = cli.complete(o2sac.Args())
     actor = o2sac.Actor(S, A).state_dict()
     agent = o2sac.Agent(args, dict(obs_dim=S, action_dim=A, hidden_layers=3, actor=actor))
     with torch.no_grad():  # everything different from everything else
@@ -58,7 +58,7 @@ def test_weights_are_orthogonal():
 
 
 def test_reevaluation(agent, data, monkeypatch):
-    args, optimizers = o2sac.Args(compile=False, batch_size=B), Recorder()
+    args, optimizers = cli.complete(o2sac.Args(compile=False, batch_size=B)), Recorder()
     obs, actions, rewards, next_obs, terminations, _ = fixed_rows(monkeypatch, o2sac, data)
     (noise,) = noises(monkeypatch, (B, A))
     before = copy.deepcopy(agent.critic_target)
@@ -80,7 +80,7 @@ def test_reevaluation(agent, data, monkeypatch):
 
 
 def test_alignment(agent, data, monkeypatch):
-    args, optimizers = o2sac.Args(compile=False, batch_size=B), Recorder()
+    args, optimizers = cli.complete(o2sac.Args(compile=False, batch_size=B)), Recorder()
     obs, *_ = fixed_rows(monkeypatch, o2sac, data)
     (noise,) = noises(monkeypatch, (B, A))
     frozen = copy.deepcopy((agent.critic_target, agent.actor_offline))
@@ -113,7 +113,7 @@ def test_alignment(agent, data, monkeypatch):
 
 @pytest.mark.parametrize("constrain", [True, False])
 def test_finetuning(agent, data, monkeypatch, constrain):
-    args, optimizers = o2sac.Args(compile=False, batch_size=B, utd=2, constrain=constrain), Recorder()
+    args, optimizers = cli.complete(o2sac.Args(compile=False, batch_size=B, utd=2, constrain=constrain)), Recorder()
     buffer = replay.ReplayBuffer(data, 10, "half")
     rows = torch.randint(len(data), (2, B))
     batches = [replay.split(data.table[r], S, A) for r in rows]
@@ -169,10 +169,45 @@ def test_reference_log_prob_is_floored(agent, data, monkeypatch):
     with torch.no_grad():
         agent.actor_reference.net[-1].bias[A:] = -15.0
         agent.actor_reference.net[-1].bias[:A] = 3.0
-    args = o2sac.Args(compile=False, batch_size=B, utd=1)
+    args = cli.complete(o2sac.Args(compile=False, batch_size=B, utd=1))
     buffer = replay.ReplayBuffer(data, 10, "all")
     metrics = o2sac.finetuning_step(args, buffer, agent, Recorder(), torch.tensor(1.0))()
     assert 40 < metrics["kl"] < 60
+
+
+def test_the_gradient_of_the_actor_alone_is_clipped(agent, data):
+    def gradients(norm):
+        args, optimizers = cli.complete(o2sac.Args(compile=False, batch_size=B, actor_grad_norm=norm)), Recorder()
+        torch.manual_seed(1)
+        buffer, fresh = replay.ReplayBuffer(data, 10, "all"), copy.deepcopy(agent)
+        step = o2sac.finetuning_step(args, buffer, fresh, optimizers, torch.tensor(0.1))
+        for _ in range(2):
+            step()
+        flat = [torch.cat([grad.flatten() for grad in slot.calls[0]]) for slot in optimizers.values()]
+        return dict(zip(optimizers, flat, strict=True))
+
+    free, clipped = gradients(None), gradients(0.01)
+    length = free["actor_optimizer"].norm()
+    assert length > 0.02
+    torch.testing.assert_close(clipped.pop("actor_optimizer"), free.pop("actor_optimizer") * (0.01 / length))
+    assert free.keys() == clipped.keys() and all(torch.equal(free[name], clipped[name]) for name in free)
+
+
+def test_a_temperature_of_zero_stays_zero(data):
+    """SAC without its entropy term: every stage takes it, and nothing is infinite but its logarithm."""
+    args = cli.complete(o2sac.Args(compile=False, batch_size=B, utd=2, alpha=0.0))
+    policy = dict(obs_dim=S, action_dim=A, hidden_layers=3, actor=o2sac.Actor(S, A).state_dict())
+    agent = o2sac.Agent(args, policy)
+    optimizers, buffer = o2sac.Optimizers(args, agent), replay.ReplayBuffer(data, 10, "all")
+    for step in (
+        o2sac.reevaluation_step(args, data, agent, optimizers),
+        o2sac.alignment_step(args, data, agent, optimizers),
+        o2sac.finetuning_step(args, buffer, agent, optimizers, torch.tensor(0.1)),
+    ):
+        metrics = [step() for _ in range(3)][-1]
+        assert all(value.isfinite() for value in metrics.values())
+    assert metrics["alpha"] == 0 and agent.log_alpha == -torch.inf
+    assert all(value.isfinite().all() for name, value in agent.state_dict().items() if name != "log_alpha")
 
 
 # ----------------------------------------------------------------------------------------------- the constraint
@@ -193,15 +228,11 @@ def test_a_violation_weighs_more_than_its_opposite():
 
 
 def test_threshold_schedule():
-    args = o2sac.Args()
+    args = cli.complete(o2sac.Args())
     assert o2sac.threshold_at(args, 0) == 0.125
     assert o2sac.threshold_at(args, 50_000) == pytest.approx((0.125 + 2.0) / 2)
     assert o2sac.threshold_at(args, 100_000) == o2sac.threshold_at(args, 300_000) == 2.0
-    expert = o2sac.Args(env_id="hopper-expert-v2")
-    assert (o2sac.threshold_at(expert, 0), o2sac.threshold_at(expert, 100_000)) == (0.005, 0.125)
-    assert o2sac.threshold_at(o2sac.Args(env_id="hopper-medium-expert-v2"), 0) == 0.125
-    assert o2sac.threshold_at(o2sac.Args(reference="interval"), 100_000) == 0.5
-    assert o2sac.threshold_at(o2sac.Args(kl_threshold_start=1.0, kl_threshold_end=3.0), 50_000) == 2.0
+    assert o2sac.threshold_at(cli.complete(o2sac.Args(kl_threshold_start=1.0, kl_threshold_end=3.0)), 50_000) == 2.0
 
 
 # ----------------------------------------------------------------------------------------------- CQL

@@ -163,7 +163,7 @@ def test_variants(script, flags, finished, run_script):
     ("script", "flags", "words"),
     [
         ("o2td3", ["--policy-freq", "0"], "--policy-freq is 0"),
-        ("o2td3", ["--batch-size", "33"], "has to be even"),
+        ("o2td3", ["--batch-size", "33"], "has to be an even number"),
         ("o2td3", ["--offline", "nowhere.zip"], "there is no checkpoint nowhere.zip"),
         ("o2td3", ["--offline", "bc", "--no-reevaluate"], "has no critic, which --no-reevaluate needs"),
         ("o2ppo", ["--num-envs", "5"], "has to be a multiple of --num-envs (5)"),

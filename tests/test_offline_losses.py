@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
+from common import cli
 from offline import awac, bc, iql, rebrac, td3_bc
 from tests.reference import A, B, Recorder, S, critic64, fixed_rows, mlp64, noises, same
 
@@ -104,11 +105,6 @@ def test_td3_bc_and_rebrac(data, monkeypatch, script):
     moved(agent.actor_target, before.actor_target, agent.actor)
 
 
-def test_rebrac_coefficients():
-    assert rebrac.bc_coefficients(rebrac.Args(env_id="walker2d-medium-v2")) == (0.05, 0.1)
-    assert rebrac.bc_coefficients(rebrac.Args(env_id="walker2d-medium-v2", actor_bc_coef=0.0)) == (0.0, 0.1)
-
-
 def test_bc(data, monkeypatch):
     args, agent, optimizers = make(bc)
     obs, actions, *_ = fixed_rows(monkeypatch, bc, data)
@@ -155,7 +151,7 @@ def test_awac(data, monkeypatch):
 def test_compiled_steps_equal_eager_ones(data, script):
     def trained(compile):
         torch.manual_seed(0)
-        args = script.Args(compile=compile, batch_size=32)
+        args = cli.complete(script.Args(compile=compile, batch_size=32))
         agent = script.Agent(args, S, A)
         step = script.training_step(args, data, agent, script.Optimizers(args, agent))
         for _ in range(5):

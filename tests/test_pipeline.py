@@ -262,7 +262,7 @@ def test_part_keeps_the_best_episodes(data):
         (["--online-steps", "0"], "--online-steps is 0"),
         (["--reevaluate-steps", "-5"], "--reevaluate-steps is -5"),
         (["--offline-steps", "0"], "--offline-steps is 0"),
-        (["--batch-size", "33"], "has to be even"),
+        (["--batch-size", "33"], "has to be an even number"),
         (["--offline", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
         (["--run-dir", "/dev/null/runs"], "choose --run-dir"),
         (["--align-steps", "99"], "holds a run with other arguments"),

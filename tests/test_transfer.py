@@ -13,7 +13,7 @@ import torch
 import o2ppo
 import o2sac
 import o2td3
-from common import evaluation, policies, tasks
+from common import cli, evaluation, policies, tasks
 from common.cli import UserError
 from common.foreign import load_policy
 from common.transfer import transfer
@@ -66,7 +66,7 @@ def test_every_actor_of_a_kind_has_one_layout(script, data):
         kind, actor = agent.kind, agent.actor
     else:
         kind, actor = next((k, v(S, A, 2)) for k, v in ACTORS.items() if v is script.Actor)
-        agent = script.Agent(script.Args(), checkpoint(kind, data))
+        agent = script.Agent(cli.complete(script.Args()), checkpoint(kind, data))
         actor = agent.actor
     net = policies.Policy(kind, S, A, 2)
     net.load_state_dict(actor.state_dict())

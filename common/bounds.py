@@ -1,0 +1,67 @@
+"""The range of a numeric argument, written beside it: `gamma: Annotated[float, between(0, 1)] = 0.99`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import get_type_hints
+
+import tyro
+
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Bound:
+    """`holds(value)` says whether a value is inside; `words` what to say of one that is not: it "has to …"."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+    def __call__(self, default: str) -> str:
+        """What --help says behind the argument's own words."""
+        return f"(default: {default}; {self.words.partition(' ')[2]})"
+
+
+def bound(words: str, holds: Callable[[float], bool]):
+    return tyro.conf.arg(help_behavior_hint=Bound(words, holds))
+
+
+# NaN and infinity are outside of every one of them
+
+
+def at_least(low: float):
+    return bound(f"be at least {low}", lambda value: low <= value < math.inf)
+
+
+def above(low: float):
+    return bound(f"be above {low}", lambda value: low < value < math.inf)
+
+
+def between(low: float, high: float):
+    return bound(f"lie between {low} and {high}", lambda value: low <= value <= high)
+
+
+def even():
+    return bound("be an even number above 0", lambda value: value > 0 and value % 2 == 0)
+
+
+def finite():
+    return bound("be a finite number", lambda value: -math.inf < value < math.inf)
+
+
+def bounds_of(args_class: type) -> dict[str, Bound]:
+    """The bounds of a script's arguments, by their names."""
+    found = {}
+    for name, hint in get_type_hints(args_class, include_extras=True).items():
+        for mark in getattr(hint, "__metadata__", ()):
+            if isinstance(inside := getattr(mark, "help_behavior_hint", None), Bound):
+                found[name] = inside
+    return found
+
+
+def check(args) -> None:
+    """Refuse a number outside of its bound; None is inside of each. Raises UserError."""
+    for name, inside in bounds_of(type(args)).items():
+        value = getattr(args, name)
+        if value is not None and not inside.holds(value):
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but has to {inside.words}")

@@ -1,0 +1,216 @@
+"""What each script takes for each kind of data, against a table of its own; and the bounds of all arguments."""
+
+import dataclasses
+import math
+import typing
+
+import gymnasium as gym
+import pytest
+
+import o2ppo
+import o2sac
+import o2td3
+from common import bounds, cli, tasks
+from offline import awac, bc, cql, iql, rebrac, td3_bc
+
+SCRIPTS = [o2sac, o2td3, o2ppo, awac, bc, cql, iql, rebrac, td3_bc]
+QUALITIES = ["random", "medium", "medium-replay", "full-replay", "medium-expert", "expert"]
+NAMES = [(robot, quality) for robot in ("halfcheetah", "hopper", "walker2d") for quality in QUALITIES]
+
+# (actor, critic), in the order of QUALITIES
+REBRAC = {
+    "halfcheetah": [(1e-3, 0.1), (1e-3, 0.01), (0.01, 1e-3), (1e-3, 0.1), (0.01, 0.1), (0.01, 0.01)],
+    "hopper": [(1e-3, 0.01), (0.01, 0.01), (0.05, 0.5), (0.01, 0.01), (0.1, 0.01), (0.1, 0.1)],
+    "walker2d": [(0.01, 0), (0.05, 0.1), (0.05, 0.01), (0.01, 0.01), (0.01, 0.01), (0.01, 0.5)],
+}
+
+
+def taken(script, **given) -> dict:
+    return dataclasses.asdict(cli.complete(script.Args(**given)))
+
+
+def expected(script, robot: str, quality: str, reference: str) -> dict:
+    """The paper's: E are expert and medium-expert, whose constants are the same."""
+    e, interval = quality in ("expert", "medium-expert"), reference == "interval"
+    part = 4 if interval else 1
+    if script is o2sac:
+        seldom = interval and e and robot == "hopper"
+        return {
+            "alpha": 0.5 if e else 0.2,
+            "kl_threshold_start": 0.005 if e else 0.125,
+            "kl_threshold_end": (0.125 if e else 2.0) / part,
+            "reference_interval": 10_000 if seldom else 1_000,
+            "actor_grad_norm": 0.25 if seldom else None,
+        }
+    if script is o2td3:
+        seldom = interval and ((robot == "hopper" and e) or (robot == "walker2d" and quality == "expert"))
+        return {
+            "exploration_noise": 0.05 if e else 0.1,
+            "mse_threshold_start": 2.5e-5 if e else 0.0025,
+            "mse_threshold_end": (6.25e-4 if e else 0.04) / part,
+            "reference_interval": 10_000 if seldom else 1_000,
+            "actor_grad_norm": 0.25 if seldom else None,
+        }
+    return {
+        "beta_steps": 500_000 if e else 250_000,
+        "update_epochs": 5 if e and robot == "hopper" else 10,
+        "max_std_start": 0.05 if e and robot == "hopper" else None,
+        "scale_rewards": robot == "halfcheetah",
+        "reference_interval": 10_000 if e and robot == "hopper" else 2_500,
+        "max_grad_norm": 0.5,
+    }
+
+
+@pytest.mark.parametrize("reference", ["best", "interval"])
+@pytest.mark.parametrize("script", [o2sac, o2td3, o2ppo])
+@pytest.mark.parametrize(("robot", "quality"), NAMES)
+def test_constants_of_a_d4rl_name(script, robot, quality, reference):
+    got, want = taken(script, env_id=f"{robot}-{quality}-v2", reference=reference), {}
+    for name, value in expected(script, robot, quality, reference).items():
+        want[name] = value if value is None else pytest.approx(value, rel=1e-12)
+    assert {name: got[name] for name in want} == want
+
+
+@pytest.mark.parametrize(("robot", "quality"), NAMES)
+def test_weights_of_rebrac(robot, quality):
+    got = taken(rebrac, env_id=f"{robot}-{quality}-v2")
+    assert (got["actor_bc_coef"], got["critic_bc_coef"]) == REBRAC[robot][QUALITIES.index(quality)]
+
+
+def test_rebrac_is_set_up_as_its_paper_is():
+    got = taken(rebrac)
+    assert (got["lr"], got["batch_size"], got["hidden_layers"], got["standardise"]) == (1e-3, 1024, 3, False)
+    layers = [type(layer).__name__ for layer in rebrac.Critic(11, 3, 3).net]
+    assert layers == ["EnsembleLinear", "ReLU", "EnsembleLayerNorm"] * 3 + ["EnsembleLinear"]
+    assert not any("Norm" in type(layer).__name__ for layer in rebrac.Actor(11, 3, 3).net)
+
+
+def test_rebrac_says_where_nothing_is_published(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rebrac.pretrain, "train", lambda *_: tmp_path / "policy.pt")
+    for env_id, said in (("ant-medium-v2", "no weights of imitation for ant-medium-v2"), ("hopper-medium-v2", "")):
+        data.task = tasks.resolve(env_id)
+        rebrac.train(cli.complete(rebrac.Args(env_id=env_id)), data)
+        out = capsys.readouterr().out
+        assert said in out and bool(said) == bool(out)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "path", "expert"),
+    [
+        ("hopper-medium-v2", "data/hopper_medium_expert-v2.hdf5", True),
+        ("hopper-medium-v2", "data/my-Expert-rows.hdf5", True),
+        ("hopper-expert-v2", "expert/rows.hdf5", False),  # the file's own name, not its folder's nor the simulator's
+        ("hopper-expert-v2", "hopper_medium_replay-v2.hdf5", False),
+    ],
+)
+def test_constants_of_a_file_go_by_its_name(env_id, path, expert):
+    given = dict(env_id=env_id, dataset_path=path)
+    assert taken(o2sac, **given)["alpha"] == (0.5 if expert else 0.2)
+    assert taken(o2td3, **given)["exploration_noise"] == (0.05 if expert else 0.1)
+    assert taken(o2ppo, **given)["update_epochs"] == (5 if expert else 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "simulator", "robot", "quality"),
+    [
+        ("mujoco/hopper/expert-v0", "Hopper-v5", "hopper", "expert"),
+        ("mujoco/halfcheetah/medium-v0", "HalfCheetah-v5", "halfcheetah", "medium"),
+        ("mujoco/walker2d/simple-v0", "Walker2d-v5", "walker2d", ""),
+        ("team/walker2d/medium_expert-v3", "Walker2d-v5", "walker2d", "medium-expert"),
+    ],
+)
+def test_constants_of_a_minari_name(name, simulator, robot, quality, monkeypatch):
+    task = tasks.Task("minari", name, name, simulator, gym.spec(simulator))
+    monkeypatch.setattr(tasks, "resolve", lambda *_: task)
+    assert (task.robot, task.quality) == (robot, quality)
+    for script in (o2sac, o2td3, o2ppo):
+        got, want = taken(script, env_id=name), expected(script, robot, quality, "best")
+        assert {key: got[key] for key in want} == want
+    got = taken(rebrac, env_id=name)
+    want = REBRAC[robot][QUALITIES.index(quality)] if quality else (0.01, 0.01)
+    assert (got["actor_bc_coef"], got["critic_bc_coef"]) == want
+
+
+def test_the_user_wins_over_the_preset_and_the_preset_over_the_data():
+    flags = [
+        "--env-id",
+        "hopper-expert-v2",
+        "--preset",
+        "demo",
+        "--kl-threshold-start",
+        "0.3",
+        "--reference",
+        "interval",
+    ]
+    args = cli.parse(o2sac.Args, o2sac.PRESETS, flags)
+    assert args.kl_threshold_start == 0.3 and args.alpha == 0.5
+    assert args.kl_threshold_end == o2sac.PRESETS["demo"]["kl_threshold_end"]  # as it stands there, not a quarter of it
+
+
+# ----------------------------------------------------------------------------------------------- bounds
+
+
+def numeric(hint) -> bool:
+    if typing.get_origin(hint) is typing.Literal or hint is bool:
+        return False
+    return hint in (int, float) or any(numeric(part) for part in typing.get_args(hint))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_has_a_bound(script):
+    hints = typing.get_type_hints(script.Args)
+    numbers = {field.name for field in dataclasses.fields(script.Args) if numeric(hints[field.name])}
+    assert len(numbers) >= 8 and numbers == bounds.bounds_of(script.Args).keys()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_number_is_not_a_number(script):
+    for name in bounds.bounds_of(script.Args):
+        flag = "--" + name.replace("_", "-")
+        for value in (math.nan, math.inf, -math.inf):
+            with pytest.raises(cli.UserError, match=f"^{flag} is {value}, but has to "):
+                cli.complete(script.Args(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "value", "words"),
+    [
+        (o2sac, "gamma", 1.99, "--gamma is 1.99, but has to lie between 0 and 1"),
+        (o2sac, "critic_lr", -3e-4, "--critic-lr is -0.0003, but has to be at least 0"),
+        (o2sac, "alpha", -1.0, "--alpha is -1.0, but has to be at least 0"),
+        (o2sac, "lagrange_init", 0.0, "--lagrange-init is 0.0, but has to be above 0"),
+        (o2sac, "lagrange_expectile", 1.7, "--lagrange-expectile is 1.7, but has to lie between 0 and 1"),
+        (o2sac, "reference_window", 1, "--reference-window is 1, but has to be at least 2"),
+        (o2sac, "holdout", 0.6, "--holdout is 0.6, but has to lie between 0 and 0.5"),
+        (o2sac, "eval_workers", -1, "--eval-workers is -1, but has to be at least 0"),
+        (o2td3, "tau", 5.0, "--tau is 5.0, but has to lie between 0 and 1"),
+        (o2td3, "batch_size", 33, "--batch-size is 33, but has to be an even number above 0"),
+        (o2ppo, "rollout_steps", 1, "--rollout-steps is 1, but has to be at least 2"),
+        (o2ppo, "gae_lambda", -0.1, "--gae-lambda is -0.1, but has to lie between 0 and 1"),
+        (iql, "expectile", 1.7, "--expectile is 1.7, but has to lie between 0 and 1"),
+        (awac, "temperature", 0.0, "--temperature is 0.0, but has to be above 0"),
+        (bc, "top_fraction", 2.0, "--top-fraction is 2.0, but has to lie between 0 and 1"),
+        (rebrac, "actor_bc_coef", -0.1, "--actor-bc-coef is -0.1, but has to be at least 0"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_in_one_sentence(script, name, value, words):
+    with pytest.raises(cli.UserError) as refusal:
+        cli.complete(script.Args(**{name: value}))
+    assert str(refusal.value) == words
+
+
+def test_a_refused_number_leaves_nothing_behind(run_script, tmp_path):
+    flags = ["--env-id", "hopper-medium-demo", "--device", "cpu", "--run-dir", tmp_path / "runs"]
+    code, out, err = run_script(o2td3, *flags, "--critic-lr", "nan")
+    assert code == 2 and err == "error: --critic-lr is nan, but has to be at least 0\n" and not out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_bounds(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(script.Args, script.PRESETS, ["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert stop.value.code in (0, None)
+    assert "(default: 10; at least 1)" in text and "(default: None" in text
+    assert ("(default: 0.99; between 0 and 1)" in text) == hasattr(script.Args, "gamma")
