@@ -7,6 +7,7 @@ Every file is written aside and renamed, so that an interruption never leaves ha
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -38,11 +39,20 @@ def dataset_label(args) -> str:
     return Path(args.dataset_path).stem or args.env_id.replace("/", "-")
 
 
+def origin(args) -> str:
+    """The offline policy's part of a run folder's name: its algorithm; of a file, its folder, name and content."""
+    path = Path(args.offline)
+    if not path.is_file():
+        return path.stem
+    folder = path.resolve().parent.name.removeprefix(f"{dataset_label(args)}__").replace("__", "-")
+    return f"{folder}-{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:6]}"
+
+
 def run_name(args) -> str:
     """<env_id>__<script>__<offline>__<seed> of a fine-tuning run, with its ablations and its preset if it has any."""
     ablations = "".join(f"-no-{name}" for name in ("reevaluate", "align", "constrain") if not getattr(args, name, True))
     preset = "" if args.preset == "none" else f"__{args.preset}"
-    return f"{dataset_label(args)}__{args.exp_name}{ablations}__{Path(args.offline).stem}__{args.seed}{preset}"
+    return f"{dataset_label(args)}__{args.exp_name}{ablations}__{origin(args)}__{args.seed}{preset}"
 
 
 def make_folder(folder: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import o2sac
-from common import checkpoint
+from common import checkpoint, cli
 from common.cli import UserError
 from common.replay import ReplayBuffer
+from common.run import run_name
 from tests.conftest import TINY, kill_at
 
 ROOT = Path(o2sac.__file__).parent
@@ -301,10 +302,10 @@ def test_wrong_checkpoints(finished, run_script, tmp_path, kind):
 
 
 def test_a_damaged_stage_checkpoint(finished, run_script, tmp_path):
-    name = "hopper-medium-demo__o2sac__best__0"
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "reevaluate.pt").write_text("no checkpoint")
-    flags = [*SMALL, *TINY, "--run-dir", tmp_path, "--offline", finished[0] / NAME / "best.pt"]
+    flags = [*SMALL, *TINY, "--run-dir", str(tmp_path), "--offline", str(finished[0] / NAME / "best.pt")]
+    folder = tmp_path / run_name(cli.parse(o2sac.Args, o2sac.PRESETS, flags))
+    folder.mkdir()
+    (folder / "reevaluate.pt").write_text("no checkpoint")
     code, _, err = run_script(o2sac, *flags)
     assert code == 2 and "is not a checkpoint of this run" in err
 

@@ -2,6 +2,7 @@
 
 import json
 
+import o2ppo
 import o2sac
 import o2td3
 import pytest
@@ -9,6 +10,7 @@ import torch
 from common import plots
 from common.evaluation import Evaluator
 from common.log import Log
+from common.run import run_name
 from matplotlib.figure import Figure
 
 from tests.conftest import TINY
@@ -64,6 +66,25 @@ def test_where_best_pt_comes_from(scripted, scores, origin):
     result, out, _, best, _ = scripted(o2td3, scores)
     assert result["best_from"] == origin and f"best.pt ({origin})" in out
     assert result["best"] == best["score"] == max(scores) and result["best_online"] == max(scores[2:])
+
+
+@pytest.mark.parametrize("script", [o2sac, o2ppo])
+def test_a_runs_name_tells_where_it_started(script, tmp_path):
+    def name(path):
+        return run_name(script.Args(offline=str(path), env_id="some-data", exp_name="mine"))
+
+    policies = [tmp_path / folder / file for folder in ("some-data__iql__0", "CORL-x", "elsewhere/CORL-x")
+                for file in ("policy.pt", "best.pt")]  # fmt: skip
+    for i, path in enumerate(policies):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(i))
+    names = [name(path) for path in policies]
+    assert len(set(names)) == len(names)
+    assert names[0].startswith("some-data__mine__iql-0-policy-") and names[2].startswith("some-data__mine__CORL-x-pol")
+    assert all(len(found.split("__")) == 4 for found in names)
+    policies[0].write_text("retrained")
+    assert name(policies[0]) != names[0] and name(policies[1]) == names[1]
+    assert name("cql") == "some-data__mine__cql__0"
 
 
 # ----------------------------------------------------------------------------------------------- pictures
