@@ -1,6 +1,6 @@
 """One run's folder: its arguments, its log, its checkpoints.
 
-    runs/<env_id>__<script>__<offline>__<seed>/
+    runs/<dataset>__<script>__<offline>__<seed>/
         args.json  progress.csv  events.out.tfevents…  reevaluate.pt  align.pt  finetune.pt  policy.pt  result.json
 
 Every file is written aside and renamed, so that an interruption never leaves half of one.
@@ -49,7 +49,7 @@ def origin(args) -> str:
 
 
 def run_name(args) -> str:
-    """<env_id>__<script>__<offline>__<seed> of a fine-tuning run, with its ablations and its preset if it has any."""
+    """<dataset>__<script>__<offline>__<seed> of a fine-tuning run, with its ablations and its preset if it has any."""
     ablations = "".join(f"-no-{name}" for name in ("reevaluate", "align", "constrain") if not getattr(args, name, True))
     preset = "" if args.preset == "none" else f"__{args.preset}"
     return f"{dataset_label(args)}__{args.exp_name}{ablations}__{origin(args)}__{args.seed}{preset}"
