@@ -17,13 +17,15 @@ from common.cli import UserError
 from common.envs import make_env
 from common.tasks import Task
 
+FRESH = 1 << 60  # seeds from here on are no training episode's, whatever --seed is, and no evaluation's
+
 
 class Evaluator:
     """Plays whole episodes side by side, in environments of its own, from the same start states every time.
 
-    With `workers`, that many processes share the episodes, each with a copy of the policy on its CPU: only weights and
-    returns pass between them, no single step. (The order of a sum may depend on how many states are acted on at once,
-    so returns with and without workers are equal up to rounding.)
+    With `workers`, that many processes share the episodes, each with a copy of the policy: only weights and returns
+    pass between them, no single step. Policies act on a CPU and on one thread wherever they are played, so that the
+    number of workers changes no bit of a return.
     """
 
     def __init__(self, task: Task, mean: torch.Tensor, std: torch.Tensor, episodes: int = 10, seed: int = 10_000,
@@ -37,21 +39,34 @@ class Evaluator:
         self.reference = task.references
         self.count, self.seconds = 0, 0.0  # evaluations so far, and the time that they took
 
-    def returns(self, policy, device: torch.device | str) -> np.ndarray:
+    def returns(self, policy, device: torch.device | str, seeds=None) -> np.ndarray:
         """Undiscounted return of one episode per seed, (episodes,). `policy` maps (B, S) on `device` to (B, A).
 
-        Workers need a `policy` that is a method of a module, which they get whole; any other is played here.
+        Workers need a `policy` that is a method of a module, which they get whole; any other is played here, on
+        `device`. `seeds`: as many others than those of every evaluation.
         """
-        if self.pool is None or not isinstance(getattr(policy, "__self__", None), torch.nn.Module):
-            self.envs = self.envs or [make_env(self.task) for _ in self.seeds]
-            return play(self.envs, self.seeds, self.mean, self.std, policy, device)
-        on_cpu = getattr(copy.deepcopy(policy.__self__).cpu(), policy.__name__)
-        packed = pickle.dumps((self.task, self.mean, self.std, on_cpu))  # once, not once for every worker
-        shares = np.array_split(self.seeds, self.workers)
+        seeds = seeds or self.seeds
+        whole = isinstance(getattr(policy, "__self__", None), torch.nn.Module)
+        if whole and torch.device(device).type != "cpu":
+            policy, device = getattr(copy.deepcopy(policy.__self__).cpu(), policy.__name__), "cpu"
+        if self.pool is None or not whole:
+            self.envs = self.envs or [make_env(self.task) for _ in seeds]
+            return play(self.envs, seeds, range(len(seeds)), self.mean, self.std, policy, device)
+        packed = pickle.dumps((self.task, seeds, self.mean, self.std, policy))  # once, not once for every worker
+        shares = np.array_split(range(len(seeds)), self.workers)
         try:
             return np.concatenate(list(self.pool.map(play_share, [packed] * len(shares), shares)))
         except BrokenExecutor as error:
             raise UserError("an evaluation process died, killed or out of memory; try --eval-workers 0") from error
+
+    def fresh_returns(self, policy, device: torch.device | str) -> np.ndarray:
+        """Returns from start states that no evaluation has seen, ten for every one of those: (10 episodes,).
+
+        The best of many scores on the same start states is partly luck with these; here it has none.
+        """
+        n = len(self.seeds)
+        starts = range(FRESH, FRESH + 10 * n, n)
+        return np.concatenate([self.returns(policy, device, range(start, start + n)) for start in starts])
 
     def score(self, returns: np.ndarray) -> float:
         """D4RL's normalised score: 0 is its random policy, 100 its expert. The plain mean where D4RL has no such."""
@@ -68,18 +83,31 @@ class Evaluator:
 
 
 @torch.no_grad()
-def play(envs: list[gym.Env], seeds, mean: np.ndarray, std: np.ndarray, policy, device) -> np.ndarray:
-    """One episode in each environment, all acted on at once: their returns (len(envs),)."""
-    obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds, strict=True)])
-    total, running = np.zeros(len(envs)), np.ones(len(envs), bool)
-    while running.any():
-        x = ((obs - mean) / std).astype(np.float32)  # at once for all, as `Standardised` does for one
-        actions = policy(torch.as_tensor(x, device=device)).cpu().numpy()
-        for i in np.flatnonzero(running):  # a vector environment would step those that are done, too
-            obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
-            total[i] += reward
-            running[i] = not (terminated or truncated)
-    return total
+def play(envs: list[gym.Env], seeds, share, mean: np.ndarray, std: np.ndarray, policy, device) -> np.ndarray:
+    """One episode for each of `seeds` that `share` (n,) counts out, all acted on at once: their returns (n,).
+
+    A policy always acts on a row for each of `seeds`, those of others being zero: the order in which a product is
+    summed may depend on the number of rows, on their place in memory and on the number of threads.
+    """
+    envs = dict(zip(share, envs, strict=False))
+    starts = {i: env.reset(seed=int(seeds[i]))[0] for i, env in envs.items()}
+    obs = np.zeros((len(seeds), len(mean)))
+    total, running = np.zeros(len(seeds)), np.zeros(len(seeds), bool)
+    for i, start in starts.items():
+        obs[i], running[i] = start, True
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        while running.any():
+            x = ((obs - mean) / std).astype(np.float32)  # at once for all, as `Standardised` does for one
+            actions = policy(torch.tensor(x, device=device)).cpu().numpy()
+            for i in np.flatnonzero(running):  # a vector environment would step those that are done, too
+                obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+                total[i] += reward
+                running[i] = not (terminated or truncated)
+    finally:
+        torch.set_num_threads(threads)
+    return total[list(envs)]
 
 
 def make_evaluator(args, data, mean: torch.Tensor, std: torch.Tensor) -> Evaluator:
@@ -115,9 +143,9 @@ def start_worker() -> None:
 worker_envs: list[gym.Env] = []  # of a worker, kept from one evaluation to the next
 
 
-def play_share(packed: bytes, seeds: np.ndarray) -> np.ndarray:
-    """In a worker: the returns of the episodes of `seeds`."""
-    task, mean, std, policy = pickle.loads(packed)
-    while len(worker_envs) < len(seeds):
+def play_share(packed: bytes, share: np.ndarray) -> np.ndarray:
+    """In a worker: the returns of the episodes that `share` counts out."""
+    task, seeds, *how = pickle.loads(packed)
+    while len(worker_envs) < len(share):
         worker_envs.append(make_env(task))
-    return play(worker_envs[: len(seeds)], seeds, mean, std, policy, "cpu")
+    return play(worker_envs, seeds, share, *how, "cpu")

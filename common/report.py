@@ -1,5 +1,6 @@
 """What the user sees of a run: the estimate at its start, the table and the picture at its end."""
 
+import copy
 import dataclasses
 import json
 import platform
@@ -63,16 +64,21 @@ def estimate(run: Run, seconds: dict[str, float]) -> None:
 def finish(run: Run, script: str, policy: dict, agent, best, offline: float, aligned: float | None, data, evaluator):
     """Save the policies, write result.json and curve.png, print the result's table, and film if asked to."""
     save_online(run, script, policy, agent.actor, best)
+    player = copy.deepcopy(agent)
+    player.actor.load_state_dict(best.weights)
+    fresh = [evaluator.score(r) for r in evaluator.fresh_returns(player.act, data.obs.device)]
     scores = run.scores("finetune")
     best_step, best_online = max(run.logged.evaluations("finetune"), key=lambda evaluation: evaluation[1])
     result = {
         "offline": offline, "aligned": aligned, "best_online": best_online, "best_online_step": best_step,
         "last_online": scores[-1], "mean_of_last_3": float(np.mean(scores[-3:])), "best": best.score,
-        "best_from": best.origin, "references": data.task.references, "dataset": data.task.data,
-        "simulator": data.task.simulator, "source": data.source, "offline_algorithm": policy["algorithm"],
-        "offline_steps": policy["steps"] or None, "seed": run.args.seed, "preset": run.args.preset,
-        "eval_episodes": run.args.eval_episodes, "evaluations": len(scores), "seconds": run.seconds,
-        "seconds_per_evaluation": evaluator.seconds / evaluator.count, "hardware": hardware(data.obs.device),
+        "best_from": best.origin, "best_fresh": float(np.mean(fresh)), "fresh_episodes": len(fresh),
+        "best_fresh_error": float(np.std(fresh, ddof=1) / len(fresh) ** 0.5), "references": data.task.references,
+        "dataset": data.task.data, "simulator": data.task.simulator, "source": data.source,
+        "offline_algorithm": policy["algorithm"], "offline_steps": policy["steps"] or None, "seed": run.args.seed,
+        "preset": run.args.preset, "eval_episodes": run.args.eval_episodes, "evaluations": len(scores),
+        "seconds": run.seconds, "seconds_per_evaluation": evaluator.seconds / evaluator.count,
+        "hardware": hardware(data.obs.device),
     }  # fmt: skip
     write_atomic(run.dir / "result.json", json.dumps(result, indent=2).encode())
     plots.draw(run.dir / "curve.png", plots.curve, offline_rows(run, policy) + run.logged.rows, result, run.args)
@@ -105,7 +111,9 @@ def show(run: Run, result: dict) -> None:
     table.add_row("last online", f"{result['last_online']:.1f}", seconds["finetune"])
     table.add_row("mean of the last 3", f"{result['mean_of_last_3']:.1f}")
     table.add_row(f"best.pt ({result['best_from']})", f"{result['best']:.1f}")
-    Console().print(table)
+    fresh = f"{result['best_fresh']:.1f} ± {result['best_fresh_error']:.1f}"
+    table.add_row(f"best.pt on {result['fresh_episodes']} fresh starts", fresh)
+    Console(markup=False).print(table)
     source = result["source"]
     what = "D4RL score" if source.startswith("D4RL") else "score on D4RL's scale, but these are not D4RL's data"
     print(f"1 seed, {run.args.eval_episodes} episodes an evaluation; {what}.\n{run.dir}/curve.png shows the whole run.")

@@ -26,7 +26,7 @@ from common.cli import Interrupted
 from common.run import make_folder, run_name
 
 COLUMNS = {"offline": "offline", "aligned": "aligned", "best_online": "best online", "last_online": "last online",
-           "mean_of_last_3": "mean of the last 3", "best": "best.pt"}  # fmt: skip
+           "mean_of_last_3": "mean of the last 3", "best": "best.pt", "best_fresh": "on fresh starts"}  # fmt: skip
 BAR = re.compile(r"(\S+) *: *(\d+%)\|.*?(?:, (score [^]]*))?\]")  # a progress bar
 MINUTE = 60.0
 
@@ -165,5 +165,5 @@ def summarise(args, folders: dict[int, Path], failed: dict[int, str]) -> None:
         table.add_row(str(seed), *(f"{score:.1f}" for score in row))
     table.add_section()
     table.add_row("mean ± std", *(f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, std, strict=True)))
-    Console().print(table)
+    Console(markup=False).print(table)
     print(f"{together} holds seeds.png, their curves, and seeds.json")

@@ -45,20 +45,33 @@ def test_evaluation_equals_single_episodes():
 
 @pytest.fixture
 def workers():
-    evaluator = evaluation.Evaluator(HOPPER, torch.zeros(11), torch.ones(11), episodes=5, workers=2)
+    evaluator = evaluation.Evaluator(HOPPER, torch.zeros(11), torch.ones(11), episodes=7, workers=2)
     yield evaluator
     evaluator.pool.shutdown()
 
 
-def test_workers_play_the_same_episodes(workers):
-    alone = evaluation.Evaluator(HOPPER, torch.zeros(11), torch.ones(11), episodes=5)
-    for _ in range(2):  # another policy each time, in the same processes
+def test_workers_play_the_same_episodes_to_the_last_bit(workers):
+    alone = evaluation.Evaluator(HOPPER, torch.zeros(11), torch.ones(11), episodes=7)
+    torch.set_num_threads(2)  # of this process, not of an evaluation in it
+    for _ in range(3):  # another policy each time, in the same processes
         policy = Policy("gaussian", 11, 3, 2)
-        np.testing.assert_allclose(workers.returns(policy.mode, "cpu"), alone.returns(policy.mode, "cpu"), rtol=1e-3)
-    assert not workers.envs  # all of them were played elsewhere
-    np.testing.assert_allclose(  # what cannot be handed on is played here
-        workers.returns(lambda obs: obs[:, :3], "cpu"), alone.returns(lambda obs: obs[:, :3], "cpu"), rtol=1e-3
+        np.testing.assert_array_equal(workers.returns(policy.mode, "cpu"), alone.returns(policy.mode, "cpu"))
+    assert not workers.envs and torch.get_num_threads() == 2  # all of them were played elsewhere
+    np.testing.assert_array_equal(  # what cannot be handed on is played here
+        workers.returns(lambda obs: obs[:, :3], "cpu"), alone.returns(lambda obs: obs[:, :3], "cpu")
     )
+
+
+def test_fresh_starts_are_those_of_no_evaluation(workers):
+    policy, played = Policy("gaussian", 11, 3, 2), []
+    alone = evaluation.Evaluator(HOPPER, torch.zeros(11), torch.ones(11), episodes=7)
+    usual = alone.returns(policy.mode, "cpu")
+    for env in alone.envs:
+        env.reset = lambda seed, reset=env.reset: (played.append(seed), reset(seed=seed))[1]
+    fresh = alone.fresh_returns(policy.mode, "cpu")
+    assert len(fresh) == len(set(played)) == 70 and not set(played) & set(alone.seeds)
+    assert not set(fresh) & set(usual)
+    np.testing.assert_array_equal(workers.fresh_returns(policy.mode, "cpu"), fresh)
 
 
 def test_ctrl_c_leaves_the_workers_alone_and_a_dead_worker_is_named(workers):

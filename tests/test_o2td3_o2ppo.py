@@ -114,6 +114,8 @@ def test_best_pt_scores_what_it_says(reference, data, finished, run_script):
     evaluator = Evaluator(data.task, best["state_mean"], best["state_std"], episodes=2)
     assert evaluator(policies.module(best).mode, "cpu") == pytest.approx(best["score"])
     assert best["score"] == pytest.approx(result["offline"])
+    fresh = evaluator.score(evaluator.fresh_returns(policies.module(best).mode, "cpu"))
+    assert result["best_fresh"] == pytest.approx(fresh) and result["fresh_episodes"] == 20
     moved = torch.load(run / "align.pt", weights_only=True)["state"]["agent"]["actor.net.0.weight"]
     reference_weight = torch.load(run / "finetune.pt", weights_only=True)["state"]["agent"][
         "actor_reference.net.0.weight"
