@@ -15,6 +15,7 @@ from torch import nn
 from common.checkpoint import save_tensors
 from common.cli import UserError
 from common.nn import mlp
+from common.run import script_name
 
 FORMAT = "o2rl-policy-1"
 KINDS = ("squashed_gaussian", "gaussian", "deterministic")
@@ -70,15 +71,17 @@ def save_policy(path: Path, **fields) -> None:
     save_tensors(Path(path), {"format": FORMAT, **fields})
 
 
-def save_online(run, algorithm: str, policy: dict, actor: nn.Module, best) -> None:
-    """policy.pt and best.pt of a fine-tuning run that started from `policy`."""
+def save_online(run, data, policy: dict, actor: nn.Module, best) -> None:
+    """policy.pt and best.pt of a fine-tuning run that started from `policy`, and where they come from in it."""
     same = {k: policy[k] for k in ("kind", "obs_dim", "action_dim", "hidden_layers", "state_mean", "state_std",
                                    "simulator")}  # fmt: skip
-    scores = run.scores("finetune")
-    for name, score, weights in (("policy", scores[-1], actor.state_dict()), ("best", best.score, best.weights)):
+    last, last_score = run.logged.evaluations("finetune")[-1]
+    kept = {"policy": (last_score, f"online, step {last:,}", actor.state_dict()),
+            "best": (best.score, best.origin, best.weights)}  # fmt: skip
+    for name, (score, origin, weights) in kept.items():
         save_policy(
-            run.dir / f"{name}.pt", **same, algorithm=algorithm, env_id=run.args.env_id, seed=run.args.seed,
-            steps=run.args.online_steps, score=score, actor=weights,
+            run.dir / f"{name}.pt", **same, algorithm=script_name(run.args), env_id=data.task.data, seed=run.args.seed,
+            steps=last, origin=origin, score=score, actor=weights,
         )  # fmt: skip
 
 
