@@ -165,5 +165,6 @@ def summarise(args, folders: dict[int, Path], failed: dict[int, str]) -> None:
         table.add_row(str(seed), *(f"{score:.1f}" for score in row))
     table.add_section()
     table.add_row("mean ± std", *(f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, std, strict=True)))
-    Console(markup=False).print(table)
+    Console(markup=False, width=None if sys.stdout.isatty() else 140).print(table)
+    print("best.pt:", "; ".join(f"seed {seed} {result['best_from']}" for seed, result in results.items()))
     print(f"{together} holds seeds.png, their curves, and seeds.json")
