@@ -153,7 +153,7 @@ class Args(cli.OnlineArgs):
 class Actor(nn.Module):
     """Gaussian policy: (B, S) -> mean in (-1, 1) and log std, the latter free of the state; (B, A) and (A,)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int | list = 2):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, action_dim)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
@@ -535,7 +535,7 @@ def main() -> None:
     agent = Agent(args, policy).to(device)
     probe = value_probe(agent, held_out)
     optimizers = Optimizers(args, agent)
-    offline_score = run.last_score = evaluator(agent.act, device)
+    offline_score = run.last_score = policy["score"]
 
     if args.reevaluate:
         train(
@@ -546,7 +546,7 @@ def main() -> None:
     best = Best(offline_score, agent.actor, "offline policy")
     finetune(args, run, data, agent, optimizers, evaluator, probe, best, scale)
 
-    report.finish(run, policy, agent, best, offline_score, None, data, evaluator)
+    report.finish(run, "o2ppo", policy, agent, best, offline_score, None, data, evaluator)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class Args(cli.OnlineArgs):
 class Actor(nn.Module):
     """Squashed Gaussian policy: (B, S) -> mean and log std of u, (B, A) each; the action is tanh(u)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 3):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int | list = 3):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, 2 * action_dim)
 
@@ -471,7 +471,7 @@ def main() -> None:
     probe = critic_probe(agent, held_out)
     optimizers = Optimizers(args, agent)
     state = {"agent": agent, **optimizers}
-    offline_score = run.last_score = evaluator(agent.act, device)
+    offline_score = run.last_score = policy["score"]
 
     if args.reevaluate:
         train(
@@ -494,7 +494,7 @@ def main() -> None:
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 
     aligned_score = aligned_score if args.align else None
-    report.finish(run, policy, agent, best, offline_score, aligned_score, data, evaluator)
+    report.finish(run, "o2sac", policy, agent, best, offline_score, aligned_score, data, evaluator)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ class Args(cli.OnlineArgs):
 class Actor(nn.Module):
     """Deterministic policy: (B, S) -> (B, A) in (-1, 1)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int | list = 2):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, action_dim)
 
@@ -473,7 +473,7 @@ def main() -> None:
     probe = critic_probe(args, agent, held_out)
     optimizers = Optimizers(args, agent)
     state = {"agent": agent, **optimizers}
-    offline_score = run.last_score = evaluator(agent.act, device)
+    offline_score = run.last_score = policy["score"]
 
     if args.reevaluate:
         train(
@@ -497,7 +497,7 @@ def main() -> None:
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 
     aligned_score = aligned_score if args.align else None
-    report.finish(run, policy, agent, best, offline_score, aligned_score, data, evaluator)
+    report.finish(run, "o2td3", policy, agent, best, offline_score, aligned_score, data, evaluator)
 
 
 if __name__ == "__main__":

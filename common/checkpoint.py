@@ -83,24 +83,6 @@ def verify(path: Path) -> None:
         raise UserError(f"{path} is damaged: it no longer has the checksum that it was written with; delete it")
 
 
-class Inert:
-    """Stands for any class or function that a checkpoint names and that is not on PyTorch's list of safe ones."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def load_tensors(path: Path, device) -> object:
-    """`torch.load` that executes nothing: what is no tensor, number, string or container becomes an `Inert`."""
-    verify(path)
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
-        return torch.load(path, map_location=device, weights_only=True)
-
-
 def rng_state() -> dict:
     """The states of every random generator that training draws from."""
     state = {"torch": torch.get_rng_state(), "python": json.dumps(random.getstate())}

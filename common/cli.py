@@ -90,7 +90,10 @@ class OnlineArgs(RunArgs):
     probe_every: Annotated[int, at_least(1)] = 1_000
     """environment steps between those measurements (O2PPO: every rollout); before, they come with every logged mean"""
     trust_checkpoint: bool = False
-    """load a TorchScript policy, which is a program; all other formats are read without running anything"""
+    """load a policy that is a program (TorchScript, ONNX with loops); all others are read without running anything"""
+    normalize_from: str = ""
+    """how a policy from elsewhere saw observations, if its files do not say so: the vecnormalize.pkl of one of
+    Stable-Baselines3, none (raw), 1 (standardised by the dataset), or a share as 0.1 (by its best trajectories)"""
     capture_video: bool = False
     """film an episode of the final policy (needs `pip install moviepy`)"""
 

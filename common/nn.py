@@ -39,11 +39,45 @@ class EnsembleLayerNorm(nn.Module):
         return torch.addcmul(self.bias[: len(x)], F.layer_norm(x, x.shape[-1:]), self.weight[: len(x)])
 
 
-def mlp(inputs: int, hidden_layers: int, outputs: int, width: int = 256, activation=nn.ReLU) -> nn.Sequential:
-    """Linear and activation, `hidden_layers` times, then Linear: (..., inputs) -> (..., outputs)."""
-    sizes = [inputs] + [width] * hidden_layers
-    layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), activation())]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+ACTIVATIONS = {cls.__name__: cls for cls in (nn.ReLU, nn.Tanh, nn.ELU, nn.GELU, nn.SiLU, nn.LeakyReLU)}
+
+
+class Clip(nn.Module):
+    """Holds each of its inputs (..., n) between two bounds of its own, which are not learned."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.register_buffer("low", torch.full((n,), -math.inf))
+        self.register_buffer("high", torch.full((n,), math.inf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(self.low, self.high)
+
+
+SIZED = {"LayerNorm": nn.LayerNorm, "Clip": Clip}
+
+
+def mlp(inputs: int, hidden_layers: int | list[int | str], outputs: int, activation=nn.ReLU) -> nn.Sequential:
+    """Hidden layers, then Linear: (..., inputs) -> (..., outputs).
+
+    `hidden_layers` lists what comes before the last layer: a number is a linear layer of that width, a name one of
+    `ACTIVATIONS` or `SIZED`. As a number it stands for so many layers of 256 units with `activation`.
+    """
+    layers = []
+    for layer in [256, activation.__name__] * hidden_layers if isinstance(hidden_layers, int) else hidden_layers:
+        if layer in ACTIVATIONS:
+            layers.append(ACTIVATIONS[layer]())
+        elif layer in SIZED:
+            layers.append(SIZED[layer](inputs))
+        else:
+            layers.append(nn.Linear(inputs, layer))
+            inputs = layer
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+def hidden_of(net: nn.Sequential) -> list[int | str]:
+    """What `mlp` made `net` from, as the list of its hidden layers."""
+    return [layer.out_features if isinstance(layer, nn.Linear) else type(layer).__name__ for layer in net[:-1]]
 
 
 def ensemble_mlp(n: int, inputs: int, hidden_layers: int, outputs: int, layer_norm: bool | str = False):

@@ -1,5 +1,9 @@
 """Policies on disk and in memory: plain tensors, and all that anyone needs to use them.
 
+    policy = policies.load("runs/…/policy.pt")
+    obs, _ = env.reset()
+    action = policy.act(obs)
+
 Three kinds, each with one layout of weights that every script's actor of that kind shares:
 
 squashed_gaussian - `net` gives mean and log std of u (2 A outputs, the log std before -1 and a clamp); a = tanh(u)
@@ -7,32 +11,53 @@ gaussian          - `net` gives the mean before its tanh (A outputs), `log_std` 
 deterministic     - `net` gives the action before its tanh (A outputs)
 """
 
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from common.checkpoint import save_tensors
 from common.cli import UserError
-from common.nn import mlp
-from common.run import script_name
+from common.inert import fault_of, read_tensors
+from common.nn import ACTIVATIONS, SIZED, ensemble_mlp, hidden_of, mlp
 
-FORMAT = "o2rl-policy-1"
+FORMAT = "o2rl-policy-2"
 KINDS = ("squashed_gaussian", "gaussian", "deterministic")
-FIELDS = {"kind": str, "obs_dim": int, "action_dim": int, "hidden_layers": int, "state_mean": torch.Tensor,
+# hidden_layers: the network's, as `common.nn.mlp` takes them; state_mean, state_std: what raw observations are
+# standardised by; examples: raw observations "obs" and the "actions" that belong to them, which every load compares;
+# data: what it was trained on; made_with: what else its maker recorded. A `critic` is there where one was learned.
+FIELDS = {"kind": str, "obs_dim": int, "action_dim": int, "hidden_layers": list, "state_mean": torch.Tensor,
           "state_std": torch.Tensor, "algorithm": str, "env_id": str, "simulator": str, "seed": int, "steps": int,
-          "score": float, "actor": dict}  # fmt: skip
+          "score": float, "examples": dict, "data": dict, "made_with": dict, "actor": dict}  # fmt: skip
+MOST_LAYERS = 100
 
 
 class Policy(nn.Module):
-    """The network of any kind. `mode(obs)`: most likely actions (B, A); `spread(obs)`: see there."""
+    """The network of any kind. `mode(obs)`: most likely actions (B, A); `spread(obs)`: see there.
 
-    def __init__(self, kind: str, obs_dim: int, action_dim: int, hidden_layers: int):
+    They take standardised observations, as all networks here; `act` takes raw ones.
+    """
+
+    def __init__(self, kind: str, obs_dim: int, action_dim: int, hidden_layers: int | list[int | str]):
         super().__init__()
         self.kind = kind
         self.net = mlp(obs_dim, hidden_layers, action_dim * (2 if kind == "squashed_gaussian" else 1))
         if kind == "gaussian":
             self.log_std = nn.Parameter(torch.zeros(action_dim))
+        self.register_buffer("state_mean", torch.zeros(obs_dim), persistent=False)
+        self.register_buffer("state_std", torch.ones(obs_dim), persistent=False)
+
+    @torch.no_grad()
+    def act(self, obs):
+        """The most likely action for raw observations, an environment's own: (S,) -> (A,) or (B, S) -> (B, A).
+
+        NumPy's arrays in, NumPy's out; else tensors.
+        """
+        raw = torch.as_tensor(obs, dtype=self.state_mean.dtype, device=self.state_mean.device)
+        actions = self.mode((raw - self.state_mean) / self.state_std)
+        return actions.cpu().numpy() if isinstance(obs, np.ndarray) else actions
 
     def mode(self, obs: torch.Tensor) -> torch.Tensor:
         out = self.net(obs)
@@ -60,39 +85,146 @@ def module(policy: dict) -> Policy:
     """The network of a policy checkpoint, on the device of its weights."""
     net = Policy(policy["kind"], policy["obs_dim"], policy["action_dim"], policy["hidden_layers"])
     net.load_state_dict(policy["actor"])
+    net.state_mean, net.state_std = policy["state_mean"], policy["state_std"]
     return net.to(policy["state_mean"].device).requires_grad_(False)
 
 
+def player(policy: dict):
+    """What acts, by `mode(obs)` and `sample(obs)`: the network of a policy, or the function of one from elsewhere."""
+    return policy["actor"] if policy["kind"] == "function" else module(policy)
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
 def save_policy(path: Path, **fields) -> None:
-    """Write a policy checkpoint with the fields of `FIELDS`, and `critic` (a dictionary) where there is one."""
+    """Write a policy checkpoint with the fields of `FIELDS`, and `critic` (a dictionary) where there is one.
+
+    `examples` needs raw observations, "obs", alone: the actions that belong to them are added here.
+    """
     missing = FIELDS.keys() - fields.keys()
     if missing:
         raise ValueError(f"a policy checkpoint needs {sorted(missing)}")
-    save_tensors(Path(path), {"format": FORMAT, **fields})
+    obs = fields["examples"]["obs"]
+    fields["examples"] = {"obs": obs, "actions": exact_actions(fields, obs)}
+    save_tensors(Path(path), fields | {"format": FORMAT})
 
 
-def save_online(run, data, policy: dict, actor: nn.Module, best) -> None:
-    """policy.pt and best.pt of a fine-tuning run that started from `policy`, and where they come from in it."""
-    same = {k: policy[k] for k in ("kind", "obs_dim", "action_dim", "hidden_layers", "state_mean", "state_std",
-                                   "simulator")}  # fmt: skip
-    last, last_score = run.logged.evaluations("finetune")[-1]
-    kept = {"policy": (last_score, f"online, step {last:,}", actor.state_dict()),
-            "best": (best.score, best.origin, best.weights)}  # fmt: skip
-    for name, (score, origin, weights) in kept.items():
+def exact_actions(policy: dict, obs: torch.Tensor) -> torch.Tensor:
+    """The policy's most likely actions in double precision on the CPU, which are the same on every machine."""
+    return module(policy).cpu().double().act(obs.cpu())
+
+
+def examples_of(data) -> dict:
+    """A few observations of a dataset that is not standardised yet, from all over it."""
+    return {"obs": data.obs[:: max(1, len(data) // 16)][:16].clone()}
+
+
+def description_of(data, args) -> dict:
+    """What a policy's file says of the dataset that it was trained on, which is not standardised yet."""
+    table = np.ascontiguousarray(data.table.cpu().numpy())
+    return {"env_id": args.env_id, "file": Path(args.dataset_path).name, "source": data.source,
+            "transitions": len(data), "sha256": hashlib.sha256(table).hexdigest()}  # fmt: skip
+
+
+def save_online(run, algorithm: str, policy: dict, actor: nn.Module, best) -> None:
+    """policy.pt and best.pt of a fine-tuning run that started from `policy`."""
+    same = {k: policy[k] for k in ("kind", "obs_dim", "action_dim", "state_mean", "state_std", "simulator", "examples",
+                                   "data", "made_with")}  # fmt: skip
+    scores = run.scores("finetune")
+    for name, score, weights in (("policy", scores[-1], actor.state_dict()), ("best", best.score, best.weights)):
         save_policy(
-            run.dir / f"{name}.pt", **same, algorithm=script_name(run.args), env_id=data.task.data, seed=run.args.seed,
-            steps=last, origin=origin, score=score, actor=weights,
+            run.dir / f"{name}.pt", **same, algorithm=algorithm, env_id=run.args.env_id, seed=run.args.seed,
+            steps=run.args.online_steps, score=score, hidden_layers=hidden_of(actor.net), actor=weights,
         )  # fmt: skip
 
 
-def check_policy(policy: dict, path: Path, simulator: str, obs_dim: int, action_dim: int) -> None:
-    """Refuse a checkpoint of this project that is incomplete or of another environment. Raises UserError."""
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Policy:
+    """The policy of a policy.pt or best.pt, ready to `act`. Raises UserError."""
+    return module(read(path, device))
+
+
+def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """All fields of a policy.pt, checked. Raises UserError."""
+    policy = read_tensors(Path(path), device)
+    if not is_ours(policy):
+        raise UserError(f"{path} is no policy of this project")
+    check_policy(policy, Path(path))
+    return policy
+
+
+def is_ours(checkpoint: object) -> bool:
+    return isinstance(checkpoint, dict) and str(checkpoint.get("format")).startswith("o2rl-policy-")
+
+
+def check_policy(policy: dict, path: Path) -> None:
+    """Refuse a policy.pt that is not what it says it is. Raises UserError."""
+    if policy["format"] != FORMAT:
+        raise UserError(
+            f"{path} was written by another version of this project ({policy['format']}, not {FORMAT}) and does not "
+            "describe its network; delete it and start the command that made it again"
+        )
     wrong = [name for name, kind in FIELDS.items() if not isinstance(policy.get(name), kind)]
-    if wrong or policy["kind"] not in KINDS:
-        raise UserError(f"{path} has missing or foreign entries ({', '.join(wrong) or policy['kind']}); make it again")
-    if (policy["simulator"], policy["obs_dim"], policy["action_dim"]) != (simulator, obs_dim, action_dim):
+    if wrong:
+        raise UserError(f"{path} has missing or foreign entries ({', '.join(wrong)}); make it again")
+    kind, obs_dim, action_dim, hidden = (policy[name] for name in ("kind", "obs_dim", "action_dim", "hidden_layers"))
+    if kind not in KINDS or len(hidden) > MOST_LAYERS or not all(map(is_layer, [obs_dim, action_dim, *hidden])):
+        raise UserError(f"{path} describes a network that cannot be built ({kind}, {str(hidden)[:80]}); make it again")
+    mean, std, examples = policy["state_mean"], policy["state_std"], policy["examples"]
+    obs = examples.get("obs")
+    n = len(obs) if isinstance(obs, torch.Tensor) and obs.ndim else 0
+    with torch.device("meta"):  # takes no memory, whatever the file declares
+        net = Policy(kind, obs_dim, action_dim, hidden)
+        like = {"obs": torch.empty(n, obs_dim), "actions": torch.empty(n, action_dim, dtype=torch.float64)}
+    check_tensors(policy["actor"], net.state_dict(), path, "its actor")
+    check_tensors({"mean": mean, "std": std}, {"mean": net.state_mean, "std": net.state_std}, path, "its statistics")
+    check_tensors(examples, like, path, "its examples")
+    if "critic" in policy:
+        check_critic(policy["critic"], obs_dim + action_dim, path)
+    error = (exact_actions(policy, obs) - examples["actions"].cpu()).abs()
+    if not ((std > 0).all() and n and error.max() < 1e-6):
+        raise UserError(f"{path} does not act as it did when it was saved: it was damaged or edited; make it again")
+
+
+def is_layer(layer: object) -> bool:
+    """Whether `mlp` can make a layer of that, of a size that anyone would use."""
+    return layer in (*ACTIVATIONS, *SIZED) if isinstance(layer, str) else type(layer) is int and 0 < layer < 1_000_000
+
+
+def check_critic(critic: object, inputs: int, path: Path) -> None:
+    """Refuse critics that are not in the shape that they say. Raises UserError."""
+    kinds = {"layer_norm": (bool, str), "hidden_layers": int, "critic": dict, "critic_target": dict}
+    if not isinstance(critic, dict) or not all(isinstance(critic.get(name), kind) for name, kind in kinds.items()):
+        raise UserError(f"{path} has a critic with missing or foreign entries; make it again")
+    if critic["layer_norm"] not in (True, False, "after"):
+        raise UserError(f"{path} has a critic whose normalisation {critic['layer_norm']!r} is not known; make it again")
+    if not 0 < critic["hidden_layers"] <= MOST_LAYERS:
+        raise UserError(f"{path} describes a critic of {critic['hidden_layers']} layers; make it again")
+    with torch.device("meta"):
+        net = ensemble_mlp(2, inputs, critic["hidden_layers"], 1, critic["layer_norm"])
+    like = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    for name in ("critic", "critic_target"):
+        check_tensors(critic[name], like, path, f"its {name}")
+
+
+def check_tensors(tensors: dict, like: dict[str, torch.Tensor], path: Path, where: str) -> None:
+    """Refuse what has not exactly the names, shapes and types of `like`, or numbers that are none. Raises UserError."""
+    wrong = [f"{name} is missing" for name in like if name not in tensors]
+    wrong += [f"{name} does not belong there" for name in tensors if name not in like]
+    wrong += [f"{name} {fault}" for name in like if name in tensors and (fault := fault_of(tensors[name], like[name]))]
+    if wrong:
+        raise UserError(f"{path} cannot be used: in {where} {wrong[0]}; train it again, or take another policy")
+
+
+def check_environment(policy: dict, path: Path, data) -> None:
+    """Refuse a policy of another environment than the data's. Raises UserError."""
+    here = data.task.simulator, data.obs.shape[1], data.actions.shape[1]
+    if (policy["simulator"], policy["obs_dim"], policy["action_dim"]) != here:
         raise UserError(
             f"{path} is a policy for {policy['simulator']} ({policy['env_id']}, {policy['obs_dim']} observations, "
-            f"{policy['action_dim']} actions), but this run is in {simulator} ({obs_dim}, {action_dim}); choose the "
+            f"{policy['action_dim']} actions), but this run is in {here[0]} ({here[1]}, {here[2]}); choose the "
             "--env-id that it was trained on"
         )

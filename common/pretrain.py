@@ -9,8 +9,9 @@ from common import agreement, cli, datasets, loop, steps
 from common.bounds import at_least
 from common.checkpoint import seed_everything
 from common.evaluation import make_evaluator
-from common.policies import save_policy
-from common.run import Run, dataset_label, script_name
+from common.nn import hidden_of
+from common.policies import description_of, examples_of, save_policy
+from common.run import Run, dataset_label
 
 import torch
 
@@ -31,15 +32,16 @@ def run_name(args) -> str:
     return f"{dataset_label(args)}__{args.exp_name}__{args.seed}{preset}"
 
 
-def train(args, data: datasets.Dataset, Agent, Optimizers, training_step) -> Path:
+def train(algorithm: str, args, data: datasets.Dataset, Agent, Optimizers, training_step) -> Path:
     """Train on `data`, which is standardised here, and return the policy's path. A finished run trains nothing.
 
     `Agent(args, obs_dim, action_dim)` has `kind`, `actor`, `act(obs)` (its most likely actions) and, where it learns
     one, `critic` with `critic_target`; `training_step(args, data, agent, optimizers)` gives the step.
     """
-    run, algorithm = Run(args, run_name(args)), script_name(args)
+    run = Run(args, run_name(args))
     path = run.dir / "policy.pt"
     mean, std = data.statistics()
+    about = {} if path.exists() else {"examples": examples_of(data), "data": description_of(data, args)}
     if not args.standardise:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     data.standardise(mean, std)
@@ -63,9 +65,10 @@ def train(args, data: datasets.Dataset, Agent, Optimizers, training_step) -> Pat
             "critic": agent.critic.state_dict(), "critic_target": agent.critic_target.state_dict(),
         }}  # fmt: skip
     save_policy(
-        path, kind=agent.kind, obs_dim=obs_dim, action_dim=action_dim, hidden_layers=args.hidden_layers,
-        state_mean=mean, state_std=std, algorithm=algorithm, env_id=data.task.data, simulator=data.task.simulator,
-        seed=args.seed, steps=args.steps, score=run.scores(algorithm)[-1], actor=agent.actor.state_dict(), **critics,
+        path, kind=agent.kind, obs_dim=obs_dim, action_dim=action_dim, hidden_layers=hidden_of(agent.actor.net),
+        state_mean=mean, state_std=std, algorithm=algorithm, env_id=args.env_id, simulator=data.task.simulator,
+        seed=args.seed, steps=args.steps, score=run.scores(algorithm)[-1], actor=agent.actor.state_dict(),
+        made_with={}, **about, **critics,
     )  # fmt: skip
     return path
 

@@ -15,7 +15,7 @@ from common import agreement, cli, datasets, envs, plots, seeds, steps
 from common.checkpoint import write_atomic
 from common.log import read_rows
 from common.policies import save_online
-from common.run import Run, run_name, script_name
+from common.run import Run, run_name
 
 DAY = 24 * 3600
 
@@ -61,9 +61,9 @@ def estimate(run: Run, seconds: dict[str, float]) -> None:
         )
 
 
-def finish(run: Run, policy: dict, agent, best, offline: float, aligned: float | None, data, evaluator):
+def finish(run: Run, script: str, policy: dict, agent, best, offline: float, aligned: float | None, data, evaluator):
     """Save the policies, write result.json and curve.png, print the result's table, and film if asked to."""
-    save_online(run, data, policy, agent.actor, best)
+    save_online(run, script, policy, agent.actor, best)
     player = copy.deepcopy(agent)
     player.actor.load_state_dict(best.weights)
     fresh = [evaluator.score(r) for r in evaluator.fresh_returns(player.act, data.obs.device)]
@@ -74,11 +74,11 @@ def finish(run: Run, policy: dict, agent, best, offline: float, aligned: float |
         "last_online": scores[-1], "mean_of_last_3": float(np.mean(scores[-3:])), "best": best.score,
         "best_from": best.origin, "best_fresh": float(np.mean(fresh)), "fresh_episodes": len(fresh),
         "best_fresh_error": float(np.std(fresh, ddof=1) / len(fresh) ** 0.5), "references": data.task.references,
-        "script": script_name(run.args), "dataset": data.task.data, "dataset_file": run.args.dataset_path or None,
-        "simulator": data.task.simulator, "source": data.source, "offline_algorithm": policy["algorithm"],
-        "offline_steps": policy["steps"] or None, "seed": run.args.seed, "preset": run.args.preset,
-        "eval_episodes": run.args.eval_episodes, "evaluations": len(scores), "seconds": run.seconds,
-        "seconds_per_evaluation": evaluator.seconds / evaluator.count, "hardware": hardware(data.obs.device),
+        "dataset": data.task.data, "simulator": data.task.simulator, "source": data.source,
+        "offline_algorithm": policy["algorithm"], "offline_steps": policy["steps"] or None, "seed": run.args.seed,
+        "preset": run.args.preset, "eval_episodes": run.args.eval_episodes, "evaluations": len(scores),
+        "seconds": run.seconds, "seconds_per_evaluation": evaluator.seconds / evaluator.count,
+        "hardware": hardware(data.obs.device),
     }  # fmt: skip
     write_atomic(run.dir / "result.json", json.dumps(result, indent=2).encode())
     plots.draw(run.dir / "curve.png", plots.curve, offline_rows(run, policy) + run.logged.rows, result, run.args)

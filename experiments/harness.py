@@ -1,6 +1,7 @@
 """An experiment is a list of runs of the top-level scripts. Ray schedules them as processes of their own; finished ones
 are kept, so the same command started again does what is missing."""
 
+import argparse
 import csv
 import dataclasses
 import importlib
@@ -109,6 +110,8 @@ def folder(args: Args, spec: Spec) -> Path:
 
 def offline_policy(args: Args, name: str, seed: int) -> Path:
     """Where the policy of an offline algorithm is, or will be."""
+    if path := offline.shipped(argparse.Namespace(**vars(args), offline=name, offline_steps=None)):
+        return path
     script = importlib.import_module(f"offline.{name}")
     found = cli.parse(script.Args, script.PRESETS, flags_of(args, seed))
     return Path(found.run_dir) / pretrain.run_name(found) / "policy.pt"

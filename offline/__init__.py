@@ -3,14 +3,14 @@
 import copy
 import dataclasses
 import importlib
+import math
 from pathlib import Path
 
-from common import cli
+from common import cli, tasks
 from common.datasets import Dataset
 from common.evaluation import Evaluator, make_evaluator
-from common.foreign import load_policy
-from common.loop import progress_bar
-from common.policies import save_policy
+from common.foreign import load_policy, our_policy
+from common.policies import description_of, player, save_policy
 from common.transfer import transfer
 
 ALGORITHMS = ("cql", "iql", "td3_bc", "bc", "awac", "rebrac")
@@ -29,32 +29,52 @@ def algorithm_args(args):
     return script, cli.complete(script.Args(**chosen))
 
 
+def shipped(args) -> Path | None:
+    """The policy of `--offline NAME` that ships with the repository for `--env-id`; None where there is none.
+
+    It stands in for training one, unless the data or the number of steps are the user's own.
+    """
+    path = tasks.SHIPPED / "policies" / f"{args.env_id}__{args.offline}.pt"
+    own = args.dataset_path or args.offline_steps is not None
+    return path if not own and args.offline in ALGORITHMS and path.exists() else None
+
+
 def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:
     """The policy that `--offline` names as one of `kind`, and the evaluator of its environment. Standardises `data`.
 
     An algorithm that was not trained yet is trained first; a policy of another kind is handed on by `transfer`, once.
+    Its `score` is what the evaluator measures, and is printed beside the one in its file.
     """
-    if args.offline in ALGORITHMS:
+    if path := shipped(args):
+        print(f"{args.offline} ships with the repository for {args.env_id}; --offline-steps N trains one of your own")
+    elif args.offline in ALGORITHMS:
         script, chosen = algorithm_args(args)
         path = script.train(chosen, copy.copy(data))
     else:
         path = Path(args.offline)
     handed_on = run.dir / "offline.pt"
-    found = load_policy(handed_on if handed_on.exists() else path, data, args.trust_checkpoint)
+    if handed_on.exists():
+        found = our_policy(handed_on, data)
+    else:
+        found = load_policy(path, data, args.trust_checkpoint, args.normalize_from)
     if not args.reevaluate and "critic" not in found and kind != "gaussian":
         raise cli.UserError(f"{path} has no critic, which --no-reevaluate needs; leave that flag out")
+    found["data"] = found["data"] or description_of(data, args)
     data.standardise(found["state_mean"], found["state_std"])  # as the policy was trained
     evaluator = make_evaluator(args, data, found["state_mean"], found["state_std"])
+    stored, found["score"] = found["score"], evaluator(player(found).mode, data.obs.device)
+    said = f"{stored:.1f} when it was saved" if math.isfinite(stored) else "none in its file"
+    print(f"offline policy: {found['algorithm']}, {found['steps']:,} steps; score {found['score']:.1f} here, {said}")
     if found["kind"] != kind:
-        found = transfer(found, kind, data, evaluator, lambda total: progress_bar("transfer", total))
+        found = transfer(found, kind, data, evaluator, run)
         save_policy(handed_on, **found)
     found["progress"] = path.parent / "progress.csv"
     return found, evaluator
 
 
 def timed_step(args, data: Dataset):
-    """One plain step of that algorithm, to be timed, and how many of them it trains for; (None, 0) for a PATH."""
-    if args.offline not in ALGORITHMS:
+    """One plain step of that algorithm, to be timed, and how many it trains for; (None, 0) where none is trained."""
+    if args.offline not in ALGORITHMS or shipped(args):
         return None, 0
     script, chosen = algorithm_args(args)
     chosen = dataclasses.replace(chosen, compile=False)

@@ -89,6 +89,15 @@ def data(random_raw):
 
 
 @pytest.fixture
+def raw_data(data, tmp_path, monkeypatch):
+    """The same, not standardised, as `datasets.load` leaves it, in a folder where no file "executed" may appear."""
+    monkeypatch.chdir(tmp_path)
+    data.standardise(torch.full((11,), -0.5), torch.full((11,), 0.4))
+    yield data
+    assert not list(tmp_path.rglob("executed"))
+
+
+@pytest.fixture
 def run_script(monkeypatch, capsys):
     """Runs a script's `main` under `cli.run` with a command line: (exit code, what it printed to stdout, to stderr)."""
     from common import cli
