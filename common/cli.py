@@ -34,9 +34,9 @@ class RunArgs:
     exp_name: str = "run"
     """the name of this experiment, a part of the run folder's name"""
     env_id: str = "hopper-medium-v2"
-    """the dataset: a D4RL name, hopper-medium-demo, or a Minari id"""
+    """the dataset: a D4RL name, hopper-medium-demo, or a Minari id; with --dataset-path also any id of Gymnasium"""
     dataset_path: str = ""
-    """an HDF5 file in D4RL's layout, used in place of the one that --env-id names"""
+    """an HDF5 file in D4RL's layout, used in place of the one that --env-id names, which then says where to play"""
     seed: Annotated[int, between(0, 2**32 - 1)] = 0
     """seed of the networks, of all sampling and of the training environments"""
     device: str = "auto"
@@ -110,7 +110,10 @@ def parse(args_class: type[Args], presets: dict[str, dict], argv: list[str] | No
     doc = sys.modules[args_class.__module__].__doc__
     preset = tyro.cli(args_class, args=argv, description=doc).preset
     defaults = dataclasses.replace(args_class(), preset=preset, **presets.get(preset, {}))
-    return complete(tyro.cli(args_class, args=argv, default=defaults, description=doc))
+    args = tyro.cli(args_class, args=argv, default=defaults, description=doc)
+    # Behind an equals sign and in quotes the shell leaves ~, the home folder, as it is
+    paths = {name: value for name, value in vars(args).items() if isinstance(value, str) and value.startswith("~")}
+    return complete(dataclasses.replace(args, **{name: os.path.expanduser(value) for name, value in paths.items()}))
 
 
 def complete(args: Args) -> Args:

@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from common.checkpoint import aside
 from common.cli import UserError
-from common.envs import make_env
+from common.envs import unscaled_env
 from common.formats import read_hdf5, read_minari
 from common.owner import own
 from common.tasks import DEMO, SHIPPED, Task, d4rl_registry, resolve
+from common.views import qlearning_view
 
 
 @dataclass
@@ -27,10 +28,11 @@ class Dataset:
     """Transitions of D4RL's Q-learning view, N rows each, on one device.
 
     obs, next_obs (N, S) standardised once `standardise` was called; actions (N, A) in [-1, 1], next_actions those that
-    the data take at next_obs (meaningless after an end); rewards and terminations (N,), the latter 1.0 only where the
+    the data take at next_obs (NaN where they hold none); rewards and terminations (N,), the latter 1.0 only where the
     episode really ended; episode (N,) numbers the episodes; returns (number of episodes,) undiscounted; task is what
-    they belong to, source says where the data come from; states (N, nq + nv) are MuJoCo's qpos and qvel in each row, as
-    the file has them, where it has them.
+    they belong to, source says where the data come from, notes what was put right in them; ordered is false where rows
+    do not follow one another, so that returns and next actions are unknown; states (N, nq + nv) are MuJoCo's qpos and
+    qvel in each row, as the file has them, where it has them.
     """
 
     obs: torch.Tensor
@@ -43,6 +45,8 @@ class Dataset:
     returns: torch.Tensor
     task: Task
     source: str
+    notes: tuple[str, ...] = ()
+    ordered: bool = True
     states: np.ndarray | None = None
     table: torch.Tensor = field(init=False, repr=False)
 
@@ -68,10 +72,34 @@ class Dataset:
         return self.rows(slice(n))
 
     def best_episodes(self, fraction: float) -> "Dataset":
-        """The `fraction` of the episodes that has the highest returns."""
+        """The `fraction` of the episodes that has the highest returns. Raises UserError where these are unknown."""
+        if fraction < 1:
+            self.need_order("choosing the best episodes")
         n = max(1, round(fraction * len(self.returns)))
         best = self.returns.argsort(descending=True)[:n]
         return self.rows(torch.isin(self.episode, best)) if n < len(self.returns) else self
+
+    def need_order(self, what: str) -> None:
+        """Raises UserError where the rows' order is lost, and with it the episodes that `what` needs."""
+        if not self.ordered:
+            raise UserError(f"{what} needs whole episodes, but the rows of these data do not follow one another")
+
+    def scale(self) -> str:
+        """What kind of number a score on these data is, in words."""
+        if self.task.references is None:
+            return "mean returns, on no scale"
+        low, high = self.task.references
+        if self.task.family == "minari":
+            return f"score by the dataset's own reference returns, {low:,.0f} (0) and {high:,.0f} (100)"
+        if self.source.startswith("D4RL"):
+            return "D4RL score"
+        return "score on D4RL's scale, but these are not D4RL's data"
+
+    def describe(self) -> str:
+        """What the user should know of the data before anything is trained on them, in lines."""
+        episodes = len(self.returns)
+        lines = [f"{len(self):,} transitions in {episodes:,} episode{'s' * (episodes != 1)}, {self.source}"]
+        return "\n".join(f"data: {line}" for line in (*lines, *self.task.notes, *self.notes))
 
     def hold_out(self, fraction: float, n: int) -> tuple["Dataset", "Dataset"]:
         """Split off whole episodes, drawn at random but always the same: (the rest, `n` of their transitions).
@@ -103,18 +131,19 @@ class Dataset:
 def load(env_id: str, dataset_path: str = "", device: torch.device | str = "cpu") -> Dataset:
     """Load the data that `env_id` (or `dataset_path`) names. Raises UserError where that cannot be done."""
     task = resolve(env_id, dataset_path)
-    if dataset_path:
-        path, raw = Path(dataset_path), read_hdf5(Path(dataset_path))
-    elif task.family == "minari":
-        path, raw = env_id, read_minari(env_id)
+    whole = task.family == "minari" and not dataset_path
+    if whole:
+        path, (raw, source) = env_id, read_minari(env_id)
     else:
-        path = find_file(env_id)
-        raw = read_hdf5(path)
+        path = Path(dataset_path) if dataset_path else find_file(env_id)
+        raw, source = read_hdf5(path)
     check(raw, task, path)
-    view = qlearning_view(raw, task.max_episode_steps)
-    states = view.pop("states", None)
+    view, notes = qlearning_view(raw, task.max_episode_steps, whole)
+    if not len(view["rewards"]):
+        raise UserError(f"no transition is left of {path}: every row is the last of its episode")
+    states, ordered = view.pop("states", None), view.pop("ordered")
     tensors = {key: torch.as_tensor(value, device=device) for key, value in view.items()}
-    return Dataset(**tensors, states=states, task=task, source=raw["source"])
+    return Dataset(**tensors, states=states, ordered=ordered, task=task, source=source, notes=tuple(notes))
 
 
 # ----------------------------------------------------------------------------------------------- files
@@ -126,7 +155,7 @@ def find_file(env_id: str) -> Path:
         return SHIPPED / f"{DEMO}.hdf5"
     url = d4rl_registry()["DATASET_URLS"][env_id]
     name = url.rsplit("/", 1)[1]
-    folder = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
+    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     if not (folder / name).exists():
         download(url, folder / name)
     return folder / name
@@ -166,61 +195,35 @@ def download(url: str, path: Path) -> None:
 
 
 def check(raw: dict, task: Task, path) -> None:
-    """Refuse data that would train silently into nonsense. Raises UserError."""
-    env = make_env(task)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    """Refuse data that would train silently into nonsense, and bring the actions to [-1, 1]. Raises UserError."""
+    env = unscaled_env(task)
+    (obs_dim,), space = env.observation_space.shape, env.action_space
     env.close()
     obs, actions = raw["observations"], raw["actions"]
-    if obs.ndim != 2 or actions.ndim != 2 or (obs.shape[1], actions.shape[1]) != (obs_dim, action_dim):
+    if obs.ndim != 2 or actions.ndim != 2 or (obs.shape[1], actions.shape[1]) != (obs_dim, space.shape[0]):
         raise UserError(
             f"{path} has observations {obs.shape} and actions {actions.shape}, but {task.simulator} has {obs_dim} and "
-            f"{action_dim} dimensions; name the environment that the data come from with --env-id"
+            f"{space.shape[0]} dimensions; name the environment that the data come from with --env-id"
         )
-    lengths = {len(value) for key, value in raw.items() if key != "source"}
-    if len(lengths) > 1 or min(lengths) < 2:
-        raise UserError(f"the arrays of {path} have {sorted(lengths)} rows; they need the same number, 2 or more")
-    for key in ("observations", "actions", "rewards", "next_observations"):
-        if key in raw and not np.isfinite(raw[key]).all():
-            row = int(np.argwhere(~np.isfinite(raw[key]))[0][0])
+    for key, values in raw.items():
+        if key not in ("qpos", "qvel") and not np.isfinite(values).all():
+            row = int(np.argwhere(~np.isfinite(values))[0][0])
             raise UserError(f"{path} holds NaN or infinite {key} (first in row {row}); repair or remove these rows")
-    largest = float(np.abs(actions).max())
-    if largest > 1 + 1e-5:
-        raise UserError(f"{path} holds actions up to {largest:.4g}; rescale them to [-1, 1]")
+    raw["actions"] = to_unit_range(actions, space.low, space.high)
+    beyond = np.abs(raw["actions"]).max(0)
+    if beyond.max() > 1 + 1e-4:  # as far as rounding goes: such actions are clipped
+        i = int(beyond.argmax())
+        found = f"{actions[:, i].min():.4g} to {actions[:, i].max():.4g}"
+        raise UserError(
+            f"{path} holds actions from {found}, but {task.simulator} takes {space.low[i]:.4g} to {space.high[i]:.4g}: "
+            "clip them in the file if the environment did so when they were played, else name the one that they were "
+            "played in with --env-id"
+        )
 
 
-def qlearning_view(raw: dict, max_steps: int) -> dict[str, np.ndarray]:
-    """D4RL's Q-learning view without its Python loop.
-
-    next_obs[i] is the file's, else obs[i + 1]; a step that was cut off by the time limit is dropped, for its next
-    state is unknown; `terminations` marks real ends alone. Without `timeouts` every `max_steps`-th step of an episode
-    counts as one.
-    """
-    n = len(raw["rewards"]) - 1  # the last row has no successor
-    terminals = raw["terminals"][:-1].astype(bool).reshape(n)
-    index = np.arange(n)
-    if "timeouts" in raw:
-        timeouts = raw["timeouts"][:-1].astype(bool).reshape(n)
-    else:
-        after_terminal = np.where(np.concatenate([[True], terminals[:-1]]), index, 0)
-        step = index - np.maximum.accumulate(after_terminal)
-        timeouts = step % max_steps == max_steps - 1
-    keep = ~timeouts
-    ends = terminals | timeouts
-    episode = np.concatenate([[0], np.cumsum(ends)[:-1]])
-    rewards = raw["rewards"][:-1].reshape(n).astype(np.float32)
-    obs = raw["observations"].astype(np.float32, copy=False)
-    actions = raw["actions"].astype(np.float32, copy=False).clip(-1, 1)
-    next_obs = raw["next_observations"][:-1].astype(np.float32, copy=False) if "next_observations" in raw else obs[1:]
-    view = {
-        "obs": obs[:-1][keep],
-        "actions": actions[:-1][keep],
-        "next_actions": actions[1:][keep],
-        "rewards": rewards[keep],
-        "next_obs": next_obs[keep],
-        "terminations": terminals[keep].astype(np.float32),
-        "episode": episode[keep],
-        "returns": np.bincount(episode, weights=rewards),
-    }
-    if "qpos" in raw and "qvel" in raw:
-        view["states"] = np.concatenate([raw["qpos"], raw["qvel"]], axis=1)[:-1][keep]
-    return view
+def to_unit_range(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Actions (N, A) between `low` and `high` (A,) as policies know them, in [-1, 1]. Those of ±1 are not touched."""
+    if (low == -1).all() and (high == 1).all():
+        return actions
+    low, high = low.astype(np.float64), high.astype(np.float64)
+    return 2 * (actions - low) / (high - low) - 1

@@ -44,15 +44,38 @@ class Standardised(gym.ObservationWrapper):
         return ((observation - self.mean) / self.std).astype(np.float32)
 
 
-def make_env(task: Task, mean=None, std=None, **kwargs) -> gym.Env:
-    """One environment of a task, its observations standardised where `mean` and `std` (S,) are given."""
-    env = gym.make(task.spec, disable_env_checker=True, **kwargs)  # the checker costs as much as a step
+def unscaled_env(task: Task, evaluation: bool = False, **kwargs) -> gym.Env:
+    """One environment of a task with its own range of actions. Raises UserError where it cannot be had or used."""
+    spec = task.eval_spec if evaluation and task.eval_spec else task.spec
+    try:
+        env = gym.make(spec, disable_env_checker=True, **kwargs)  # the checker costs as much as a step
+    except Exception as error:  # a missing package, a missing file, wrong arguments: environments fail in many ways
+        raise UserError(
+            f"{spec.id} cannot be made here ({' '.join(str(error).split())}); install what it needs, and try it with "
+            f"gymnasium.make({spec.id!r})"
+        ) from error
     if task.d4rl:
         env = as_d4rl(env)
     if task.forces:
         env = ZeroForces(env, task.forces)
-    if not (isinstance(env.action_space, gym.spaces.Box) and len(env.observation_space.shape or ()) == 1):
-        raise UserError(f"{task.simulator} needs flat observations and continuous actions to be used here")
+    obs, actions = env.observation_space, env.action_space
+    flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs, actions))
+    if not (flat and np.isfinite([actions.low, actions.high]).all() and (actions.low < actions.high).all()):
+        raise UserError(
+            f"{spec.id} has observations {obs} and actions {actions}; what can be used are vectors of numbers as "
+            "observations and a finite box of actions: wrap it so that it has these, and register it"
+        )
+    return env
+
+
+def make_env(task: Task, mean=None, std=None, evaluation: bool = False, **kwargs) -> gym.Env:
+    """One environment of a task, for training or for `evaluation`; its actions are [-1, 1], as policies give them.
+
+    Observations are standardised where `mean` and `std` (S,) are given.
+    """
+    env = unscaled_env(task, evaluation, **kwargs)
+    if not ((env.action_space.low == -1).all() and (env.action_space.high == 1).all()):
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     if mean is not None:
         env = Standardised(env, np.asarray(mean, np.float64), np.asarray(std, np.float64))
     return env
@@ -129,7 +152,7 @@ class VectorEpisodes:
 def record_video(task: Task, mean, std, policy, device, folder) -> None:
     """Film one episode of `policy` into `folder`. Raises UserError where what it needs is missing."""
     try:
-        env = gym.wrappers.RecordVideo(make_env(task, mean, std, render_mode="rgb_array"), str(folder))
+        env = gym.wrappers.RecordVideo(make_env(task, mean, std, evaluation=True, render_mode="rgb_array"), str(folder))
         obs, _ = env.reset(seed=0)
         done = False
         while not done:

@@ -50,7 +50,7 @@ class Evaluator:
         if whole and torch.device(device).type != "cpu":
             policy, device = getattr(copy.deepcopy(policy.__self__).cpu(), policy.__name__), "cpu"
         if self.pool is None or not whole:
-            self.envs = self.envs or [make_env(self.task) for _ in seeds]
+            self.envs = self.envs or [make_env(self.task, evaluation=True) for _ in seeds]
             return play(self.envs, seeds, range(len(seeds)), self.mean, self.std, policy, device)
         packed = pickle.dumps((self.task, seeds, self.mean, self.std, policy))  # once, not once for every worker
         shares = np.array_split(range(len(seeds)), self.workers)
@@ -69,7 +69,7 @@ class Evaluator:
         return np.concatenate([self.returns(policy, device, range(start, start + n)) for start in starts])
 
     def score(self, returns: np.ndarray) -> float:
-        """D4RL's normalised score: 0 is its random policy, 100 its expert. The plain mean where D4RL has no such."""
+        """The mean return, D4RL's way: 0 is a random policy's, 100 an expert's. Itself where the task knows no such."""
         if self.reference is None:
             return float(np.mean(returns))
         low, high = self.reference
@@ -147,5 +147,5 @@ def play_share(packed: bytes, share: np.ndarray) -> np.ndarray:
     """In a worker: the returns of the episodes that `share` counts out."""
     task, seeds, *how = pickle.loads(packed)
     while len(worker_envs) < len(share):
-        worker_envs.append(make_env(task))
+        worker_envs.append(make_env(task, evaluation=True))
     return play(worker_envs, seeds, share, *how, "cpu")

@@ -1,56 +1,131 @@
 """Reading files: HDF5 in D4RL's layout and Minari's datasets, both as arrays in D4RL's layout (Fu et al., 2020)."""
 
+import errno
+import importlib
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from common.cli import UserError
+from common.errors import UserError
 from common.tasks import D4RL_IDS, minari_dataset
 
-# What is read from a file in D4RL's layout, and its name there. qpos and qvel are MuJoCo's state at each row.
-NAMES = {name: name for name in ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")}
-NAMES |= {"qpos": "infos/qpos", "qvel": "infos/qvel"}
+# What is read, and its names in a file: ends have other names in Gymnasium than they had in D4RL. qpos and qvel are
+# MuJoCo's state at each row.
+NAMES = {
+    "observations": ("observations",),
+    "actions": ("actions",),
+    "rewards": ("rewards",),
+    "terminals": ("terminals", "terminations"),
+    "timeouts": ("timeouts", "truncations"),
+    "next_observations": ("next_observations",),
+    "qpos": ("infos/qpos",),
+    "qvel": ("infos/qvel",),
+}
+NEEDED = ("observations", "actions", "rewards", "terminals")
+VECTORS = ("observations", "actions", "next_observations", "qpos", "qvel")
 
 
-def read_hdf5(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file in D4RL's layout, plus its `source`. Raises UserError for a file that is not one."""
+def read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """The arrays of a file in D4RL's layout, and where they come from. Raises UserError for a file that is not one.
+
+    Everything that a file declares is checked before anything of it is read.
+    """
     if not path.is_file():
         raise UserError(f"there is no file {path}; give --dataset-path an HDF5 file in D4RL's layout")
     try:
         with h5py.File(path, "r") as file:
-            needed = ("observations", "actions", "rewards", "terminals")
-            missing = [key for key in needed if key not in file]
-            if missing:
-                raise UserError(
-                    f"{path} lacks {', '.join(missing)}; a file in D4RL's layout has {', '.join(needed)} "
-                    "and, if episodes were cut by a time limit, timeouts"
-                )
-            found = {key: file[name] for key, name in NAMES.items() if name in file}
-            for key, array in found.items():
-                if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "fiub":
-                    raise UserError(f"{path}: {key} is no array of numbers; give a file in D4RL's layout")
-            raw = {key: array[()] for key, array in found.items()}
+            found = {key: [file[name] for name in names if name in file] for key, names in NAMES.items()}
+            check_declared(path, found)
+            raw = {key: arrays[0][()] for key, arrays in found.items() if arrays}
+            for key in ("terminals", "timeouts"):  # under both names: an end is an end
+                for array in found[key][1:]:
+                    raw[key] = (raw[key].reshape(-1) != 0) | (array[()].reshape(-1) != 0)
             source = file.attrs.get("source", "D4RL" if path.stem.replace("_", "-") in D4RL_IDS else "unknown")
-            return raw | {"source": source.decode() if isinstance(source, bytes) else str(source)}
+            return raw, source.decode() if isinstance(source, bytes) else str(source)
     except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(f"{path} is not a whole HDF5 file ({error}); delete it and download it again") from error
+        raise UserError(unreadable(path, error)) from error
+    except MemoryError as error:
+        raise UserError(f"{path} does not fit into the memory of this machine; use fewer rows of it") from error
 
 
-def read_minari(env_id: str) -> dict[str, np.ndarray]:
+def unreadable(path: Path, error: Exception) -> str:
+    """What to do about a file that HDF5 cannot read: a good one is never called damaged."""
+    words, number = str(error), getattr(error, "errno", None)
+    if number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        return f"{path} lies on a disk without file locks ({words}); set HDF5_USE_FILE_LOCKING=FALSE and start again"
+    if number in (errno.EAGAIN, errno.EWOULDBLOCK) or "open for write" in words:
+        return f"{path} is open in another program ({words}); close it there and start again"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"{path} may not be read ({words}); change its permissions"
+    return f"{path} is not a whole HDF5 file ({words}); copy it again from where it came from"
+
+
+def check_declared(path: Path, found: dict[str, list]) -> None:
+    """Refuse a file by what it declares of its arrays. Raises UserError."""
+    missing = [key for key in NEEDED if not found[key]]
+    if missing:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}; a file in D4RL's layout has {', '.join(NEEDED)} and, if episodes were "
+            "cut by a time limit, timeouts"
+        )
+    rows = None
+    for key, arrays in found.items():
+        for array in arrays:
+            name = array.name.lstrip("/")
+            if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "fiub":
+                raise UserError(f"{path}: {name} is no array of numbers; give a file in D4RL's layout")
+            shape = array.shape or ()
+            rows = (*shape, 0)[0] if rows is None else rows  # of the observations, which come first
+            wide = len(shape) == 2 and shape[0] == rows
+            if not (wide if key in VECTORS else wide and shape[1] == 1 or shape == (rows,)):
+                what = "vector" if key in VECTORS else "number"
+                raise UserError(f"{path}: {name} has the shape {shape}, but needs one {what} for each of {rows} rows")
+            check_stored(path, name, array)
+    for array in found["next_observations"]:
+        if array.shape != found["observations"][0].shape:
+            raise UserError(f"{path}: next_observations {array.shape} need as many numbers as observations have")
+    if rows < 2:
+        raise UserError(f"{path} holds {rows} rows; it takes 2 or more to make a transition")
+
+
+def check_stored(path: Path, name: str, array: h5py.Dataset) -> None:
+    """Refuse what cannot be unpacked here, and a small file that unpacks to gigabytes. Raises UserError."""
+    declared, stored = array.size * array.dtype.itemsize, array.id.get_storage_size()
+    if declared > max(100 * stored, 1 << 26):
+        raise UserError(
+            f"{path}: {name} declares {declared / 1e9:.1f} GB, but the file holds {stored / 1e3:,.0f} kB of that; "
+            "it is not whole: copy it again from where it came from"
+        )
+    pipeline = array.id.get_create_plist()
+    for i in range(pipeline.get_nfilters()):
+        code, _, _, filter_name = pipeline.get_filter(i)
+        if not h5py.h5z.filter_avail(code):
+            try:
+                importlib.import_module("hdf5plugin")  # makes HDF5 know more filters, if it is installed
+            except ImportError as error:
+                words = filter_name.decode(errors="replace") or f"filter {code}"
+                raise UserError(
+                    f"{path} is compressed by {words}, which HDF5 cannot unpack by itself; pip install hdf5plugin"
+                ) from error
+
+
+def read_minari(env_id: str) -> tuple[dict[str, np.ndarray], str]:
     """A Minari dataset in D4RL's layout: episodes end to end, with the true next observations."""
-    episodes = list(minari_dataset(env_id).iterate_episodes())
-    if not isinstance(episodes[0].observations, np.ndarray):
-        raise UserError(f"{env_id} has observations of a composite kind; only flat vectors can be used")
+    episodes = [episode for episode in minari_dataset(env_id).iterate_episodes() if len(episode)]
+    if not episodes:
+        raise UserError(f"the Minari dataset {env_id} has no transition; choose another")
+    if not all(isinstance(array, np.ndarray) for array in (episodes[0].observations, episodes[0].actions)):
+        raise UserError(f"{env_id} has observations or actions of a composite kind; only flat vectors can be used")
     timeouts = [episode.truncations.copy() for episode in episodes]
     for timeout, episode in zip(timeouts, episodes, strict=True):
-        timeout[-1] |= not episode.terminations[-1]  # an episode that was cut off anywhere else has no next state
-    return {
+        timeout[-1] |= not episode.terminations[-1]  # an episode that was cut off anywhere else ends there, too
+    raw = {
         "observations": np.concatenate([episode.observations[:-1] for episode in episodes]),
         "next_observations": np.concatenate([episode.observations[1:] for episode in episodes]),
         "actions": np.concatenate([episode.actions for episode in episodes]),
         "rewards": np.concatenate([episode.rewards for episode in episodes]),
         "terminals": np.concatenate([episode.terminations for episode in episodes]),
         "timeouts": np.concatenate(timeouts),
-        "source": f"Minari {env_id}",
     }
+    return raw, f"Minari {env_id}"

@@ -56,7 +56,7 @@ class Loop:
                     raise Interrupted(f"{where}; the same command continues from there")
                 if math.isfinite(self.run.last_score):
                     best = f" (best {self.state['best'].score:.1f})" if "best" in self.state else ""
-                    bar.set_postfix_str(f"score {self.run.last_score:.1f}{best}", refresh=False)
+                    bar.set_postfix_str(f"{self.run.measure} {self.run.last_score:.1f}{best}", refresh=False)
                 bar.update(n)
 
     def __iter__(self) -> Iterator[int]:

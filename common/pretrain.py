@@ -40,6 +40,7 @@ def train(algorithm: str, args, data: datasets.Dataset, Agent, Optimizers, train
     """
     run = Run(args, run_name(args))
     path = run.dir / "policy.pt"
+    run.measure = data.task.measure
     mean, std = data.statistics()
     about = {} if path.exists() else {"examples": examples_of(data), "data": description_of(data, args)}
     if not args.standardise:
@@ -80,6 +81,6 @@ def main(Args, presets: dict, train: Callable) -> None:
     steps.setup(device, args.seed, args.deterministic)
     args = replace(args, compile=args.compile and steps.can_compile(device))
     data = datasets.load(args.env_id, args.dataset_path, device)
-    print(f"data: {len(data):,} transitions, {data.source}")
+    print(data.describe())
     agreement.report_simulator_check(data)
     print(f"policy: {train(args, data)}")

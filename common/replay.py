@@ -33,6 +33,7 @@ class ReplayBuffer:
         if mode == "all":
             start = table
         elif mode == "part":
+            dataset.need_order("--buffer part")
             best = torch.as_tensor(dataset.returns, device=table.device).argsort(descending=True)[:part_episodes]
             start = table[torch.isin(dataset.episode, best)]
         self.table = torch.cat([start, table.new_zeros(steps, table.shape[1])])

@@ -44,7 +44,8 @@ def start(args_class, presets: dict) -> tuple:
     args = dataclasses.replace(args, compile=args.compile and steps.can_compile(device))
     run = Run(args, run_name(args))
     data = datasets.load(args.env_id, args.dataset_path, device)
-    print(f"data: {len(data):,} transitions, {data.source}")
+    run.measure = data.task.measure
+    print(data.describe())
     agreement.report_simulator_check(data)
     return args, run, data
 
@@ -74,7 +75,8 @@ def finish(run: Run, script: str, policy: dict, agent, best, offline: float, ali
         "last_online": scores[-1], "mean_of_last_3": float(np.mean(scores[-3:])), "best": best.score,
         "best_from": best.origin, "best_fresh": float(np.mean(fresh)), "fresh_episodes": len(fresh),
         "best_fresh_error": float(np.std(fresh, ddof=1) / len(fresh) ** 0.5), "references": data.task.references,
-        "dataset": data.task.data, "simulator": data.task.simulator, "source": data.source,
+        "measure": run.measure, "scale": data.scale(), "dataset": data.task.data, "simulator": data.task.simulator,
+        "source": data.source,
         "offline_algorithm": policy["algorithm"], "offline_steps": policy["steps"] or None, "seed": run.args.seed,
         "preset": run.args.preset, "eval_episodes": run.args.eval_episodes, "evaluations": len(scores),
         "seconds": run.seconds, "seconds_per_evaluation": evaluator.seconds / evaluator.count,
@@ -98,7 +100,7 @@ def offline_rows(run: Run, policy: dict) -> list[dict]:
 def show(run: Run, result: dict) -> None:
     """Print the result's table."""
     table = Table(title=run.name, title_justify="left")
-    for column in ("", "score", "time"):
+    for column in ("", result["measure"], "time"):
         table.add_column(column, justify="left" if not column else "right")
     seconds = {stage: duration(s) for stage, s in result["seconds"].items()}
     trained = f", {result['offline_steps']:,} steps" if result["offline_steps"] else ""
@@ -114,6 +116,5 @@ def show(run: Run, result: dict) -> None:
     fresh = f"{result['best_fresh']:.1f} ± {result['best_fresh_error']:.1f}"
     table.add_row(f"best.pt on {result['fresh_episodes']} fresh starts", fresh)
     Console(markup=False).print(table)
-    source = result["source"]
-    what = "D4RL score" if source.startswith("D4RL") else "score on D4RL's scale, but these are not D4RL's data"
-    print(f"1 seed, {run.args.eval_episodes} episodes an evaluation; {what}.\n{run.dir}/curve.png shows the whole run.")
+    episodes = f"{run.args.eval_episodes} episodes an evaluation"
+    print(f"1 seed, {episodes}; {result['scale']}.\n{run.dir}/curve.png shows the whole run.")

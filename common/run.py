@@ -66,6 +66,8 @@ def make_folder(folder: Path) -> None:
 
 
 class Run:
+    measure = "score"  # what an evaluation gives, as the user is told: "return" where there are no reference returns
+
     def __init__(self, args, name: str):
         self.args, self.name = args, name
         self.dir = Path(args.run_dir) / name

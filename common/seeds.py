@@ -157,7 +157,7 @@ def summarise(args, folders: dict[int, Path], failed: dict[int, str]) -> None:
     plots.draw(together / "seeds.png", plots.seeds, list(folders.values()), args, height=5.0)
 
     of, data = first["offline_algorithm"], first["dataset"]
-    title = f"{args.exp_name} from {of} on {data}, {len(results)} of {args.num_seeds} seeds"
+    title = f"{args.exp_name} from {of} on {data}, {len(results)} of {args.num_seeds} seeds: {first['measure']}s"
     table = Table(title=title, title_justify="left")
     for column in ("seed", *(COLUMNS[name] for name in names)):
         table.add_column(column, justify="right")

@@ -14,6 +14,7 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
 from common.errors import UserError
+from common.specs import in_minari, in_words, limited, minari_dataset, stored_spec
 
 SHIPPED = Path(__file__).parent.parent / "datasets"
 ROBOTS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
@@ -26,7 +27,7 @@ DEMO = "hopper-medium-demo"
 class Task:
     """A dataset and the simulator that it belongs to.
 
-    family     - "locomotion", "minari": what the scripts' constants depend on
+    family     - "locomotion", "minari", "gymnasium": what the scripts' constants depend on
     env_id     - the name that the user gave
     data       - the dataset's own name, on which the choice of constants rests: the file's, where one was given
     simulator  - the simulator in words; a policy can be used wherever these are the same
@@ -34,6 +35,8 @@ class Task:
     d4rl       - whether its physics are D4RL's (see common/physics.py) and not those of the MuJoCo that is installed
     forces     - zeros that follow each observation: D4RL's ant observes contact forces that its MuJoCo left at zero
     references - returns of a random policy and of an expert, which score 0 and 100; None: the score is the return
+    eval_spec  - the environment in which scores are measured, where it is another one
+    notes      - sentences for the user about what of all that is not as it was stored
     """
 
     family: str
@@ -44,6 +47,13 @@ class Task:
     d4rl: bool = False
     forces: int = 0
     references: tuple[float, float] | None = None
+    eval_spec: EnvSpec | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def measure(self) -> str:
+        """What the number that an evaluation gives is called."""
+        return "return" if self.references is None else "score"
 
     @property
     def expert(self) -> bool:
@@ -63,7 +73,7 @@ class Task:
 
     @property
     def max_episode_steps(self) -> int:
-        return self.spec.max_episode_steps or 1000
+        return self.spec.max_episode_steps
 
 
 def resolve(env_id: str, dataset_path: str = "") -> Task:
@@ -71,8 +81,11 @@ def resolve(env_id: str, dataset_path: str = "") -> Task:
     data = Path(dataset_path).stem if dataset_path else env_id
     for family in FAMILIES:
         if task := family(env_id, data):
+            if task.family == "gymnasium" and not dataset_path:
+                raise UserError(f"--env-id {env_id} is an environment; give the data to start from with --dataset-path")
             return task
-    near = difflib.get_close_matches(env_id, [*D4RL_IDS, DEMO], n=3, cutoff=0.3)
+    known = [*D4RL_IDS, DEMO, *(gym.registry if dataset_path else ())]
+    near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)
     hint = f"; the nearest names are: {', '.join(near)}" if near else f"; try {DEMO}"
     raise UserError(f"--env-id {env_id!r} is not known{hint}")
 
@@ -91,15 +104,43 @@ def locomotion(env_id: str, data: str) -> Task | None:
 
 
 def minari(env_id: str, data: str) -> Task | None:
-    """A dataset of Minari: an id with a slash."""
-    if "/" not in env_id:
+    """A dataset of Minari: one that is on this machine, or an id with a slash."""
+    if env_id in gym.registry or ":" in env_id or not ("/" in env_id or in_minari(env_id)):
         return None
-    spec = minari_dataset(env_id).env_spec
-    robot = spec.id.split("-")[0].lower()
-    return Task("minari", env_id, data, spec.id, gym.spec(spec.id), references=reference_returns(robot))
+    dataset = minari_dataset(env_id)
+    if dataset.env_spec is None:
+        raise UserError(
+            f"the Minari dataset {env_id} names no environment (its env_spec is empty), but fine-tuning needs one: "
+            "create the dataset again with env=…"
+        )
+    spec, notes = stored_spec(dataset.env_spec, env_id)
+    # Minari's own accessor for it would make the environment, from whatever the dataset says
+    stored, eval_spec = getattr(dataset, "_eval_env_spec", None), None
+    if stored is not None and stored != dataset.env_spec:
+        eval_spec, more = stored_spec(stored, env_id)
+        notes += [f"scores are measured in the dataset's evaluation environment, {in_words(eval_spec)}", *more]
+    metadata = dataset.storage.metadata
+    references = tuple(metadata.get(f"ref_{end}_score") for end in ("min", "max"))
+    if None in references or references[0] == references[1]:
+        references = None
+    return Task("minari", env_id, data, in_words(spec), spec, False, 0, references, eval_spec, tuple(notes))
 
 
-FAMILIES = (locomotion, minari)
+def gymnasium(env_id: str, data: str) -> Task | None:
+    """Any environment that Gymnasium knows: its id, or `module:Id` where importing a module makes it known."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # it is the user's own code, and may do anything
+            raise UserError(f"--env-id {env_id}: the module {module} cannot be imported ({error})") from error
+    if name not in gym.registry:
+        return None
+    spec, notes = limited(gym.registry[name])
+    return Task("gymnasium", env_id, data, in_words(spec), spec, notes=tuple(notes))
+
+
+FAMILIES = (locomotion, minari, gymnasium)
 
 
 # ----------------------------------------------------------------------------------------------- registries
@@ -127,16 +168,3 @@ def reference_returns(robot: str) -> tuple[float, float] | None:
         return None
     infos = d4rl_registry()
     return infos["REF_MIN_SCORE"][f"{robot}-medium-v2"], infos["REF_MAX_SCORE"][f"{robot}-medium-v2"]
-
-
-def minari_dataset(env_id: str):
-    """The Minari dataset `env_id`, downloaded if need be. Raises UserError."""
-    import minari
-
-    try:
-        return minari.load_dataset(env_id, download=True)
-    except Exception as error:  # Minari raises many kinds, from its storage to its network client
-        raise UserError(
-            f"Minari cannot load {env_id!r} ({error}): check the name with `minari list remote`, or download it on a "
-            f"machine with a network with `minari download {env_id}`"
-        ) from error

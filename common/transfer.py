@@ -35,7 +35,7 @@ def transfer(policy: dict, kind: str, data: Dataset, evaluator, run, steps: int 
     score = evaluator(net.mode, device)
     print(
         f"transfer: {policy['algorithm']} ({policy['kind'].replace('_', ' ')}) → {kind.replace('_', ' ')}: mean action "
-        f"error {error:.2g}, score {policy['score']:.1f} → {score:.1f}"
+        f"error {error:.2g}, {data.task.measure} {policy['score']:.1f} → {score:.1f}"
     )
     return policy | {"kind": kind, "actor": net.state_dict(), "score": score, "transfer_error": error}
 

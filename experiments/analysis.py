@@ -36,8 +36,13 @@ def result(path: Path) -> dict:
     return json.loads((path / "result.json").read_text())
 
 
+def measure(paths: list[Path]) -> str:
+    """What the evaluations of these runs give: a score or, where the task has no reference returns, a return."""
+    return result(paths[0]).get("measure", "score") if paths else "score"
+
+
 def summary(path: Path) -> dict[str, float]:
-    """One run in four numbers, all on the score's scale.
+    """One run in four numbers, all on the scale of its evaluations.
 
     final: mean of the last three evaluations; gain: final minus offline; area: mean score over the environment steps
     (speed); drop: the most that an evaluation fell below the offline policy, 0 if none did (instability).
@@ -155,7 +160,7 @@ def draw_curves(panel, groups: dict[str, list[Path]], names: Iterable[str] = ())
         panel.axhline(before, color=colours[name], linestyle=":", linewidth=1)
     panel.locator_params(axis="x", nbins=5)
     panel.set_xlabel("environment steps")
-    panel.set_ylabel("score")
+    panel.set_ylabel(measure([path for paths in groups.values() for path in paths]))
 
 
 def number(point: tuple[float, float, float], digits: int = 1) -> str:
@@ -176,7 +181,8 @@ def compare(report: Report, title: str, groups: dict[str, list[Path]], baseline:
             gains = [[r["gain"] for r in runs.get(x, [])] for x in (name, baseline)]
             line.append(f"{improvement(*gains):.2f}" if name != baseline and all(gains) else "")
         lines.append(line)
-    columns = ["", "runs", "final score", "gain over offline", "area (speed)", "largest drop"]
+    what = measure([path for paths in groups.values() for path in paths])
+    columns = ["", "runs", f"final {what}", "gain over offline", "area (speed)", "largest drop"]
     report.table(title, columns + ([f"P(better than {baseline})"] if baseline else []), lines)
 
 

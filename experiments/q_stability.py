@@ -155,8 +155,9 @@ def main() -> None:
             lines.append([y, setting, str(len(paths)), *values, f"{offline:.1f}", f"{low:.1f}"])
         draw(panel, groups, name, truth[0])
         everything += [path for paths in groups.values() for path in paths]
+    what = analysis.measure(everything)
     columns = ["", "", "runs", "Monte Carlo", "Q at the first step", "of the data's actions", "Q at the last step",
-               "largest jump / spread", "offline score", "lowest score"]  # fmt: skip
+               "largest jump / spread", f"offline {what}", f"lowest {what}"]  # fmt: skip
     report.table(f"Q (O2PPO: V) on held-out states; jump within {WINDOW:,} environment steps", columns, lines)
     report.figure(figure)
     report.text.append("\nLines: mean over the states; bands: 10% to 90%; dashed: Q of the data's actions; seed 0.")

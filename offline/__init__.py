@@ -64,7 +64,8 @@ def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:
     evaluator = make_evaluator(args, data, found["state_mean"], found["state_std"])
     stored, found["score"] = found["score"], evaluator(player(found).mode, data.obs.device)
     said = f"{stored:.1f} when it was saved" if math.isfinite(stored) else "none in its file"
-    print(f"offline policy: {found['algorithm']}, {found['steps']:,} steps; score {found['score']:.1f} here, {said}")
+    here = f"{data.task.measure} {found['score']:.1f} here, {said}"
+    print(f"offline policy: {found['algorithm']}, {found['steps']:,} steps; {here}")
     if found["kind"] != kind:
         found = transfer(found, kind, data, evaluator, run)
         save_policy(handed_on, **found)

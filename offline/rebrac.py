@@ -143,11 +143,11 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
 
     def critic_gradients():
         obs, actions, rewards, next_obs, terminations, rows = sample(data, args.batch_size)
-        # y = r + γ (1 - d) [ min_i Q̄_i(s', a') - β2 ‖a' - â'‖² ],  â' the data's next action
+        # y = r + γ (1 - d) [ min_i Q̄_i(s', a') - β2 ‖a' - â'‖² ],  â' the data's next action (unknown: no penalty)
         with torch.no_grad():
             noise = (torch.randn_like(actions) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
             next_actions = (actor_target(next_obs) + noise).clamp(-1, 1)
-            penalty = ((next_actions - data.next_actions[rows]) ** 2).sum(1)
+            penalty = ((next_actions - data.next_actions[rows]) ** 2).sum(1).nan_to_num()
             next_q = critic_target(next_obs, next_actions).amin(0) - args.critic_bc_coef * penalty
             y = rewards + args.gamma * (1 - terminations) * next_q
         q = critic(obs, actions)
@@ -183,6 +183,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
 
 def train(args: Args, data: datasets.Dataset) -> Path:
     """Train on `data` and return the policy's path; see `pretrain.train`."""
+    data.need_order("ReBRAC")
     if not published(data.task):
         print(
             f"ReBRAC's paper has no weights of imitation for {data.task.data}: this run takes {args.actor_bc_coef} and "

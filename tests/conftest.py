@@ -56,8 +56,10 @@ def random_raw():
         }
         if timeouts:
             raw["timeouts"] = rng.random(n) < 0.01
-        if next_observations:
+        if next_observations:  # the next row's, but after an end, where that is another episode's
             raw["next_observations"] = rng.normal(size=(n, 11)).astype(np.float32)
+            goes_on = ~(raw["terminals"] | raw.get("timeouts", False))[:-1]
+            raw["next_observations"][:-1][goes_on] = raw["observations"][1:][goes_on]
         return raw
 
     return make
@@ -81,8 +83,8 @@ def hdf5(tmp_path, random_raw):
 @pytest.fixture
 def data(random_raw):
     """A standardised dataset of 1,999 random transitions of hopper's size."""
-    view = datasets.qlearning_view(random_raw(), 1_000)
-    tensors = {key: torch.as_tensor(value) for key, value in view.items()}
+    view = datasets.qlearning_view(random_raw(), 1_000)[0]
+    tensors = {key: torch.as_tensor(value) for key, value in view.items() if key != "ordered"}
     data = datasets.Dataset(**tensors, task=tasks.resolve(tasks.DEMO), source="random")
     data.standardise(*data.statistics())
     return data

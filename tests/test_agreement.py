@@ -106,7 +106,7 @@ def collected(task, n: int) -> datasets.Dataset:
             raw[key].append(value)
         obs = env.reset()[0] if terminated or truncated else next_obs
     raw = {key: np.array(value) for key, value in raw.items()}
-    view = datasets.qlearning_view(raw, 1_000)
+    view, _ = datasets.qlearning_view(raw, 1_000)
     return datasets.Dataset(**{key: torch.as_tensor(x) for key, x in view.items()}, task=task, source="random")
 
 

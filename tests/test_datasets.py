@@ -1,6 +1,8 @@
-"""Data: D4RL's Q-learning view, names, files, and every way in which they can be wrong."""
+"""Data: names, files, and every way in which they can be wrong."""
 
-import time
+import subprocess
+import sys
+import tracemalloc
 import urllib.request
 
 import h5py
@@ -8,65 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import agreement, datasets, envs, tasks
+from common import datasets, envs, tasks
 from common.cli import UserError
-
-
-def literal_view(raw, max_steps):
-    """D4RL's view as a loop, one transition at a time."""
-    rows, episode_step = [], 0
-    for i in range(len(raw["rewards"]) - 1):
-        final = raw["timeouts"][i] if "timeouts" in raw else episode_step == max_steps - 1
-        if final:
-            episode_step = 0
-            continue
-        if raw["terminals"][i]:
-            episode_step = 0
-        else:
-            episode_step += 1
-        following = raw["next_observations"][i] if "next_observations" in raw else raw["observations"][i + 1]
-        rows.append((raw["observations"][i], raw["actions"][i], raw["rewards"][i], following, raw["terminals"][i]))
-    return [np.array(column) for column in zip(*rows, strict=True)]
-
-
-@pytest.mark.parametrize("timeouts", [True, False])
-@pytest.mark.parametrize("next_observations", [True, False])
-@pytest.mark.parametrize("seed", range(3))
-def test_view_equals_a_literal_loop(random_raw, timeouts, next_observations, seed):
-    raw = random_raw(3_000, seed, next_observations, timeouts)
-    view = datasets.qlearning_view(raw, 40)
-    expected = literal_view(raw, 40)
-    for name, column in zip(("obs", "actions", "rewards", "next_obs", "terminations"), expected, strict=True):
-        np.testing.assert_array_equal(view[name], column, err_msg=name)
-    # the action after that: of the row whose observation is next_obs, where there is no file of next observations
-    if not next_observations:
-        following = {row.tobytes(): action for row, action in zip(raw["observations"], raw["actions"], strict=True)}
-        expected = [following[row.tobytes()] for row in view["next_obs"]]
-        np.testing.assert_array_equal(view["next_actions"], expected)
-
-
-def test_a_million_transitions_in_a_second(random_raw):
-    raw = random_raw(1_000_000)
-    start = time.perf_counter()
-    datasets.qlearning_view(raw, 1_000)
-    assert time.perf_counter() - start < 1
-
-
-def test_returns_are_those_of_whole_episodes(random_raw):
-    raw = random_raw(500, seed=3)
-    view = datasets.qlearning_view(raw, 1_000)
-    expected, total = [], 0.0
-    for i in range(499):
-        total += raw["rewards"][i]
-        if raw["terminals"][i] or raw["timeouts"][i]:
-            expected.append(total)
-            total = 0.0
-    np.testing.assert_allclose(view["returns"][: len(expected)], expected, rtol=1e-4, atol=1e-5)
-    # every transition carries the number of its episode: rewards of kept ones add up to the return, if none was dropped
-    for episode in np.unique(view["episode"]):
-        rows = view["episode"] == episode
-        if view["terminations"][rows][-1]:
-            np.testing.assert_allclose(view["rewards"][rows].sum(), expected[episode], rtol=1e-3, atol=1e-4)
 
 
 def test_demo_says_that_it_is_not_d4rls():
@@ -112,30 +57,69 @@ def test_states_of_a_file_stay_beside_their_rows(hdf5):
     assert datasets.load(datasets.DEMO).states is None
 
 
-def test_minari(tmp_path, monkeypatch):
-    import gymnasium
-    import minari
-    from minari.data_collector import EpisodeBuffer
+def test_ends_under_gymnasiums_names(hdf5, random_raw):
+    raw = random_raw()
+    renamed = dict(terminations=raw["terminals"], truncations=raw["timeouts"], terminals=None, timeouts=None)
+    files = [hdf5(), hdf5("renamed.hdf5", **renamed), hdf5("both.hdf5", truncations=raw["timeouts"], timeouts=None)]
+    files.append(hdf5("empty.hdf5", truncations=raw["timeouts"], timeouts=np.zeros(2_000, bool)))
+    first, *others = (datasets.load("hopper-medium-v2", str(path)) for path in files)
+    for data in others:
+        assert torch.equal(data.table, first.table) and torch.equal(data.terminations, first.terminations)
 
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    env, buffers = gymnasium.make("Hopper-v4"), []
-    env.action_space.seed(0)
-    for episode in range(3):
-        obs = [env.reset(seed=episode)[0]]
-        actions = [env.action_space.sample() for _ in range(10)]  # cut off long before the episode ends
-        steps = [env.step(action) for action in actions]
-        buffers.append(EpisodeBuffer(
-            id=episode, observations=np.array([*obs, *(step[0] for step in steps)]), actions=np.array(actions),
-            rewards=[step[1] for step in steps], terminations=[False] * 10, truncations=[False] * 10,
-        ))  # fmt: skip
-    minari.create_dataset_from_buffers(
-        "mujoco/hopper/tiny-v0", buffers, env=env, algorithm_name="random", author="o2rl", author_email="a@b.c",
-        code_permalink="none", description="-",
-    )  # fmt: skip
-    data = datasets.load("mujoco/hopper/tiny-v0")
-    assert len(data) == 27 and not data.terminations.any()  # the cut step of each episode is dropped
-    assert data.episode.tolist() == [0] * 9 + [1] * 9 + [2] * 9
-    assert agreement.simulator_errors(data, data.task)["next observations"].max() < 1e-5
+
+def test_columns_of_one_number(hdf5, random_raw):
+    """As the oldest of D4RL's files have rewards and ends."""
+    raw = random_raw()
+    columns = {key: raw[key].astype(float)[:, None] for key in ("rewards", "terminals", "timeouts")}
+    first = datasets.load("hopper-medium-v2", str(hdf5()))
+    assert torch.equal(datasets.load("hopper-medium-v2", str(hdf5("columns.hdf5", **columns))).table, first.table)
+
+
+def test_actions_of_plus_minus_one_keep_their_bits(hdf5, random_raw):
+    actions = random_raw()["actions"]
+    data = datasets.load("hopper-medium-v2", str(hdf5(timeouts=np.zeros(2_000, bool))))
+    assert torch.equal(data.actions, torch.as_tensor(actions[:-1]))
+    actions[::7, 1], actions[3::7, 0] = 1.00006, -1.00004  # rounded in another precision: these are ±1
+    clipped = datasets.load("hopper-medium-v2", str(hdf5("x.hdf5", actions=actions, timeouts=np.zeros(2_000, bool))))
+    assert torch.equal(clipped.actions, torch.as_tensor(actions[:-1]).clamp(-1, 1)) and clipped.actions.max() == 1
+
+
+@pytest.fixture
+def humanoid(hdf5, random_raw):
+    """Data of an environment whose actions are between -0.4 and 0.4."""
+    raw, rng = random_raw(), np.random.default_rng(0)
+    obs = rng.normal(size=(2_000, 348))
+    raw["actions"] = rng.uniform(-0.4, 0.4, (2_000, 17)).astype(np.float32)
+    raw["actions"][0], raw["actions"][1] = -0.4, 0.4
+    return hdf5("humanoid.hdf5", **raw | {"observations": obs}), raw["actions"]
+
+
+def test_actions_of_another_range_are_scaled_and_scaled_back(humanoid, hdf5):
+    path, actions = humanoid
+    data = datasets.load("Humanoid-v5", str(path))
+    assert data.actions[0].tolist() == [-1] * 17 and data.actions[1].tolist() == [1] * 17
+    assert data.task.measure == "return" and data.scale() == "mean returns, on no scale"
+    env = envs.make_env(data.task)
+    played = [env.action(action) for action in data.actions[:50].numpy()]
+    rows = [row for row in range(60) if np.isclose(actions[row], played, atol=1e-6).all(1).any()]
+    assert len(rows) == 50 and (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
+    assert "takes -0.4 to 0.4" in refused(env_id="Humanoid-v5", dataset_path=str(hdf5(
+        "x.hdf5", observations=np.zeros((2_000, 348)), actions=np.full((2_000, 17), 0.41),
+    )))  # fmt: skip
+
+
+def test_a_module_makes_its_environments_known(tmp_path, monkeypatch, hdf5):
+    (tmp_path / "somebodys.py").write_text(
+        "import gymnasium\nfrom gymnasium.envs.mujoco.hopper_v5 import HopperEnv\n"
+        "gymnasium.register('Somebodys-v0', 'somebodys:HopperEnv', kwargs=dict(healthy_reward=2.0))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    data = datasets.load("somebodys:Somebodys-v0", str(hdf5()))
+    assert data.task.simulator == "Somebodys-v0 (healthy_reward=2.0)" and data.task.max_episode_steps == 1_000
+    assert "has no time limit" in data.describe()
+    env = envs.make_env(data.task)
+    env.reset(seed=0)
+    assert env.step(np.zeros(3))[1] > 1.5 and env.spec.max_episode_steps == 1_000
 
 
 # ----------------------------------------------------------------------------------------------- bad input
@@ -151,6 +135,17 @@ def refused(**kwargs) -> str:
 def test_unknown_name():
     message = refused(env_id="hoper-medium-v2")
     assert "hopper-medium-v2" in message
+
+
+def test_an_environment_needs_data():
+    assert "--dataset-path" in refused(env_id="Humanoid-v5")
+    assert "cannot be imported" in refused(env_id="no_such_module:Some-v0", dataset_path="x.hdf5")
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "FrozenLake-v1"])
+def test_environments_of_another_kind_are_refused(hdf5, env_id):
+    message = refused(env_id=env_id, dataset_path=str(hdf5()))
+    assert "Discrete" in message and "finite box of actions" in message
 
 
 def test_no_network(tmp_path, monkeypatch):
@@ -226,10 +221,55 @@ def test_group_in_place_of_an_array(tmp_path):
         ({"rewards": np.full(2_000, np.inf)}, "NaN or infinite rewards"),
         ({"observations": np.zeros((2_000, 17))}, "has 11 and 3 dimensions"),
         ({"actions": np.zeros((2_000, 6))}, "has 11 and 3 dimensions"),
-        ({"actions": np.full((2_000, 3), 1.5)}, "rescale them"),
-        ({"terminals": np.zeros(1_999, bool)}, "the same number"),
+        ({"actions": np.full((2_000, 3), 1.5)}, "actions from 1.5 to 1.5, but D4RL's hopper takes -1 to 1"),
+        (
+            {"terminals": np.zeros(1_999, bool)},
+            "terminals has the shape (1999,), but needs one number for each",
+        ),
+        ({"terminals": np.zeros((2_000, 2))}, "terminals has the shape (2000, 2)"),
+        ({"rewards": np.zeros((2_000, 2))}, "rewards has the shape (2000, 2)"),
+        ({"rewards": np.float32(1)}, "rewards has the shape ()"),
+        ({"observations": np.zeros(2_000)}, "observations has the shape (2000,), but needs one vector"),
+        ({"observations": h5py.Empty("f4")}, "observations has the shape ()"),
+        ({"next_observations": np.zeros((2_000, 11, 1))}, "next_observations has the shape (2000, 11, 1)"),
+        ({"next_observations": np.zeros((2_000, 12))}, "as many"),
+        ({"timeouts": np.ones(2_000, bool)}, "no transition is left"),
         ({"rewards": np.array([b"x"] * 2_000)}, "rewards is no array of numbers"),
     ],
 )
 def test_bad_arrays(hdf5, change, words):
     assert words in refused(env_id="hopper-medium-v2", dataset_path=str(hdf5(**change)))
+
+
+def test_a_file_without_rows(hdf5, random_raw):
+    assert "holds 1 rows" in refused(env_id="hopper-medium-v2", dataset_path=str(hdf5(**random_raw(1))))
+
+
+def test_a_file_that_is_open_elsewhere_is_no_damaged_file(hdf5):
+    path = hdf5()
+    writer = "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", writer, path], stdin=-1, stdout=-1) as process:
+        process.stdout.readline()
+        message = refused(env_id="hopper-medium-v2", dataset_path=str(path))
+        process.kill()
+    assert "open in another program" in message and "copy" not in message
+
+
+def test_a_small_file_that_declares_gigabytes(hdf5):
+    path = hdf5(observations=None)
+    with h5py.File(path, "a") as file:
+        file.create_dataset("observations", (100_000_000, 11), "f4", chunks=(1_000, 11))
+    tracemalloc.start()
+    message = refused(env_id="hopper-medium-v2", dataset_path=str(path))
+    assert "observations declares 4.4 GB" in message and tracemalloc.get_traced_memory()[1] < 1e8
+    tracemalloc.stop()
+
+
+def test_a_filter_that_hdf5_lacks(hdf5, monkeypatch):
+    path = hdf5(observations=None)
+    with h5py.File(path, "a") as file:
+        file.create_dataset("observations", data=np.zeros((2_000, 11)), compression="gzip")
+    assert len(datasets.load("hopper-medium-v2", str(path)))
+    monkeypatch.setattr(h5py.h5z, "filter_avail", lambda code: False)
+    monkeypatch.setitem(sys.modules, "hdf5plugin", None)
+    assert "pip install hdf5plugin" in refused(env_id="hopper-medium-v2", dataset_path=str(path))

@@ -97,11 +97,16 @@ def test_what_several_seeds_leave(tmp_path, capsys):
         log.save()
         result = dict(offline=20.0, aligned=None, best_online=30.0 + gain, last_online=30.0 + gain, seed=seed,
                       mean_of_last_3=30.0 + gain, best=30.0 + gain, best_from="online, step 10",
-                      offline_algorithm="cql", dataset="some-data", references=None)  # fmt: skip
+                      offline_algorithm="cql", dataset="some-data", references=None, measure="return")  # fmt: skip
         (folders[seed] / "result.json").write_text(json.dumps(result))
     seeds.summarise(args, folders, {6: "error: out of luck"})
     out = capsys.readouterr().out
-    assert "o2sac from cql on some-data, 2 of 3 seeds" in out and "34.0 ± 4.0" in out and "aligned" not in out
+    assert (
+        "o2sac from cql on some-data, 2 of 3 seeds" in out
+        and "34.0 ± 4.0" in out
+        and "aligned" not in out
+        and "returns" in out
+    )
     assert "best.pt: seed 4 online, step 10; seed 5 online, step 10" in out
     together = tmp_path / "hopper-medium-demo__o2sac__cql__4-6"
     summary = json.loads((together / "seeds.json").read_text())

@@ -1,0 +1,85 @@
+"""Environments as Gymnasium and Minari specify them: an id, its arguments, its time limit, its wrappers."""
+
+import contextlib
+import dataclasses
+import importlib
+from pathlib import Path
+
+import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec, load_env_creator
+
+from common.errors import UserError
+
+TIME_LIMIT = 1_000  # steps of an episode where an environment names no limit of its own
+
+
+def in_words(spec: EnvSpec) -> str:
+    """An environment's id and whatever is not its default."""
+    words = [f"{name}={value}" for name, value in spec.kwargs.items()]
+    words += [wrapper.name for wrapper in spec.additional_wrappers]
+    return spec.id + (f" ({', '.join(words)})" if words else "")
+
+
+def limited(spec: EnvSpec) -> tuple[EnvSpec, list[str]]:
+    """`spec` with a time limit, without which an evaluation might never end."""
+    if spec.max_episode_steps is not None:
+        return spec, []
+    note = f"{spec.id} has no time limit; its episodes are cut after {TIME_LIMIT:,} steps"
+    return dataclasses.replace(spec, max_episode_steps=TIME_LIMIT), [note]
+
+
+def stored_spec(spec: EnvSpec, env_id: str) -> tuple[EnvSpec, list[str]]:
+    """The specification that a dataset stores, as far as this machine can make it, and what is left out.
+
+    A stored specification says what to import and to call. Only environments and wrappers are called, be they what
+    Gymnasium knows under that id or classes of an installed package. Raises UserError.
+    """
+    package = str(spec.entry_point).split(":")[0].split(".")[0]
+    if spec.id not in gym.registry:
+        with contextlib.suppress(Exception):  # that is what makes a package's environments known
+            importlib.import_module(package)
+    if spec.id in gym.registry:
+        spec = dataclasses.replace(spec, entry_point=gym.registry[spec.id].entry_point)
+    elif not is_class(spec.entry_point, gym.Env):
+        raise UserError(
+            f"the environment of the Minari dataset {env_id}, {spec.id}, is not installed here; install the package "
+            f"{package}, from which {spec.entry_point} comes"
+        )
+    wrappers = [w for w in spec.additional_wrappers if w.kwargs is not None and is_class(w.entry_point, gym.Wrapper)]
+    lost = [w.name for w in spec.additional_wrappers if w not in wrappers]
+    spec, notes = limited(dataclasses.replace(spec, additional_wrappers=tuple(wrappers)))
+    if lost:
+        notes.append(f"the wrapper {', '.join(lost)} of {spec.id} is left out: the dataset does not say how to make it")
+    return spec, notes
+
+
+def is_class(entry_point, kind: type) -> bool:
+    """Whether "module:Name" names a class of that kind in an installed package."""
+    try:
+        found = load_env_creator(entry_point)
+    except Exception:  # importing may fail in any way
+        return False
+    return isinstance(found, type) and issubclass(found, kind)
+
+
+# ----------------------------------------------------------------------------------------------- Minari
+
+
+def in_minari(env_id: str) -> bool:
+    """Whether a Minari dataset of that name is on this machine."""
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    return bool(env_id) and (Path(get_dataset_path(env_id)) / "data").is_dir()
+
+
+def minari_dataset(env_id: str):
+    """The Minari dataset `env_id`, downloaded if need be. Raises UserError."""
+    import minari
+
+    try:
+        return minari.load_dataset(env_id, download=True)
+    except Exception as error:  # Minari raises many kinds, from its storage to its network client
+        raise UserError(
+            f"Minari cannot load {env_id!r} ({error}): check the name with `minari list remote`, or download it on a "
+            f"machine with a network with `minari download {env_id}`"
+        ) from error

@@ -1,0 +1,137 @@
+"""D4RL's Q-learning view: a file's rows as transitions, its flags held against its arrays.
+
+Row i is one step of an episode: an observation, the action taken, its reward, and whether the episode ended there,
+really (`terminals`) or by a time limit (`timeouts`). What follows it is row i + 1, or `next_observations[i]` where the
+file has them. Files that people write themselves have flags that are missing, false or of the wrong kind; a transition
+that the arrays contradict is never kept, whatever the flags say.
+"""
+
+import numpy as np
+
+
+def qlearning_view(raw: dict, max_steps: int, whole: bool = False) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The transitions of `raw`, as the columns of a `Dataset`, and a sentence on everything that was put right.
+
+    A step that the time limit cut off is dropped, as D4RL does, for the row after it belongs to another episode; so is
+    the file's last row where nothing says what follows it. With `whole` (Minari) the next observations are those of the
+    episodes themselves and no row is dropped. `terminations` marks real ends alone. An episode ends at every flag,
+    where the next row does not follow, and after `max_steps` steps. `next_actions` are NaN where the data hold none.
+    `ordered` says whether rows follow each other at all: if not, every row is an episode of its own.
+    """
+    notes: list[str] = []
+    raw, follows = in_order(raw, notes)
+    n, index = len(raw["rewards"]), np.arange(len(raw["rewards"]))
+    rewards = raw["rewards"].reshape(n).astype(np.float32)
+    terminals, timeouts = flags(raw)
+
+    jumps = ~(follows | terminals | timeouts)
+    ordered = jumps.sum() <= n / 2
+    resets = np.zeros(n, bool) if whole else only_resets(raw, rewards, terminals | timeouts, follows)
+
+    # Steps since the episode's start, and the flags where the time limit ends it
+    starts = np.concatenate([[True], (terminals | timeouts | jumps | resets)[:-1]])
+    step = index - np.maximum.accumulate(np.where(starts, index, 0))
+    at_limit = step % max_steps == max_steps - 1
+    no_deaths = at_limit & terminals & ~timeouts
+    unmarked = at_limit & ~(terminals | timeouts | jumps | resets) & (index < n - 1) & (not whole)
+    terminals, timeouts = terminals & ~no_deaths, timeouts | no_deaths | unmarked
+
+    ends = terminals | timeouts | jumps | resets
+    keep = ~resets & (whole | ~timeouts)
+    keep[-1] &= "next_observations" in raw
+    episode = np.concatenate([[0], np.cumsum(ends)[:-1]])
+    counts = np.bincount(episode[keep], minlength=episode[-1] + 1)
+    number = np.cumsum(counts > 0) - 1  # of those episodes that have a transition at all
+
+    limit = f"time limit of {max_steps:,} steps"
+    if not ordered:
+        notes.append("the rows do not follow one another, as in a shuffled file: each counts as an episode of its own")
+    elif jumps.any():
+        notes.append(f"episodes cut where the next row does not follow, though nothing marks an end: {jumps.sum():,}")
+    if unmarked.any():
+        notes.append(f"episodes cut at the {limit}, though nothing marks it: {unmarked.sum():,}")
+    if no_deaths.any():
+        notes.append(f"terminals at the {limit}, taken for time-outs: {no_deaths.sum():,}")
+    if resets.any():
+        notes.append(f"rows that only reset the environment, left out: {resets.sum():,}")
+
+    rows = np.flatnonzero(keep)
+    following = np.minimum(rows + 1, n - 1)
+    obs = raw["observations"].astype(np.float32, copy=False)
+    actions = raw["actions"].astype(np.float32, copy=False).clip(-1, 1)
+    next_obs = raw["next_observations"][rows] if "next_observations" in raw else obs[following]
+    view = {
+        "obs": obs[rows],
+        "actions": actions[rows],
+        "next_actions": np.where((ends | (index == n - 1))[rows, None], np.float32(np.nan), actions[following]),
+        "rewards": rewards[rows],
+        "next_obs": next_obs.astype(np.float32, copy=False),
+        "terminations": terminals[rows].astype(np.float32),
+        "episode": number[episode[rows]],
+        "returns": np.bincount(episode, weights=rewards)[counts > 0],
+        "ordered": bool(ordered),
+    }
+    if "qpos" in raw and "qvel" in raw:
+        view["states"] = np.concatenate([raw["qpos"], raw["qvel"]], axis=1)[rows]
+    return view, notes
+
+
+def flags(raw: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(terminals, timeouts), boolean, (N,) each."""
+    n = len(raw["rewards"])
+    return tuple(
+        raw[key].reshape(n).astype(bool) if key in raw else np.zeros(n, bool) for key in ("terminals", "timeouts")
+    )
+
+
+def successors(raw: dict, stride: int = 1) -> np.ndarray:
+    """Whether each row leads to what the row `stride` later observes, up to float32's rounding: (N - stride,)."""
+    n, size = len(raw["rewards"]) - stride, 1 << 14  # chunks that stay in the processor's cache
+    same = np.empty(max(n, 0), bool)
+    for start in range(0, n, size):
+        chunk = slice(start, min(start + size, n))
+        later = raw["observations"][chunk.start + stride : chunk.stop + stride]
+        same[chunk] = (np.abs(raw["next_observations"][chunk] - later) <= 1e-5 * (1 + np.abs(later))).all(1)
+    return same
+
+
+def in_order(raw: dict, notes: list[str]) -> tuple[dict, np.ndarray]:
+    """The arrays in the order of their episodes, and whether each row's next observation is the next row's, (N,).
+
+    Where several environments were stepped in turn, the next row of each comes as many rows later as there are
+    environments; these rows are put in order, one environment after another. The last row is followed by none; that is
+    no jump, and so it counts as followed.
+    """
+    n = len(raw["rewards"])
+    if "next_observations" not in raw:
+        return raw, np.ones(n, bool)
+    ended, follows = np.logical_or(*flags(raw)), np.append(successors(raw), True)
+    if (follows | ended).mean() >= 0.5:
+        return raw, follows
+    for row in np.flatnonzero(~ended)[:10]:
+        later = raw["observations"][row + 1 : row + 1_025]
+        for stride in np.flatnonzero((np.abs(later - raw["next_observations"][row]) < 1e-5).all(1))[:3] + 1:
+            if (successors(raw, stride) | ended[:-stride]).mean() > 0.9:
+                notes.append(
+                    f"the rows of {stride} environments are interleaved: they were put in order, one environment after "
+                    "another"
+                )
+                order = np.argsort(np.arange(n) % stride, kind="stable")
+                raw = {key: value[order] for key, value in raw.items()}
+                return raw, np.append(successors(raw), True)
+    return raw, follows
+
+
+def only_resets(raw: dict, rewards: np.ndarray, ended: np.ndarray, follows: np.ndarray) -> np.ndarray:
+    """Rows in which a vector environment did nothing but start again, (N,).
+
+    Since Gymnasium 1.0 it does so in the step after an end: that row's action is ignored, its reward is exactly 0, and
+    it leads from the last observation of the old episode to the first one of the new. Without `next_observations` such
+    rows are known by rewards that are 0 after every end and hardly anywhere else.
+    """
+    after = np.concatenate([[False], ended[:-1]])
+    if "next_observations" in raw:
+        after &= np.concatenate([[False], follows[:-1]]) & (rewards == 0)
+    elif not (after.any() and (rewards[after] == 0).all() and (rewards[~after] == 0).mean() < 0.01):
+        after[:] = False
+    return after & ~ended

@@ -1,0 +1,200 @@
+"""D4RL's Q-learning view against a literal loop, and flags that the arrays contradict."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from common import datasets, replay, tasks
+from common.cli import UserError
+from common.views import qlearning_view
+
+
+def literal_view(raw, max_steps):
+    """The view as a loop, one row at a time: (columns, returns of the episodes that have a transition)."""
+    known, n = "next_observations" in raw, len(raw["rewards"])
+    rows, returns, total, step, number, used = [], [], 0.0, 0, 0, False
+    for i in range(n):
+        last, terminal = i == n - 1, bool(raw["terminals"][i])
+        timeout = bool(raw["timeouts"][i]) if "timeouts" in raw else False
+        following = raw["next_observations"][i] if known else None if last else raw["observations"][i + 1]
+        jump = known and not last and not np.allclose(following, raw["observations"][i + 1], 1e-5, 1e-5)
+        step, total = step + 1, total + float(raw["rewards"][i])
+        if step == max_steps and terminal and not timeout:
+            terminal, timeout = False, True
+        if step == max_steps and not (terminal or timeout or jump or last):
+            timeout = True
+        end = terminal or timeout or jump
+        if not timeout and following is not None:
+            next_action = np.full(3, np.nan) if end or last else raw["actions"][i + 1]
+            rows.append((raw["observations"][i], raw["actions"][i], next_action, raw["rewards"][i], following, terminal,
+                         number))  # fmt: skip
+            used = True
+        if end or last:
+            if used:
+                returns.append(total)
+                number += 1
+            total, step, used = 0.0, 0, False
+    return [np.array(column) for column in zip(*rows, strict=True)], returns
+
+
+@pytest.mark.parametrize("timeouts", [True, False])
+@pytest.mark.parametrize("next_observations", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_view_equals_a_literal_loop(random_raw, timeouts, next_observations, seed):
+    raw = random_raw(3_000, seed, next_observations, timeouts)
+    jumps = np.random.default_rng(seed).integers(0, 3_000, 20)
+    if next_observations:
+        raw["next_observations"][jumps] += 1
+    view, _ = qlearning_view(raw, 40)
+    columns, returns = literal_view(raw, 40)
+    names = ("obs", "actions", "next_actions", "rewards", "next_obs", "terminations", "episode")
+    for name, column in zip(names, columns, strict=True):
+        np.testing.assert_array_equal(view[name], column, err_msg=name)
+    np.testing.assert_allclose(view["returns"], returns, rtol=1e-5, atol=1e-5)
+    assert view["ordered"]
+
+
+@pytest.mark.parametrize("next_observations", [True, False])
+def test_a_million_transitions_in_a_second(random_raw, next_observations):
+    raw = random_raw(1_000_000, next_observations=next_observations)
+    start = time.process_time()
+    qlearning_view(raw, 1_000)
+    assert time.process_time() - start < 1
+
+
+def walk(lengths, seed=0, **changes):
+    """Episodes in which observations count steps up from 100 times the episode's number; flags false, rewards 1."""
+    obs = np.concatenate([100.0 * i + np.arange(length) for i, length in enumerate(lengths)])
+    n = len(obs)
+    actions = np.random.default_rng(seed).uniform(-1, 1, (n, 3))
+    none = np.zeros(n, bool)
+    return {"observations": np.tile(obs[:, None], 2), "actions": actions, "rewards": np.ones(n), "terminals": none,
+            "timeouts": none.copy(), **changes}  # fmt: skip
+
+
+def step_sizes(view):
+    return (view["next_obs"] - view["obs"])[view["terminations"] == 0]
+
+
+def test_unmarked_time_limits_are_cut():
+    raw = walk([10, 10, 10])
+    for rows in (raw, {key: value for key, value in raw.items() if key != "timeouts"}):
+        view, notes = qlearning_view(rows, 10)
+        assert view["episode"].tolist() == [0] * 9 + [1] * 9 + [2] * 9 and (step_sizes(view) == 1).all()
+        assert view["returns"].tolist() == [10, 10, 10]  # of whole episodes, with the steps that are dropped
+        assert notes == ["episodes cut at the time limit of 10 steps, though nothing marks it: 2"]
+
+
+def test_a_last_time_out_alone_does_not_hide_the_others():
+    raw = walk([10, 10, 10])
+    raw["timeouts"][-1] = True
+    view, _ = qlearning_view(raw, 10)
+    assert (step_sizes(view) == 1).all() and len(view["returns"]) == 3
+
+
+def test_terminals_at_the_time_limit_are_time_outs():
+    raw = walk([10, 4, 10, 10])
+    raw["terminals"][[9, 13, 23]] = True
+    raw["timeouts"][23] = True  # rightly marked: both ended it
+    view, notes = qlearning_view(raw, 10)
+    assert view["terminations"].sum() == 1 and view["obs"][view["terminations"] == 1, 0] == 103
+    assert "terminals at the time limit of 10 steps, taken for time-outs: 1" in notes
+    assert (step_sizes(view) == 1).all()
+
+
+def test_jumps_end_an_episode_and_keep_their_transition():
+    raw = walk([4, 3, 5])
+    raw["next_observations"] = raw["observations"] + 1
+    view, notes = qlearning_view(raw, 1_000)
+    assert len(view["obs"]) == 12 and (step_sizes(view) == 1).all() and view["returns"].tolist() == [4, 3, 5]
+    assert np.flatnonzero(np.isnan(view["next_actions"]).all(1)).tolist() == [3, 6, 11]
+    assert notes == ["episodes cut where the next row does not follow, though nothing marks an end: 2"]
+    rounded = raw | {"next_observations": (raw["next_observations"] * (1 + 1e-7)).astype(np.float32)}
+    assert qlearning_view(rounded, 1_000)[0]["returns"].tolist() == [4, 3, 5]
+
+
+def with_resets(raw, ends):
+    """Recorded from a vector environment: after each of `ends` a row more, which leads to the next episode."""
+    rows = np.sort(np.concatenate([np.arange(len(raw["rewards"])), ends]))
+    again = np.flatnonzero(np.diff(rows, prepend=-1) == 0)
+    recorded = {key: value[rows] for key, value in raw.items()}
+    recorded["observations"][again] = raw["observations"][ends] + 1
+    recorded["rewards"][again] = 0
+    recorded["terminals"][again] = recorded["timeouts"][again] = False
+    return recorded, again
+
+
+@pytest.mark.parametrize("next_observations", [True, False])
+def test_rows_that_only_reset_the_environment_are_left_out(next_observations):
+    raw = walk([4, 3, 5, 6])
+    raw["terminals"][[3, 11]] = raw["timeouts"][6] = True
+    recorded, again = with_resets(raw, [3, 6, 11])
+    if next_observations:
+        recorded["next_observations"] = np.concatenate([recorded["observations"][1:], [[306, 306]]])
+    view, notes = qlearning_view(recorded, 1_000)
+    assert (step_sizes(view) == 1).all() and view["returns"].tolist() == [4, 3, 5, 6]
+    assert len(view["obs"]) == 18 - 1 - (not next_observations)  # the time-out, and a last row without a successor
+    assert notes == ["rows that only reset the environment, left out: 3"] and len(again) == 3
+
+
+def test_rewards_of_zero_alone_make_no_reset():
+    raw = walk([4, 3, 5], rewards=np.zeros(12))
+    raw["terminals"][[3, 6]] = True
+    view, notes = qlearning_view(raw, 1_000)
+    assert len(view["obs"]) == 11 and not notes
+
+
+def interleaved(raw, n, environments):
+    """Rows as `environments` that are stepped in turn fill a buffer; `raw` has them one after another."""
+    order = np.arange(n).reshape(environments, -1).T.reshape(-1)
+    return {key: value[order] for key, value in raw.items()}
+
+
+def test_interleaved_rows_are_put_in_order():
+    raw = walk([50, 30, 20, 60, 40])
+    raw["terminals"][[49, 79, 159]] = raw["timeouts"][99] = True
+    raw["next_observations"] = raw["observations"] + 1
+    view, notes = qlearning_view(interleaved(raw, 200, 4), 1_000)
+    expected, _ = qlearning_view(raw | {"timeouts": raw["timeouts"]}, 1_000)
+    assert "4 environments are interleaved" in notes[0] and view["ordered"]
+    for name in expected:
+        np.testing.assert_array_equal(view[name], expected[name], err_msg=name)
+
+
+@pytest.fixture
+def shuffled(random_raw):
+    raw = random_raw(2_000, next_observations=True)
+    order = np.random.default_rng(0).permutation(2_000)
+    view, notes = qlearning_view({key: value[order] for key, value in raw.items()}, 1_000)
+    assert "do not follow one another" in notes[0] and not view.pop("ordered")
+    tensors = {key: torch.as_tensor(value) for key, value in view.items()}
+    return datasets.Dataset(**tensors, task=tasks.resolve(tasks.DEMO), source="shuffled", ordered=False)
+
+
+def test_shuffled_rows_are_refused_where_their_order_matters(shuffled):
+    from offline import rebrac
+
+    assert shuffled.next_actions.isnan().float().mean() > 0.99  # two rows may stand in order by chance
+    assert len(shuffled.returns) > 0.99 * len(shuffled)
+    assert len(shuffled.best_episodes(1.0)) == len(shuffled)
+    for use in (
+        lambda: shuffled.best_episodes(0.5),
+        lambda: replay.ReplayBuffer(shuffled, 10, "part"),
+        lambda: rebrac.train(rebrac.Args(), shuffled),
+    ):
+        with pytest.raises(UserError, match="needs whole episodes"):
+            use()
+
+
+def test_whole_episodes_lose_nothing():
+    """As Minari has them: every next observation is the episode's own, after a time-out too."""
+    raw = walk([1, 3, 1])
+    raw["next_observations"] = raw["observations"] + 1
+    raw["timeouts"][[0, 3, 4]] = True
+    view, notes = qlearning_view(raw, 3, whole=True)
+    assert (step_sizes(view) == 1).all() and len(view["obs"]) == 5 and view["returns"].tolist() == [1, 3, 1]
+    assert np.flatnonzero(np.isnan(view["next_actions"]).all(1)).tolist() == [0, 3, 4] and not notes
+    raw["terminals"] |= raw["timeouts"]  # terminated, too, and at the limit: an end is an end
+    assert qlearning_view(raw, 3, whole=True)[0]["terminations"].tolist() == [1, 0, 0, 1, 1]
