@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 import tyro
+from tqdm.utils import ObjectWrapper
 
 from common import bounds, tasks
 from common.bounds import at_least, between
@@ -128,21 +129,40 @@ def complete(args: Args) -> Args:
 def run(main: Callable[[], None]) -> None:
     """Call `main`. A `UserError` becomes one line on stderr and exit code 2; an interruption becomes exit code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main()
-    except UserError as error:
-        sys.exit(_fail(f"error: {error}", 2))
-    except (Interrupted, KeyboardInterrupt) as stop:
-        words = str(stop) or "nothing was being trained at the moment; the same command goes on from what is saved"
-        sys.exit(_fail(f"stopped: {words}", 130))
-    except torch.cuda.OutOfMemoryError as error:
-        sys.exit(_fail(f"error: the GPU has too little free memory ({error}); use --device cpu or a free GPU", 2))
+    with contextlib.redirect_stdout(Patient(sys.stdout)), contextlib.redirect_stderr(Patient(sys.stderr)):
+        try:
+            main()
+        except UserError as error:
+            sys.exit(_fail(f"error: {error}", 2))
+        except (Interrupted, KeyboardInterrupt) as stop:
+            words = str(stop) or "nothing was being trained at the moment; the same command goes on from what is saved"
+            sys.exit(_fail(f"stopped: {words}", 130))
+        except torch.cuda.OutOfMemoryError as error:
+            sys.exit(_fail(f"error: the GPU has too little free memory ({error}); use --device cpu or a free GPU", 2))
 
 
 def _fail(message: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # nobody may be reading any more
-        print(message, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     return code
+
+
+class Patient(ObjectWrapper):
+    """A stream that may lack characters, as where only ASCII is printed, or a reader, as where a terminal was closed or
+    Ctrl-C has ended the other half of `… 2>&1 | tee log.txt`. What cannot be said is no reason to stop."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._wrapped.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wrapped.flush()
 
 
 def check_video() -> None:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from tqdm import tqdm
-from tqdm.utils import ObjectWrapper
 
-from common.cli import Interrupted
+from common.cli import Patient
+from common.errors import Interrupted
 from common.steps import Stepper
 
 
@@ -110,18 +110,6 @@ def noted_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Patient(ObjectWrapper):
-    """A stream to whose end nobody may be listening any more, as after Ctrl-C in `… 2>&1 | tee log.txt`."""
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self._wrapped.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._wrapped.flush()
 
 
 def progress_bar(stage: str, total: int, initial: int = 0) -> tqdm:

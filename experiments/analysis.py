@@ -92,7 +92,7 @@ class Report:
             shown.add_column(column)
         for line in lines:
             shown.add_row(*line)
-        Console(width=160).print(shown)
+        Console(width=160, markup=False).print(shown)
         self.text += [f"\n**{title}**\n", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         self.text += ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -123,9 +123,6 @@ class Report:
 
 def plt():
     """Matplotlib's pyplot, drawing to files alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot
 
     return matplotlib.pyplot

@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 import torch
 
-from common import checkpoint, datasets, loop, owner
+from common import checkpoint, datasets, inert, loop, owner
 from common.cli import Interrupted, UserError
 from tests.test_datasets import Reply
 
@@ -29,7 +29,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path):
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         try:
-            found = checkpoint.load_tensors(path, "cpu")
+            found = inert.read_tensors(path, "cpu")
         except UserError as error:
             assert str(path) in str(error) and "damaged" in str(error)
             noticed += 1

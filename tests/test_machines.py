@@ -71,3 +71,37 @@ def test_processors_of_other_kinds_share_no_compiled_code(tmp_path, monkeypatch)
             folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert folders == [folders[0]] * 2 + [folders[2]] * 2 + [folders[0]] * 2 and folders[0] != folders[2]
     assert {str(path) for path in tmp_path.iterdir()} == {folders[0], folders[2]}
+
+
+SAYS = """
+from common import cli
+from rich.console import Console
+from rich.table import Table
+def main():
+    table = Table("τ → 5", title="cost [/b] of π")
+    for _ in range(5_000):
+        print("offline → online, τ", flush=True)
+    Console(markup=False).print(table)
+    open(FILE, "w").write("done")
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("read", [True, False])
+def test_what_is_said_never_ends_a_run(encoding, read, tmp_path):
+    """Neither a character that the terminal lacks, nor a terminal that was closed."""
+    program = SAYS.replace("FILE", repr(str(tmp_path / "end")))
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    if read:
+        out = process.communicate()[0].decode(encoding)
+        assert out.startswith("offline → online, τ" if encoding == "utf-8" else "offline ? online, ?")
+        assert "cost [/b]" in out and process.returncode == 0
+    else:
+        process.stdout.readline()
+        process.stdout.close()  # with more in it than a pipe holds
+        process.communicate()
+    assert (tmp_path / "end").read_text() == "done"
