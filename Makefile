@@ -3,7 +3,7 @@ BIN = .venv/bin
 
 .PHONY: demo test lint bench
 
-demo: .venv/installed  ## the whole pipeline, CQL included, on the dataset that ships with the repository
+demo: .venv/installed  ## O2SAC from a TD3+BC policy at its plateau, both of which ship, beside the naive switch
 	$(BIN)/python o2sac.py --preset demo
 
 test: .venv/installed  ## tests, side by side; those of a file share runs and stay together

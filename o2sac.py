@@ -35,8 +35,8 @@ PRESETS = {
     # tight a τ lies below the noise of f, which `lagrange_loss` counts as a violation: λ's learning rate limits how far
     # λ grows in a run, here to e^2.4 times its start (the paper's to e^5), and with 1e-3 it would be e^8.
     "demo": dict(
-        env_id="hopper-medium-demo", reevaluate_steps=6_000, reevaluate_tau=0.05, align_steps=2_000,
-        online_steps=10_000, learning_starts=2_000, utd=2, lagrange_lr=3e-4, kl_threshold_start=0.01,
+        env_id="hopper-medium-demo", offline="td3_bc", reevaluate_steps=6_000, reevaluate_tau=0.05,
+        align_steps=2_000, online_steps=10_000, learning_starts=2_000, utd=2, lagrange_lr=3e-4, kl_threshold_start=0.01,
         kl_threshold_end=0.05, kl_threshold_steps=10_000, log_every=500, align_eval_every=2_000,
     ),
     "quick": dict(
