@@ -10,7 +10,7 @@ from common.bounds import at_least
 from common.checkpoint import seed_everything
 from common.evaluation import make_evaluator
 from common.nn import hidden_of
-from common.policies import description_of, examples_of, save_policy
+from common.policies import description_of, examples_of, read, save_policy
 from common.run import Run, dataset_label
 
 import torch
@@ -83,4 +83,5 @@ def main(Args, presets: dict, train: Callable) -> None:
     data = datasets.load(args.env_id, args.dataset_path, device)
     print(data.describe())
     agreement.report_simulator_check(data)
-    print(f"policy: {train(args, data)}")
+    path = train(args, data)
+    print(f"policy: {path}, last score {read(path)['score']:.1f} ({data.scale()})")
