@@ -546,7 +546,7 @@ def main() -> None:
     best = Best(offline_score, agent.actor, "offline policy")
     finetune(args, run, data, agent, optimizers, evaluator, probe, best, scale)
 
-    report.finish(run, "o2ppo", policy, agent, best, offline_score, None, data, evaluator)
+    report.finish(run, policy, agent, best, offline_score, None, data, evaluator)
 
 
 if __name__ == "__main__":

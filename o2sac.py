@@ -494,7 +494,7 @@ def main() -> None:
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 
     aligned_score = aligned_score if args.align else None
-    report.finish(run, "o2sac", policy, agent, best, offline_score, aligned_score, data, evaluator)
+    report.finish(run, policy, agent, best, offline_score, aligned_score, data, evaluator)
 
 
 if __name__ == "__main__":

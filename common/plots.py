@@ -9,6 +9,7 @@ import numpy as np
 
 from common.checkpoint import aside
 from common.log import read_rows
+from common.run import script_name
 from common.tasks import SHIPPED
 
 UNITS = {"finetune": "environment", "kl": "nats", "mse": "action²"}  # of steps, else gradient steps; of constraints
@@ -40,7 +41,7 @@ def naive_switch(args) -> list[np.ndarray]:
     They ship as datasets/demo_naive_<script>.csv with the columns seed, step, score and, where the script's demo is not
     always on the same data, env_id.
     """
-    path = SHIPPED / f"demo_naive_{args.exp_name}.csv"
+    path = SHIPPED / f"demo_naive_{script_name(args)}.csv"
     if args.preset != "demo" or args.dataset_path or not path.exists():
         return []
     seeds = {}

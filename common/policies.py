@@ -22,6 +22,7 @@ from common.checkpoint import save_tensors
 from common.cli import UserError
 from common.inert import fault_of, read_tensors
 from common.nn import ACTIVATIONS, SIZED, ensemble_mlp, hidden_of, mlp
+from common.run import script_name
 
 FORMAT = "o2rl-policy-2"
 KINDS = ("squashed_gaussian", "gaussian", "deterministic")
@@ -121,21 +122,24 @@ def examples_of(data) -> dict:
 
 
 def description_of(data, args) -> dict:
-    """What a policy's file says of the dataset that it was trained on, which is not standardised yet."""
+    """What a policy's file and a result say of the dataset that they were made with, which is not standardised yet."""
     table = np.ascontiguousarray(data.table.cpu().numpy())
-    return {"env_id": args.env_id, "file": Path(args.dataset_path).name, "source": data.source,
+    return {"name": data.task.data, "file": Path(args.dataset_path).name, "source": data.source,
             "transitions": len(data), "sha256": hashlib.sha256(table).hexdigest()}  # fmt: skip
 
 
-def save_online(run, algorithm: str, policy: dict, actor: nn.Module, best) -> None:
-    """policy.pt and best.pt of a fine-tuning run that started from `policy`."""
+def save_online(run, policy: dict, actor: nn.Module, best) -> None:
+    """policy.pt and best.pt of a fine-tuning run that started from `policy`, and where they come from in it."""
     same = {k: policy[k] for k in ("kind", "obs_dim", "action_dim", "state_mean", "state_std", "simulator", "examples",
-                                   "data", "made_with")}  # fmt: skip
-    scores = run.scores("finetune")
-    for name, score, weights in (("policy", scores[-1], actor.state_dict()), ("best", best.score, best.weights)):
+                                   "made_with")}  # fmt: skip
+    last, last_score = run.logged.evaluations("finetune")[-1]
+    kept = {"policy": (last_score, f"online, step {last:,}", actor.state_dict()),
+            "best": (best.score, best.origin, best.weights)}  # fmt: skip
+    for name, (score, origin, weights) in kept.items():
         save_policy(
-            run.dir / f"{name}.pt", **same, algorithm=algorithm, env_id=run.args.env_id, seed=run.args.seed,
-            steps=run.args.online_steps, score=score, hidden_layers=hidden_of(actor.net), actor=weights,
+            run.dir / f"{name}.pt", **same, algorithm=script_name(run.args), env_id=run.data["name"],
+            seed=run.args.seed, steps=last, origin=origin, score=score, data=run.data,
+            hidden_layers=hidden_of(actor.net), actor=weights,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from common.checkpoint import seed_everything
 from common.evaluation import make_evaluator
 from common.nn import hidden_of
 from common.policies import description_of, examples_of, read, save_policy
-from common.run import Run, dataset_label
+from common.run import Run, dataset_label, script_name
 
 import torch
 
@@ -32,13 +32,13 @@ def run_name(args) -> str:
     return f"{dataset_label(args)}__{args.exp_name}__{args.seed}{preset}"
 
 
-def train(algorithm: str, args, data: datasets.Dataset, Agent, Optimizers, training_step) -> Path:
+def train(args, data: datasets.Dataset, Agent, Optimizers, training_step) -> Path:
     """Train on `data`, which is standardised here, and return the policy's path. A finished run trains nothing.
 
     `Agent(args, obs_dim, action_dim)` has `kind`, `actor`, `act(obs)` (its most likely actions) and, where it learns
     one, `critic` with `critic_target`; `training_step(args, data, agent, optimizers)` gives the step.
     """
-    run = Run(args, run_name(args))
+    run, algorithm = Run(args, run_name(args)), script_name(args)
     path = run.dir / "policy.pt"
     run.measure = data.task.measure
     mean, std = data.statistics()
@@ -67,7 +67,7 @@ def train(algorithm: str, args, data: datasets.Dataset, Agent, Optimizers, train
         }}  # fmt: skip
     save_policy(
         path, kind=agent.kind, obs_dim=obs_dim, action_dim=action_dim, hidden_layers=hidden_of(agent.actor.net),
-        state_mean=mean, state_std=std, algorithm=algorithm, env_id=args.env_id, simulator=data.task.simulator,
+        state_mean=mean, state_std=std, algorithm=algorithm, env_id=data.task.data, simulator=data.task.simulator,
         seed=args.seed, steps=args.steps, score=run.scores(algorithm)[-1], actor=agent.actor.state_dict(),
         made_with={}, **about, **critics,
     )  # fmt: skip

@@ -14,8 +14,8 @@ from rich.table import Table
 from common import agreement, cli, datasets, envs, plots, seeds, steps
 from common.checkpoint import write_atomic
 from common.log import read_rows
-from common.policies import save_online
-from common.run import Run, run_name
+from common.policies import description_of, save_online
+from common.run import Run, run_name, script_name
 
 DAY = 24 * 3600
 
@@ -44,7 +44,7 @@ def start(args_class, presets: dict) -> tuple:
     args = dataclasses.replace(args, compile=args.compile and steps.can_compile(device))
     run = Run(args, run_name(args))
     data = datasets.load(args.env_id, args.dataset_path, device)
-    run.measure = data.task.measure
+    run.measure, run.data = data.task.measure, description_of(data, args)
     print(data.describe())
     agreement.report_simulator_check(data)
     return args, run, data
@@ -62,9 +62,9 @@ def estimate(run: Run, seconds: dict[str, float]) -> None:
         )
 
 
-def finish(run: Run, script: str, policy: dict, agent, best, offline: float, aligned: float | None, data, evaluator):
+def finish(run: Run, policy: dict, agent, best, offline: float, aligned: float | None, data, evaluator):
     """Save the policies, write result.json and curve.png, print the result's table, and film if asked to."""
-    save_online(run, script, policy, agent.actor, best)
+    save_online(run, policy, agent.actor, best)
     player = copy.deepcopy(agent)
     player.actor.load_state_dict(best.weights)
     fresh = [evaluator.score(r) for r in evaluator.fresh_returns(player.act, data.obs.device)]
@@ -75,12 +75,12 @@ def finish(run: Run, script: str, policy: dict, agent, best, offline: float, ali
         "last_online": scores[-1], "mean_of_last_3": float(np.mean(scores[-3:])), "best": best.score,
         "best_from": best.origin, "best_fresh": float(np.mean(fresh)), "fresh_episodes": len(fresh),
         "best_fresh_error": float(np.std(fresh, ddof=1) / len(fresh) ** 0.5), "references": data.task.references,
-        "measure": run.measure, "scale": data.scale(), "dataset": data.task.data, "simulator": data.task.simulator,
-        "source": data.source,
-        "offline_algorithm": policy["algorithm"], "offline_steps": policy["steps"] or None, "seed": run.args.seed,
-        "preset": run.args.preset, "eval_episodes": run.args.eval_episodes, "evaluations": len(scores),
-        "seconds": run.seconds, "seconds_per_evaluation": evaluator.seconds / evaluator.count,
-        "hardware": hardware(data.obs.device),
+        "measure": run.measure, "scale": data.scale(), "script": script_name(run.args), "dataset": data.task.data,
+        "data": run.data, "simulator": data.task.simulator, "source": data.source,
+        "offline_algorithm": policy["algorithm"], "offline_steps": policy["steps"] or None,
+        "offline_data": policy["data"] or None, "seed": run.args.seed, "preset": run.args.preset,
+        "eval_episodes": run.args.eval_episodes, "evaluations": len(scores), "seconds": run.seconds,
+        "seconds_per_evaluation": evaluator.seconds / evaluator.count, "hardware": hardware(data.obs.device),
     }  # fmt: skip
     write_atomic(run.dir / "result.json", json.dumps(result, indent=2).encode())
     plots.draw(run.dir / "curve.png", plots.curve, offline_rows(run, policy) + run.logged.rows, result, run.args)

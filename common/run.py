@@ -7,15 +7,15 @@ Every file is written aside and renamed, so that an interruption never leaves ha
 """
 
 import dataclasses
-import hashlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import rng_state, save_tensors, set_rng_state, verify, write_atomic
+from common.checkpoint import rng_state, save_tensors, set_rng_state, sha256, verify, write_atomic
 from common.cli import UserError
 from common.log import Log
 
@@ -34,6 +34,12 @@ FREE_ARGS = {
 }
 
 
+def script_name(args) -> str:
+    """The script that these arguments belong to: the name of its file, which a copy does not share."""
+    module = sys.modules[type(args).__module__]
+    return Path(getattr(module, "__file__", module.__name__)).stem
+
+
 def dataset_label(args) -> str:
     """The dataset's part of a run folder's name."""
     return Path(args.dataset_path).stem or args.env_id.replace("/", "-")
@@ -45,7 +51,7 @@ def origin(args) -> str:
     if not path.is_file():
         return path.stem
     folder = path.resolve().parent.name.removeprefix(f"{dataset_label(args)}__").replace("__", "-")
-    return f"{folder}-{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:6]}"
+    return f"{folder}-{path.stem}-{sha256(path)[:6]}"
 
 
 def run_name(args) -> str:

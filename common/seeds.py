@@ -27,7 +27,7 @@ from common.run import make_folder, run_name
 
 COLUMNS = {"offline": "offline", "aligned": "aligned", "best_online": "best online", "last_online": "last online",
            "mean_of_last_3": "mean of the last 3", "best": "best.pt", "best_fresh": "on fresh starts"}  # fmt: skip
-BAR = re.compile(r"(\S+) *: *(\d+%)\|.*?(?:, (score [^]]*))?\]")  # a progress bar
+BAR = re.compile(r"(\S+) *: *(\d+%)\|.*?(?:, ((?:score|return) [^]]*))?\]")  # a progress bar
 MINUTE = 60.0
 
 

@@ -10,7 +10,7 @@ from common import cli, tasks
 from common.datasets import Dataset
 from common.evaluation import Evaluator, make_evaluator
 from common.foreign import load_policy, our_policy
-from common.policies import description_of, player, save_policy
+from common.policies import player, save_policy
 from common.transfer import transfer
 
 ALGORITHMS = ("cql", "iql", "td3_bc", "bc", "awac", "rebrac")
@@ -59,13 +59,13 @@ def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:
         found = load_policy(path, data, args.trust_checkpoint, args.normalize_from)
     if not args.reevaluate and "critic" not in found and kind != "gaussian":
         raise cli.UserError(f"{path} has no critic, which --no-reevaluate needs; leave that flag out")
-    found["data"] = found["data"] or description_of(data, args)
     data.standardise(found["state_mean"], found["state_std"])  # as the policy was trained
     evaluator = make_evaluator(args, data, found["state_mean"], found["state_std"])
     stored, found["score"] = found["score"], evaluator(player(found).mode, data.obs.device)
     said = f"{stored:.1f} when it was saved" if math.isfinite(stored) else "none in its file"
     here = f"{data.task.measure} {found['score']:.1f} here, {said}"
-    print(f"offline policy: {found['algorithm']}, {found['steps']:,} steps; {here}")
+    trained = f", {found['steps']:,} steps" if found["steps"] else ""  # else nobody knows
+    print(f"offline policy: {found['algorithm']}{trained}; {here}")
     if found["kind"] != kind:
         found = transfer(found, kind, data, evaluator, run)
         save_policy(handed_on, **found)

@@ -102,7 +102,7 @@ def train(args: Args, data: datasets.Dataset) -> Path:
     """Train on `data` and return the policy's path; see `pretrain.train`."""
     if not 0 < args.top_fraction <= 1:
         raise cli.UserError(f"--top-fraction is {args.top_fraction}, but has to be above 0 and at most 1")
-    return pretrain.train("bc", args, data, Agent, Optimizers, training_step)
+    return pretrain.train(args, data, Agent, Optimizers, training_step)
 
 
 if __name__ == "__main__":

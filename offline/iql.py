@@ -177,7 +177,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
 
 def train(args: Args, data: datasets.Dataset) -> Path:
     """Train on `data` and return the policy's path; see `pretrain.train`."""
-    return pretrain.train("iql", args, data, Agent, Optimizers, training_step)
+    return pretrain.train(args, data, Agent, Optimizers, training_step)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def train(args: Args, data: datasets.Dataset) -> Path:
             f"ReBRAC's paper has no weights of imitation for {data.task.data}: this run takes {args.actor_bc_coef} and "
             f"{args.critic_bc_coef} (--actor-bc-coef, --critic-bc-coef; 0.01 by default)"
         )
-    return pretrain.train("rebrac", args, data, Agent, Optimizers, training_step)
+    return pretrain.train(args, data, Agent, Optimizers, training_step)
 
 
 if __name__ == "__main__":

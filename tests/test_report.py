@@ -1,13 +1,18 @@
 """What is shown of a run: its scores and where they come from, and its pictures."""
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
+import h5py
 import o2ppo
 import o2sac
 import o2td3
 import pytest
 import torch
-from common import plots
+from common import cli, plots
+from common.datasets import load
 from common.evaluation import Evaluator
 from common.log import Log
 from common.run import run_name
@@ -66,6 +71,43 @@ def test_where_best_pt_comes_from(scripted, scores, origin):
     result, out, _, best, _ = scripted(o2td3, scores)
     assert result["best_from"] == origin and f"best.pt ({origin})" in out
     assert result["best"] == best["score"] == max(scores) and result["best_online"] == max(scores[2:])
+
+
+def test_records_name_what_was_used(run_script, tmp_path, monkeypatch):
+    """A copy of a script and of an offline algorithm, on rows of one's own: nothing is called what it is not."""
+    data, root = tmp_path / "my-rows.hdf5", Path(o2td3.__file__).parent
+    with h5py.File(root / "datasets" / "hopper-medium-demo.hdf5") as whole, h5py.File(data, "w") as file:
+        for name in ("observations", "actions", "rewards", "terminals", "timeouts"):
+            file[name] = whole[name][:2_000]
+    modules = {}
+    for name, original in (("mymethod", root / "o2td3.py"), ("mybc", root / "offline" / "td3_bc.py")):
+        path = tmp_path / f"{name}.py"
+        path.write_text(original.read_text())
+        spec = importlib.util.spec_from_file_location(name, path)
+        modules[name] = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, modules[name])
+        spec.loader.exec_module(modules[name])
+    flags = ["--dataset-path", data, "--run-dir", tmp_path]
+    mybc = modules["mybc"]
+    args = cli.parse(mybc.Args, mybc.PRESETS, [*TINY, "--steps", "2", "--env-id", SMALL[1], *map(str, flags)])
+    offline = mybc.train(args, load(args.env_id, args.dataset_path))
+    saved = torch.load(offline, weights_only=True)
+    assert (saved["algorithm"], saved["env_id"], saved["steps"]) == ("mybc", "my-rows", 2)
+    elsewhere = saved | {"steps": 0, "algorithm": "theirs", "data": {}}  # what is not known of a policy from there
+    torch.save(elsewhere, tmp_path / "theirs.pt")
+
+    code, out, err = run_script(modules["mymethod"], *SMALL, *TINY, *flags, "--offline", tmp_path / "theirs.pt")
+    assert code == 0, err
+    [path] = tmp_path.glob("my-rows__*theirs*/result.json")
+    result = json.loads(path.read_text())
+    assert (result["script"], result["dataset"], result["data"]["file"]) == ("mymethod", "my-rows", "my-rows.hdf5")
+    assert result["data"] == saved["data"] and len(saved["data"]["sha256"]) == 64
+    assert result["offline_algorithm"] == "theirs" and "env_id" not in result
+    assert result["offline_steps"] is result["offline_data"] is None
+    assert "offline (theirs)" in out and "0 steps" not in out.replace("90 steps", "")
+    policy = torch.load(path.with_name("policy.pt"), weights_only=True)
+    assert (policy["algorithm"], policy["env_id"], policy["steps"]) == ("mymethod", "my-rows", 90)
+    assert policy["origin"] == "online, step 90" and policy["data"] == result["data"]
 
 
 @pytest.mark.parametrize("script", [o2sac, o2ppo])

@@ -65,6 +65,7 @@ BAR = "finetune  :  37%|███▋      | 33/90 [00:01<00:02, 21.71step/s, sco
 def test_a_bar_in_words():
     assert seeds.brief(BAR) == "finetune 37%, score 47.1 (best 53.2)"
     assert seeds.brief("reevaluate:   5%|▌    | 300/6000 [01:01<19:22,  4.9step/s]") == "reevaluate 5%"
+    assert seeds.brief(BAR.replace("score", "return")) == "finetune 37%, return 47.1 (best 53.2)"
     assert seeds.brief("waits") == "waits" and len(seeds.brief("error: " + 100 * "x")) == 60
 
 
