@@ -28,7 +28,8 @@ class Log:
 
     def __init__(self, folder: Path, args):
         self.dir, self.args = folder, args
-        self.rows: list[dict] = read_rows(folder / "progress.csv")
+        # of stages whose checkpoint is here: a run that takes another's first stages over gets its whole log with them
+        self.rows = [row for row in read_rows(folder / "progress.csv") if (folder / f"{row['stage']}.pt").exists()]
         for old in folder.glob("events.out.tfevents*"):
             old.unlink()  # written again from progress.csv, so that a resumed run shows no step twice
         self.writer = SummaryWriter(str(folder))

@@ -33,6 +33,15 @@ def natural(tag: str) -> list:
     return [(not part.isdigit(), int(part) if part.isdigit() else part) for part in re.findall(r"\d+|\D", tag)]
 
 
+def test_a_log_holds_the_stages_that_the_run_has(tmp_path):
+    log = Log(tmp_path, o2sac.Args())
+    for stage in ("reevaluate", "align"):
+        log.add(stage, 10, {f"{stage}/q": 1.0})
+    log.save()
+    (tmp_path / "reevaluate.pt").touch()  # taken over from another run, whose log is here; its alignment is not
+    assert [row["stage"] for row in Log(tmp_path, o2sac.Args()).rows] == ["reevaluate"]
+
+
 def test_tensorboard_shows_every_point_of_every_stage_in_the_runs_order(tmp_path):
     log = Log(tmp_path / "run", o2sac.Args())
     for stage, steps in (("reevaluate", 13), ("align", 5), ("finetune", 10)):
