@@ -48,9 +48,6 @@ PRESETS = {
 
 @dataclass
 class Args(cli.OnlineArgs):
-    exp_name: str = "o2sac"
-    """the name of this experiment, a part of the run folder's name"""
-
     # every stage
     batch_size: Annotated[int, even()] = 256
     """transitions in a batch, with --buffer half as many of either kind"""
@@ -460,7 +457,7 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
 
 
 def main() -> None:
-    args, run, data = report.start(Args, PRESETS)
+    args, run, data = report.start(Args, PRESETS, "squashed_gaussian", offline.check)
     device = data.obs.device
     report.estimate(run, estimate(args, data))
 

@@ -46,8 +46,6 @@ PRESETS = {
 
 @dataclass
 class Args(cli.OnlineArgs):
-    exp_name: str = "o2td3"
-    """the name of this experiment, a part of the run folder's name"""
     offline: str = "td3_bc"
     """cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of any policy"""
 
@@ -461,7 +459,7 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
 
 
 def main() -> None:
-    args, run, data = report.start(Args, PRESETS)
+    args, run, data = report.start(Args, PRESETS, "deterministic", offline.check)
     device = data.obs.device
     report.estimate(run, estimate(args, data))
 

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
@@ -32,8 +33,10 @@ class RunArgs:
 
     preset: Literal["none", "demo", "quick"] = "none"
     """demo: minutes on 2 cores, with hopper-medium-demo; quick: up to about an hour there; none: the paper's budgets"""
-    exp_name: str = "run"
-    """the name of this experiment, a part of the run folder's name"""
+    exp_name: str = ""
+    """the name of this experiment, a part of the run folder's name; none: that of the script's file"""
+    go_on: Annotated[bool, tyro.conf.arg(name="continue")] = False
+    """go on with a run although the code has changed since; both codes are recorded"""
     env_id: str = "hopper-medium-v2"
     """the dataset: a D4RL name, hopper-medium-demo, or a Minari id; with --dataset-path also any id of Gymnasium"""
     dataset_path: str = ""
@@ -120,6 +123,8 @@ def parse(args_class: type[Args], presets: dict[str, dict], argv: list[str] | No
 def complete(args: Args) -> Args:
     """`args` with the constants of their data in the place of None, and checked. Raises UserError."""
     bounds.check(args)
+    script = Path(sys.modules[type(args).__module__].__file__)
+    args = dataclasses.replace(args, exp_name=args.exp_name or script.stem)
     constants = args.constants(tasks.resolve(args.env_id, args.dataset_path))
     args = dataclasses.replace(args, **{k: value for k, value in constants.items() if getattr(args, k) is None})
     args.check()

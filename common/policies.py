@@ -11,7 +11,6 @@ gaussian          - `net` gives the mean before its tanh (A outputs), `log_std` 
 deterministic     - `net` gives the action before its tanh (A outputs)
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import nn
 
 from common.checkpoint import save_tensors
 from common.cli import UserError
+from common.identity import fingerprint
 from common.inert import fault_of, read_tensors
 from common.nn import ACTIVATIONS, SIZED, ensemble_mlp, hidden_of, mlp
 from common.run import script_name
@@ -123,9 +123,8 @@ def examples_of(data) -> dict:
 
 def description_of(data, args) -> dict:
     """What a policy's file and a result say of the dataset that they were made with, which is not standardised yet."""
-    table = np.ascontiguousarray(data.table.cpu().numpy())
     return {"name": data.task.data, "file": Path(args.dataset_path).name, "source": data.source,
-            "transitions": len(data), "sha256": hashlib.sha256(table).hexdigest()}  # fmt: skip
+            "transitions": len(data), "sha256": fingerprint(data)}  # fmt: skip
 
 
 def save_online(run, policy: dict, actor: nn.Module, best) -> None:

@@ -38,15 +38,23 @@ def train(args, data: datasets.Dataset, Agent, Optimizers, training_step) -> Pat
     `Agent(args, obs_dim, action_dim)` has `kind`, `actor`, `act(obs)` (its most likely actions) and, where it learns
     one, `critic` with `critic_target`; `training_step(args, data, agent, optimizers)` gives the step.
     """
-    run, algorithm = Run(args, run_name(args)), script_name(args)
-    path = run.dir / "policy.pt"
-    run.measure = data.task.measure
+    run, algorithm = Run(args, run_name(args), data, wait=True), script_name(args)
+    try:
+        return trained(run, algorithm, data, Agent, Optimizers, training_step)
+    finally:
+        run.lock.release()
+
+
+def trained(run: Run, algorithm: str, data: datasets.Dataset, Agent, Optimizers, training_step) -> Path:
+    """The policy's path, once it is there."""
+    args, path = run.args, run.dir / "policy.pt"
     mean, std = data.statistics()
     about = {} if path.exists() else {"examples": examples_of(data), "data": description_of(data, args)}
     if not args.standardise:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     data.standardise(mean, std)
     if path.exists():
+        print(f"{path} is finished already, nothing is trained")
         return path
     seed_everything(args.seed)
     obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
@@ -69,7 +77,7 @@ def train(args, data: datasets.Dataset, Agent, Optimizers, training_step) -> Pat
         path, kind=agent.kind, obs_dim=obs_dim, action_dim=action_dim, hidden_layers=hidden_of(agent.actor.net),
         state_mean=mean, state_std=std, algorithm=algorithm, env_id=data.task.data, simulator=data.task.simulator,
         seed=args.seed, steps=args.steps, score=run.scores(algorithm)[-1], actor=agent.actor.state_dict(),
-        made_with={}, **about, **critics,
+        made_with=run.made_with, **about, **critics,
     )  # fmt: skip
     return path
 

@@ -33,8 +33,12 @@ def hardware(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
 
 
-def start(args_class, presets: dict) -> tuple:
-    """Command line, device, run folder and dataset of a fine-tuning script: (args, run, data)."""
+def start(args_class, presets: dict, kind: str, check) -> tuple:
+    """Command line, device, dataset and run folder of a fine-tuning script: (args, run, data).
+
+    `check(args, data, kind)`, `kind` being that of the actor, refuses before anything is written what the run would
+    only stumble over later.
+    """
     args = cli.parse(args_class, presets)
     device = cli.resolve_device(args.device)
     if args.num_seeds > 1:
@@ -42,9 +46,12 @@ def start(args_class, presets: dict) -> tuple:
         sys.exit(seeds.train(args, device))
     steps.setup(device, args.seed, args.deterministic)
     args = dataclasses.replace(args, compile=args.compile and steps.can_compile(device))
-    run = Run(args, run_name(args))
     data = datasets.load(args.env_id, args.dataset_path, device)
-    run.measure, run.data = data.task.measure, description_of(data, args)
+    check(args, data, kind)
+    run = Run(args, run_name(args), data)
+    run.data = description_of(data, args)
+    if (run.dir / "result.json").exists():
+        print(f"{run.dir} is finished already, nothing is trained: this is its result")
     print(data.describe())
     agreement.report_simulator_check(data)
     return args, run, data
@@ -81,6 +88,7 @@ def finish(run: Run, policy: dict, agent, best, offline: float, aligned: float |
         "offline_data": policy["data"] or None, "seed": run.args.seed, "preset": run.args.preset,
         "eval_episodes": run.args.eval_episodes, "evaluations": len(scores), "seconds": run.seconds,
         "seconds_per_evaluation": evaluator.seconds / evaluator.count, "hardware": hardware(data.obs.device),
+        "made_with": run.made_with,
     }  # fmt: skip
     write_atomic(run.dir / "result.json", json.dumps(result, indent=2).encode())
     plots.draw(run.dir / "curve.png", plots.curve, offline_rows(run, policy) + run.logged.rows, result, run.args)

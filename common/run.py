@@ -16,8 +16,10 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import rng_state, save_tensors, set_rng_state, sha256, verify, write_atomic
-from common.cli import UserError
+from common.errors import UserError
+from common.identity import code_of, fingerprint, script_of, versions
 from common.log import Log
+from common.owner import own
 
 # What may differ between two starts of the same run without making it another experiment.
 FREE_ARGS = {
@@ -31,6 +33,7 @@ FREE_ARGS = {
     "checkpoint_seconds",
     "eval_workers",
     "num_seeds",
+    "go_on",
 }
 
 
@@ -71,15 +74,34 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot write to the run folder {folder} ({error.strerror}); choose --run-dir") from error
 
 
-class Run:
-    measure = "score"  # what an evaluation gives, as the user is told: "return" where there are no reference returns
+def read_json(path: Path) -> dict:
+    """A JSON file that this project wrote. Raises UserError where it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete that folder, or choose another --exp-name") from error
+    if not isinstance(found, dict) or not isinstance(found.get("made_with", {}), dict):
+        raise UserError(f"{path} is damaged; delete that folder, or choose another --exp-name")
+    return found
 
-    def __init__(self, args, name: str):
+
+class Run:
+    """A run in its folder. `measure` is what its evaluations give: a "score", or a "return" without a scale."""
+
+    def __init__(self, args, name: str, data, wait: bool = False):
+        """Take the folder `name` for this process alone: whoever comes second waits for it, or is refused.
+
+        `data` is not standardised yet, or None for a run that needs none. Raises UserError where the folder holds a
+        run of other arguments, code or data.
+        """
         self.args, self.name = args, name
         self.dir = Path(args.run_dir) / name
         self.seconds: dict[str, float] = {}  # training time of each stage
         self.last_score = math.nan
+        self.measure = data.task.measure if data else "return"
+        self.made_with = {"versions": versions(), "code": code_of(script_of(args)), "data": fingerprint(data)}
         make_folder(self.dir)
+        self.lock = own(self.dir / ".lock", f"another process is at work in {self.dir}", wait)
         self._keep_args()
         if getattr(args, "track", False):
             self._track()
@@ -88,10 +110,14 @@ class Run:
     # ------------------------------------------------------------------------------------------ start
 
     def _keep_args(self) -> None:
+        """Write args.json: the arguments, and what the run is made with."""
         path = self.dir / "args.json"
         new = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
+        history = []  # what it was made with before, where somebody went on with --continue
         if path.exists():
-            old = json.loads(path.read_text())
+            old, was = read_json(path), {"versions": {}, "code": {}, "data": None}
+            was |= {key: old["made_with"][key] for key in was if key in old.get("made_with", {})}
+            history = old.get("made_with_before", [])
             differ = [k for k in new if k not in FREE_ARGS and old.get(k) != new[k]]
             if differ:
                 was = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {new[k]})" for k in differ)
@@ -99,7 +125,27 @@ class Run:
                     f"{self.dir} holds a run with other arguments: {was}; give this one a name of its own with "
                     "--exp-name, or delete that folder"
                 )
-        write_atomic(path, json.dumps(new, indent=2).encode())
+            if was["data"] != self.made_with["data"]:
+                name = Path(self.args.dataset_path).name or self.args.env_id
+                raise UserError(
+                    f"{self.dir} holds a run on other data: {name} is not what it was; give this run a name of its own "
+                    "with --exp-name, or delete that folder"
+                )
+            code, now = was["code"], self.made_with["code"]
+            changed = sorted(name for name in code.keys() | now.keys() if code.get(name) != now.get(name))
+            if changed and not self.args.go_on:
+                raise UserError(
+                    f"{self.dir} holds a run of other code: {', '.join(changed)} changed since; give this run a name "
+                    "of its own with --exp-name, or go on with what is there by --continue"
+                )
+            if changed:
+                print(f"note: going on with a run of other code: {', '.join(changed)} changed since")
+                history = [*history, was]
+            for name, version in self.made_with["versions"].items():
+                if was["versions"].get(name) != version:
+                    print(f"note: this run was begun with {name} {was['versions'].get(name)}, and this is {version}")
+        kept = new | {"made_with": self.made_with} | ({"made_with_before": history} if history else {})
+        write_atomic(path, json.dumps(kept, indent=2).encode())
 
     def _track(self) -> None:
         try:

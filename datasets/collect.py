@@ -277,7 +277,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     task = tasks.resolve(f"{args.robot}-medium-v2")
-    run = Run(args, f"{args.robot}__collect__{args.seed}")
+    run = Run(args, f"{args.robot}__collect__{args.seed}", None)
     seed_everything(args.seed)
     env = envs.make_env(task)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]

@@ -17,7 +17,7 @@ ALGORITHMS = ("cql", "iql", "td3_bc", "bc", "awac", "rebrac")
 
 # What an online script hands on to the offline one that it calls
 SHARED = ("preset", "env_id", "dataset_path", "seed", "device", "compile", "deterministic", "run_dir",
-          "checkpoint_seconds", "eval_episodes", "eval_workers")  # fmt: skip
+          "checkpoint_seconds", "eval_episodes", "eval_workers", "go_on")  # fmt: skip
 
 
 def algorithm_args(args):
@@ -39,6 +39,20 @@ def shipped(args) -> Path | None:
     return path if not own and args.offline in ALGORITHMS and path.exists() else None
 
 
+def check(args, data: Dataset, kind: str) -> None:
+    """Refuse what `policy` would only stumble over, before anything is written. Raises UserError."""
+    if args.offline in ALGORITHMS and not shipped(args):
+        algorithm_args(args)
+    else:
+        found = load_policy(shipped(args) or Path(args.offline), data, args.trust_checkpoint, args.normalize_from)
+        check_critic(args, found, kind)
+
+
+def check_critic(args, found: dict, kind: str) -> None:
+    if not args.reevaluate and "critic" not in found and kind != "gaussian":
+        raise cli.UserError(f"{args.offline} has no critic, which --no-reevaluate needs; leave that flag out")
+
+
 def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:
     """The policy that `--offline` names as one of `kind`, and the evaluator of its environment. Standardises `data`.
 
@@ -57,8 +71,7 @@ def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:
         found = our_policy(handed_on, data)
     else:
         found = load_policy(path, data, args.trust_checkpoint, args.normalize_from)
-    if not args.reevaluate and "critic" not in found and kind != "gaussian":
-        raise cli.UserError(f"{path} has no critic, which --no-reevaluate needs; leave that flag out")
+    check_critic(args, found, kind)
     data.standardise(found["state_mean"], found["state_std"])  # as the policy was trained
     evaluator = make_evaluator(args, data, found["state_mean"], found["state_std"])
     stored, found["score"] = found["score"], evaluator(player(found).mode, data.obs.device)

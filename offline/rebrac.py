@@ -46,8 +46,6 @@ def published(task: Task) -> tuple[float, float] | None:
 
 @dataclass
 class Args(pretrain.PretrainArgs):
-    exp_name: str = "rebrac"
-    """the name of this experiment, a part of the run folder's name"""
     standardise: bool = False
     """standardise observations with the dataset's mean and std, here and in all that starts from this policy"""
 

@@ -29,9 +29,6 @@ PRESETS = {
 
 @dataclass
 class Args(pretrain.PretrainArgs):
-    exp_name: str = "td3_bc"
-    """the name of this experiment, a part of the run folder's name"""
-
     steps: Annotated[int, at_least(1)] = 1_000_000
     """gradient steps"""
     batch_size: Annotated[int, at_least(1)] = 256

@@ -49,7 +49,7 @@ def evaluator():
 
 @pytest.fixture
 def run(tmp_path):
-    return Run(pretrain.PretrainArgs(run_dir=str(tmp_path)), "run")
+    return Run(pretrain.PretrainArgs(run_dir=str(tmp_path)), "run", None)
 
 
 @pytest.mark.parametrize("script", [cql, iql, td3_bc, bc, awac, rebrac, o2sac, o2td3, o2ppo])
@@ -126,7 +126,7 @@ def test_a_function_is_distilled(kind, data, evaluator, run, capsys):
 def test_it_does_not_depend_on_what_was_drawn_before(data, evaluator, tmp_path):
     policy, new = checkpoint("deterministic"), []
     for name in ("a", "b"):
-        run = Run(pretrain.PretrainArgs(run_dir=str(tmp_path)), name)
+        run = Run(pretrain.PretrainArgs(run_dir=str(tmp_path)), name, None)
         new.append(transfer(policy, "gaussian", data, evaluator, run, steps=100)["actor"])
         torch.randn(len(name))
     assert all(torch.equal(new[0][key], new[1][key]) for key in new[0])
