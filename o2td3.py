@@ -334,7 +334,6 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
     actor, actor_target, reference = agent.actor, agent.actor_target, agent.actor_reference
     critic, critic_target = agent.critic, agent.critic_target
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
-    held = torch.zeros(2, device=threshold.device)  # actor loss and f: logged always, computed every second time
 
     def lagrange():
         return agent.log_lagrange.exp().detach() if args.constrain else torch.zeros_like(threshold)
@@ -364,7 +363,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
         return (
             clip_grad_norm(torch.autograd.grad(actor_loss, actor_params), args.actor_grad_norm),
             torch.autograd.grad(multiplier_loss, [agent.log_lagrange]),
-            torch.stack([actor_loss.detach(), f.detach().mean()]),
+            {"actor_loss": actor_loss.detach(), "mse": f.detach().mean()},
         )
 
     critic_gradients = steps.compiled(critic_gradients, args.compile)
@@ -372,18 +371,18 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
     updates = itertools.count(int(optimizers["critic_optimizer"].steps[0]) + 1)
 
     def step():
+        actor_metrics = {}
         for _ in range(args.utd):
             critic_grads, metrics, obs = critic_gradients()
             optimizers["critic_optimizer"].step(critic_grads)
             if next(updates) % args.policy_freq == 0:
-                actor_grads, lagrange_grads, values = actor_gradients(obs)
+                actor_grads, lagrange_grads, actor_metrics = actor_gradients(obs)
                 optimizers["actor_optimizer"].step(actor_grads)
                 if args.constrain:
                     optimizers["lagrange_optimizer"].step(lagrange_grads)
                 polyak(critic_target, critic, args.tau)
                 polyak(actor_target, actor, args.tau)
-                held.copy_(values)
-        return metrics | {"actor_loss": held[0], "mse": held[1], "lagrange": lagrange()}
+        return metrics | actor_metrics | {"lagrange": lagrange()}
 
     return step
 

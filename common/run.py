@@ -171,8 +171,7 @@ class Run:
 
     def save(self, stage: str, step: int, done: bool, state: dict) -> None:
         """Write everything that `restore` needs to go on as if nothing had happened."""
-        sums = state["stepper"].sums
-        if sums is not None and not sums.isfinite().all():  # never over a good checkpoint
+        if not state["stepper"].finite():  # never over a good checkpoint
             self.log(stage, step, {f"{stage}/{k}": v for k, v in state["stepper"].means().items()})
         self.logged.save()
         tensors = {name: thing.state_dict() for name, thing in state.items()}

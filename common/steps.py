@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -141,14 +142,16 @@ def choose_cache_folder() -> None:
 class Stepper:
     """Runs `step()` n times and averages what it returns, without reading anything from the device on the way.
 
-    `step` returns a dictionary of scalar tensors. On CUDA, `steps_per_graph` whole steps are captured in one graph
-    after three or more warm-up steps, which count; the rest of a call that does not fill a graph runs one by one. A
-    step that does something else every `phases`-th time is captured once for each phase.
+    `step` returns a dictionary of scalar tensors; what it computes only now and then it returns only then. On CUDA,
+    `steps_per_graph` whole steps are captured in one graph after three or more warm-up steps, which count; the rest of
+    a call that does not fill a graph runs one by one. A step that does something else every `phases`-th time is
+    captured once for each phase.
     """
 
     def __init__(self, step, device: torch.device, graph: bool = False, steps_per_graph: int = 10, phases: int = 1):
-        self.step, self.device, self.names = step, device, None
-        self.sums, self.count = None, 0
+        self.step, self.device = step, device
+        self.sums: dict[tuple[str, ...], torch.Tensor] = {}  # of the steps that returned these names
+        self.counts: Counter[tuple[str, ...]] = Counter()  # and how many these were
         self.use_graph = graph and device.type == "cuda"
         self.phases = phases
         self.steps_per_graph = steps_per_graph - steps_per_graph % phases if steps_per_graph > phases else 1
@@ -156,55 +159,58 @@ class Stepper:
         self.ran, self.graphs = 0, {}
 
     def run(self, n: int) -> None:
-        self.count += n
         while n:
             if not self.use_graph or self.warmup or n < self.steps_per_graph:
-                self._eager() if self.use_graph and self.warmup else self._one()
-                done = 1
+                names = [self._eager() if self.use_graph and self.warmup else self._one()]
             else:
                 phase = self.ran % self.phases
                 if phase not in self.graphs:
-                    self.graphs[phase] = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(self.graphs[phase]):  # records the steps and does not run them
-                        for _ in range(self.steps_per_graph):
-                            self._one()
-                self.graphs[phase].replay()
-                done = self.steps_per_graph
-            self.ran, n = self.ran + done, n - done
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):  # records the steps and does not run them
+                        self.graphs[phase] = graph, [self._one() for _ in range(self.steps_per_graph)]
+                graph, names = self.graphs[phase]
+                graph.replay()
+            self.counts.update(names)
+            self.ran, n = self.ran + len(names), n - len(names)
 
-    def _one(self) -> None:
+    def _one(self) -> tuple[str, ...]:
         metrics = self.step()
+        names = tuple(metrics)
         values = torch.stack([value.detach() for value in metrics.values()])
-        if self.sums is None:
-            self.names, self.sums = list(metrics), torch.zeros_like(values)
-        self.sums.add_(values)
+        if names not in self.sums:
+            self.sums[names] = torch.zeros_like(values)
+        self.sums[names].add_(values)
+        return names
 
-    def _eager(self) -> None:
+    def _eager(self) -> tuple[str, ...]:
         """A warm-up step on a stream of its own, as capturing demands."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._one()
+            names = self._one()
         torch.cuda.current_stream().wait_stream(stream)
         self.warmup -= 1
+        return names
+
+    def finite(self) -> bool:
+        """Whether nothing that was returned since the last reading is NaN or infinite."""
+        return all(sums.isfinite().all() for sums in self.sums.values())
 
     def means(self) -> dict[str, float]:
-        """Averages since the last call: the one place where a stage waits for the device."""
-        if self.sums is None:
-            return {}
-        means = dict(zip(self.names, (self.sums / max(self.count, 1)).tolist(), strict=True))
-        self.sums.zero_()
-        self.count = 0
-        return means
+        """Averages since the last call, each over the steps that returned it: here a stage waits for the device."""
+        totals, counts = Counter(), Counter()
+        for names in list(self.counts):
+            totals.update(dict(zip(names, self.sums[names].tolist(), strict=True)))
+            counts.update(dict.fromkeys(names, self.counts.pop(names)))
+            self.sums[names].zero_()
+        return {name: total / counts[name] for name, total in totals.items()}
 
     def state_dict(self) -> dict:
-        sums = torch.zeros(0) if self.sums is None else self.sums
-        return {"names": self.names or [], "sums": sums, "count": self.count}
+        return {"sums": [(list(names), sums, self.counts[names]) for names, sums in self.sums.items()]}
 
     def load_state_dict(self, state: dict) -> None:
-        if state["names"]:
-            self.names, self.sums = state["names"], state["sums"].to(self.device).clone()
-        self.count = state["count"]
+        for names, sums, count in state["sums"]:
+            self.sums[tuple(names)], self.counts[tuple(names)] = sums.to(self.device).clone(), count
 
 
 def seconds_per_step(step, device: torch.device, n: int = 5) -> float:

@@ -137,7 +137,6 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
     """One update of the critics, and at every `policy_freq`-th call of the actor and of the targets."""
     actor, actor_target, critic, critic_target = agent.actor, agent.actor_target, agent.critic, agent.critic_target
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
-    actor_loss_held = torch.zeros((), device=data.obs.device)  # logged at every step, computed at every second one
 
     def critic_gradients():
         obs, actions, rewards, next_obs, terminations, rows = sample(data, args.batch_size)
@@ -173,8 +172,8 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
             optimizers["actor_optimizer"].step(actor_grads)
             polyak(critic_target, critic, args.tau)
             polyak(actor_target, actor, args.tau)
-            actor_loss_held.copy_(actor_loss)
-        return metrics | {"actor_loss": actor_loss_held}
+            metrics["actor_loss"] = actor_loss
+        return metrics
 
     return step
 

@@ -1,5 +1,7 @@
 """Evaluation side by side equals episodes played one after another; scores; averages of a stage's metrics."""
 
+import itertools
+
 import os
 import signal
 import subprocess
@@ -144,3 +146,28 @@ def test_stepper_averages_all_steps_since_the_last_reading():
     assert half.means() == {"n": 2.5, "twice": 5.0}
     half.run(2)
     assert half.means() == {"n": 5.5, "twice": 11.0}
+
+
+def test_what_is_computed_every_third_time_is_averaged_over_those_times_across_interruptions():
+    def stepper_at(done: int):
+        count = itertools.count(done + 1)
+
+        def step():
+            n = next(count)
+            always = {"n": torch.tensor(float(n))}
+            return always | {"third": torch.tensor(float(10 * n))} if n % 3 == 0 else always
+
+        return steps.Stepper(step, torch.device("cpu"))
+
+    whole = stepper_at(0)
+    whole.run(2)
+    assert whole.means() == {"n": 1.5}  # no zero for what has not been computed
+    whole.run(5)
+    for stop in range(1, 5):
+        first = stepper_at(2)
+        first.run(stop)
+        rest = stepper_at(2 + stop)
+        rest.load_state_dict(first.state_dict())
+        rest.run(5 - stop)
+        assert rest.means() == {"n": 5.0, "third": 45.0}
+    assert whole.means() == {"n": 5.0, "third": 45.0} and whole.means() == {}

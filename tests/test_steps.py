@@ -89,6 +89,19 @@ def test_nothing_is_captured_that_has_not_run_before(cuda):
     assert len(seen) == 5
 
 
+def test_captured_steps_count_what_each_of_them_returned(cuda):
+    """A graph holds steps of several kinds: each name is averaged over those that returned it."""
+    counter = itertools.count()
+
+    def step():  # recorded once, replayed often: the values stand still, the counts must not
+        always = {"loss": torch.tensor(2.0)}
+        return always | {"actor_loss": torch.tensor(6.0)} if next(counter) % 2 else always
+
+    stepper = steps.Stepper(step, SimpleNamespace(type="cuda"), True, steps_per_graph=4, phases=2)
+    stepper.run(3 + 4 * 5 + 1)
+    assert stepper.counts == {("loss",): 12, ("loss", "actor_loss"): 12}
+
+
 class OnDevice(TorchDispatchMode):
     """Refuses every operation that touches a tensor elsewhere than on `meta`, a device whose values cannot be read."""
 
