@@ -6,6 +6,8 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,9 +133,26 @@ def complete(args: Args) -> Args:
     return args
 
 
+STARTER = "O2RL_STARTED_BY"  # the process that a seed of --num-seeds belongs to
+
+
+def end_with_starter() -> None:
+    """Save and stop when the process that started this one is gone, even if it was killed and could tell nobody."""
+    starter = int(os.environ.pop(STARTER, 0))
+
+    def watch() -> None:
+        while os.getppid() == starter:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if starter:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`. A `UserError` becomes one line on stderr and exit code 2; an interruption becomes exit code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_with_starter()
     with contextlib.redirect_stdout(Patient(sys.stdout)), contextlib.redirect_stderr(Patient(sys.stderr)):
         try:
             main()

@@ -56,7 +56,7 @@ def imported(tree: ast.AST) -> list[Path]:
 
 
 def versions() -> dict[str, str]:
-    return {"Python": platform.python_version(), "PyTorch": torch.__version__, "NumPy": np.__version__,
+    return {"Python": platform.python_version(), "PyTorch": str(torch.__version__), "NumPy": np.__version__,
             "Gymnasium": gymnasium.__version__, "MuJoCo": mujoco.__version__}  # fmt: skip
 
 

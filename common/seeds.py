@@ -22,7 +22,7 @@ from rich.text import Text
 
 from common import plots
 from common.checkpoint import write_atomic
-from common.cli import Interrupted
+from common.cli import STARTER, Interrupted
 from common.run import make_folder, run_name
 
 COLUMNS = {"offline": "offline", "aligned": "aligned", "best_online": "best online", "last_online": "last online",
@@ -44,7 +44,7 @@ def train(args, device: torch.device) -> int:
         (folders[seed] / "output.txt").unlink(missing_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     at_once = min(args.num_seeds, cores) if device.type == "cpu" else args.num_seeds
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // at_once))} | os.environ
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // at_once))} | os.environ | {STARTER: str(os.getpid())}
     waiting, running, codes = list(folders), {}, {}
     with shared_gpu(device) as service, screen() as show:
         environment |= service
@@ -65,12 +65,17 @@ def train(args, device: torch.device) -> int:
             for process in running.values():
                 process.wait()
             raise Interrupted("every seed is saved; the same command continues them") from None
-    failed = {seed: last_line(folders[seed]) for seed, code in codes.items() if code}
+    failed = {seed: reason(code, folders[seed]) for seed, code in codes.items() if code}
     if len(failed) < len(folders):
         summarise(args, {seed: folder for seed, folder in folders.items() if seed not in failed}, failed)
     for seed, words in failed.items():
         print(f"seed {seed}: {words}; all it said is in {folders[seed] / 'output.txt'}", file=sys.stderr)
     return max(abs(code) for code in codes.values())
+
+
+def reason(code: int, folder: Path) -> str:
+    """Why a seed's process ended: its last words, or the signal that left it none."""
+    return f"killed ({signal.Signals(-code).name}); the same command continues it" if code < 0 else last_line(folder)
 
 
 @contextlib.contextmanager

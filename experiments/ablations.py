@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
+from common import cli
 from experiments.analysis import comparison
 from experiments.harness import OFFLINE, Args, Spec
 
@@ -30,6 +31,8 @@ def settings(script: str, seed: int) -> dict[str, Spec]:
 
 
 if __name__ == "__main__":
-    comparison(
-        tyro.cli(Args, description=__doc__), "ablations", "What is each step of the method worth?", settings, "full"
+    cli.run(
+        lambda: comparison(
+            tyro.cli(Args, description=__doc__), "ablations", "What is each step of the method worth?", settings, "full"
+        )
     )

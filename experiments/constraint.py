@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 import o2sac
 import o2td3
+from common import cli
 from experiments import analysis, harness
 from experiments.harness import OFFLINE, Args, Spec
 
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

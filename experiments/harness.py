@@ -44,8 +44,8 @@ class Args:
     """the online algorithms"""
     run_dir: str = "runs/experiments"
     """where run folders are made; all experiments share them"""
-    out: str = "docs/experiments"
-    """where figures and tables are written"""
+    out: str = "runs/experiments"
+    """where figures and tables are written (the pages in docs/experiments were made with --out docs/experiments)"""
     ray_address: str | None = None
     """a Ray cluster, whose machines see this folder and --run-dir at the same place; None: this machine alone"""
     cpus_per_run: int = 1
@@ -149,7 +149,10 @@ def schedule(args: Args, jobs: dict) -> list[str]:
     """Run `jobs`, key -> (command, share, keys of jobs that have to be finished before); what failed, a line each."""
     import ray  # takes seconds
 
-    ray.init(args.ray_address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # wherever this was started
+    environment = {"env_vars": {"PYTHONPATH": path}}
+    ray.init(args.ray_address, include_dashboard=False, log_to_driver=False, logging_level="warning",
+             runtime_env=environment)  # fmt: skip
     remote = ray.remote(execute).options(
         num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=args.retries
     )
@@ -165,7 +168,7 @@ def schedule(args: Args, jobs: dict) -> list[str]:
                 try:
                     failures += filter(None, [ray.get(job)])
                 except ray.exceptions.RayError as error:  # the machine it ran on is gone, and retries did not help
-                    failures.append(str(error).splitlines()[0])
+                    failures.append(([line for line in str(error).splitlines() if line.strip()] or ["Ray failed"])[-1])
                 bar.update()
     ray.shutdown()
     return failures
@@ -187,7 +190,10 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
             share = [(there / n, here / n) for n in (*(f"{s}.pt" for s in spec.stages), "offline.pt", "progress.csv")]
         needed = [(spec.offline, spec.seed), spec.base]
         jobs[spec] = ([f"{spec.script}.py", *command_line(args, spec)], share, needed)
-    return schedule(args, jobs) if jobs else []
+    failures = schedule(args, jobs) if jobs else []
+    if not finished(args, specs):
+        raise cli.UserError(f"no run came to its end: {'; '.join(failures[:3]) or 'there is nothing to run'}")
+    return failures
 
 
 def rows(path: Path) -> list[dict]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
-from common import agreement, datasets, envs, policies
+from common import agreement, cli, datasets, envs, policies
 from common.foreign import load_policy
 from common.nn import gaussian_log_prob, tanh_log_det
 from common.probe import STATES
@@ -165,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

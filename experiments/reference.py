@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
+from common import cli
 from experiments.analysis import comparison
 from experiments.harness import OFFLINE, Args, Spec
 
@@ -27,10 +28,12 @@ def settings(script: str, seed: int) -> dict[str, Spec]:
 
 
 if __name__ == "__main__":
-    comparison(
-        tyro.cli(Args, description=__doc__),
-        "reference",
-        "When should the reference policy move?",
-        settings,
-        "best so far",
+    cli.run(
+        lambda: comparison(
+            tyro.cli(Args, description=__doc__),
+            "reference",
+            "When should the reference policy move?",
+            settings,
+            "best so far",
+        )
     )
