@@ -1,0 +1,135 @@
+"""A run is its code and its data: what is the same, what is another, and who may work in a folder."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import o2td3
+from common import identity, run
+from common.errors import UserError
+from common.pretrain import PretrainArgs
+from offline import bc
+from tests.conftest import TINY
+
+ROOT = Path(o2td3.__file__).parent
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Writes a script and gives its hash."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "mymethod.py"
+        path.write_text(text)
+        return identity.code_of(path)["mymethod.py"]
+
+    return write
+
+
+def test_comments_blank_lines_and_docstrings_are_no_code(script):
+    plain = script("def f(x):\n    return 2 * x\n")
+    assert script('"""Doubles."""\n\n\ndef f(x):  # twice\n    """Twice."""\n    return 2 * x\n') == plain
+    assert script("def f(x):\n    return 3 * x\n") != plain
+    assert script("def f(x):\n    'a string'.upper()\n    return 2 * x\n") != plain
+
+
+def test_the_code_of_a_script_is_all_that_it_imports():
+    code = identity.code_of(ROOT / "o2td3.py")
+    assert {"o2td3.py", "common/replay.py", "common/nn.py", "offline/__init__.py", "common/datasets.py"} <= code.keys()
+    assert "o2sac.py" not in code and "offline/cql.py" not in code
+    assert {"offline/bc.py", "common/pretrain.py"} <= identity.code_of(Path(bc.__file__)).keys()
+
+
+@pytest.fixture
+def begin(tmp_path, data, monkeypatch):
+    """Opens the run folder "run" as another start would, with arguments and code of its own."""
+
+    def open_run(code=None, of=data, **changes):
+        monkeypatch.setattr(run, "code_of", lambda _: {"mine.py": "1", "common/nn.py": "2"} | (code or {}))
+        opened = run.Run(PretrainArgs(run_dir=str(tmp_path), exp_name="x", **changes), "run", of)
+        opened.lock.release()
+        return opened
+
+    return open_run
+
+
+def test_other_code_is_named_and_asked_about(begin, tmp_path, capsys):
+    begin()
+    begin()
+    with pytest.raises(UserError, match=r"other code: common/nn.py, mine.py changed since.*--exp-name.*--continue"):
+        begin({"mine.py": "3", "common/nn.py": "4"})
+    begin({"mine.py": "3"}, go_on=True)
+    assert "mine.py changed since" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert kept["made_with"]["code"]["mine.py"] == "3"
+    assert [before["code"]["mine.py"] for before in kept["made_with_before"]] == ["1"]
+    begin({"mine.py": "3"})  # it is the run's code now
+
+
+def test_other_versions_are_said_and_not_refused(begin, monkeypatch, capsys):
+    begin()
+    monkeypatch.setattr(run, "versions", lambda: identity.versions() | {"MuJoCo": "9.9"})
+    begin()
+    out = capsys.readouterr().out
+    assert "begun with MuJoCo" in out and "9.9" in out and out.count("note:") == 1
+
+
+def test_other_data_under_the_same_name_are_refused(begin, data):
+    begin()
+    other = dataclasses.replace(data, rewards=data.rewards + torch.eye(len(data))[3])
+    with pytest.raises(UserError, match="on other data: hopper-medium-v2 is not what it was"):
+        begin(of=other)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"made_with": 3}', '{"seed": 0'])
+def test_damaged_arguments_are_named(begin, tmp_path, text):
+    begin()
+    (tmp_path / "run" / "args.json").write_text(text)
+    with pytest.raises(UserError, match=r"args.json is damaged|on other data|other arguments"):
+        begin()
+
+
+def test_a_folder_belongs_to_one_process(begin, tmp_path):
+    begin()
+    program = (
+        "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire()\n"
+        "print('mine', flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(UserError, match="another process is at work in"):
+            begin()
+        other.kill()  # the lock ends with its process
+        other.wait()
+        begin()
+
+
+FLAGS = ["--env-id", "hopper-medium-demo", "--offline", "bc", "--offline-steps", "4", "--reevaluate-steps", "4",
+         "--align-steps", "4", "--align-eval-every", "4", "--log-every", "4", "--online-steps", "20",
+         "--learning-starts", "10", "--eval-every", "20", *TINY]  # fmt: skip
+
+
+def test_a_finished_run_says_so_and_a_copy_is_another_run(tmp_path, run_script, monkeypatch):
+    flags = [*FLAGS, "--run-dir", str(tmp_path)]
+    code, out, err = run_script(o2td3, *flags)
+    assert code == 0 and "finished already" not in out, err
+    code, out, _ = run_script(o2td3, *flags)
+    assert code == 0 and "is finished already, nothing is trained" in out and "last online" in out
+    result = json.loads((tmp_path / "hopper-medium-demo__o2td3__bc__0" / "result.json").read_text())
+    assert result["made_with"]["code"]["o2td3.py"] and result["made_with"]["versions"]["PyTorch"] == torch.__version__
+    monkeypatch.setattr(o2td3, "__file__", str(tmp_path / "mymethod.py"))
+    (tmp_path / "mymethod.py").write_text((ROOT / "o2td3.py").read_text())
+    code, out, err = run_script(o2td3, *flags)
+    assert code == 0 and "o2td3__bc" not in out and (tmp_path / "hopper-medium-demo__mymethod__bc__0").is_dir(), err
+
+
+@pytest.mark.parametrize("wrong", [["--env-id", "hoper"], ["--offline", "nothing.pt"], ["--gamma", "2"]])
+def test_a_command_that_is_refused_leaves_nothing(tmp_path, run_script, wrong):
+    code, _, err = run_script(o2td3, *FLAGS, "--run-dir", str(tmp_path / "runs"), *wrong)
+    assert code == 2 and err.startswith("error: ") and not (tmp_path / "runs").exists()
