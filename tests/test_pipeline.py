@@ -134,12 +134,12 @@ def test_seeds_side_by_side_are_those_that_run_alone(finished, tmp_path):
 
 
 def test_a_seed_that_fails_is_named(finished, tmp_path):
-    broken = tmp_path / f"{NAME[:-1]}1"
-    broken.mkdir()
-    (broken / "args.json").write_text(json.dumps({"utd": 3}))
     policy = str(finished[0] / "hopper-medium-demo__cql-4__0" / "policy.pt")
     (tmp_path / "cql.pt").write_bytes(Path(policy).read_bytes())
     flags = [*SMALL, *TINY, "--run-dir", str(tmp_path), "--offline", str(tmp_path / "cql.pt"), "--num-seeds", "2"]
+    broken = tmp_path / run_name(cli.parse(o2sac.Args, o2sac.PRESETS, [*flags, "--seed", "1"]))
+    broken.mkdir()
+    (broken / "args.json").write_text(json.dumps({"utd": 3}))
     done = execute([sys.executable, "o2sac.py", *flags])
     assert done.returncode == 2 and "1 of 2 seeds" in done.stdout and "Traceback" not in done.stderr
     assert "holds a run with other arguments" in done.stderr.splitlines()[-1]
