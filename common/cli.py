@@ -66,6 +66,10 @@ class RunArgs:
     eval_workers: Annotated[int | None, at_least(0)] = None
     """processes that share these episodes; None: on a GPU as many as there are cores to play them, on a CPU none"""
 
+    def __post_init__(self) -> None:
+        if not self.exp_name:  # a copy of a script is another experiment
+            object.__setattr__(self, "exp_name", Path(sys.modules[type(self).__module__].__file__).stem)
+
     def __setattr__(self, name: str, value) -> None:
         if name in vars(self):
             raise UserError(f"args.{name} stays as it was set, for steps have read it; {HOW_TO_SCHEDULE}")
@@ -125,8 +129,6 @@ def parse(args_class: type[Args], presets: dict[str, dict], argv: list[str] | No
 def complete(args: Args) -> Args:
     """`args` with the constants of their data in the place of None, and checked. Raises UserError."""
     bounds.check(args)
-    script = Path(sys.modules[type(args).__module__].__file__)
-    args = dataclasses.replace(args, exp_name=args.exp_name or script.stem)
     constants = args.constants(tasks.resolve(args.env_id, args.dataset_path))
     args = dataclasses.replace(args, **{k: value for k, value in constants.items() if getattr(args, k) is None})
     args.check()
