@@ -117,7 +117,7 @@ class Args(cli.OnlineArgs):
     """environment steps over which the threshold grows linearly"""
     reference: Literal["best", "interval", "adaptive"] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
-    when the last training episodes beat those of π_ref by more than chance (what each is worth: docs/experiments.md)"""
+    when the last training episodes beat those of π_ref by more than chance (experiments/reference.py compares them)"""
     reference_interval: Annotated[int | None, at_least(1)] = None
     """environment steps between moves of π_ref; None: 1,000, on hopper's expert and medium-expert data 10,000"""
     actor_grad_norm: Annotated[float | None, above(0)] = None

@@ -45,7 +45,7 @@ class Args:
     run_dir: str = "runs/experiments"
     """where run folders are made; all experiments share them"""
     out: str = "runs/experiments"
-    """where figures and tables are written (the pages in docs/experiments were made with --out docs/experiments)"""
+    """where figures and tables are written"""
     ray_address: str | None = None
     """a Ray cluster, whose machines see this folder and --run-dir at the same place; None: this machine alone"""
     cpus_per_run: int = 1
@@ -57,9 +57,6 @@ class Args:
     retries: int = 2
     """how often a run that died is continued from its last checkpoint"""
 
-
-# What docs/experiments.md was made with: λ learns three times as fast as in O2SAC's own demo
-SCALE_FLAGS = {("demo", "o2sac"): ("--lagrange-lr", "1e-3")}
 
 # Each online algorithm from an offline policy of its own family, whose critic the naive switch can take over
 OFFLINE = {"o2sac": "cql", "o2td3": "td3_bc", "o2ppo": "iql"}
@@ -92,8 +89,7 @@ def flags_of(args: Args, seed: int) -> list[str]:
 
 
 def command_line(args: Args, spec: Spec) -> list[str]:
-    own = SCALE_FLAGS.get((args.scale, spec.script), ())
-    return [*flags_of(args, spec.seed), *own, "--offline", spec.offline, *spec.flags]
+    return [*flags_of(args, spec.seed), "--offline", spec.offline, *spec.flags]
 
 
 def parsed(args: Args, spec: Spec):
