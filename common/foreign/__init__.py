@@ -21,11 +21,9 @@ HELP = (
     "give --offline the name of an algorithm, a policy.pt of this project, a checkpoint of CORL, a policy exported to "
     "ONNX or TorchScript, or a .zip of Stable-Baselines3"
 )
-# Files that hold a policy in a way that is not read, by what is in them
-OTHERS = {
-    "model_state": "is a Decision Transformer of CORL, which acts on a history and cannot be played here",
-    "torch": 'is a whole model of d3rlpy: export its policy with its save_policy("policy.onnx")',
-}
+D3RLPY = "is a whole model of d3rlpy, whose policy alone is read: export it with save_policy('policy.onnx')"
+TRANSFORMER = "is a Decision Transformer, which acts on a history and cannot be played here"
+OTHERS = {"model_state": TRANSFORMER, "q_funcs": D3RLPY}  # what else a checkpoint may hold, by its keys
 
 
 def load_policy(path: str | Path, data, trust: bool = False, normalize_from: str = "") -> dict:
@@ -38,6 +36,8 @@ def load_policy(path: str | Path, data, trust: bool = False, normalize_from: str
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; {HELP}")
+    if path.suffix == ".d3":
+        raise UserError(f"{path} {D3RLPY}")
     view = view_named(normalize_from, data)
     if path.suffix == ".onnx":
         return onnx(path, data, view or raw_view(data), trust)
@@ -57,8 +57,8 @@ def load_policy(path: str | Path, data, trust: bool = False, normalize_from: str
         return our_policy(path, data)
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("actor"), dict):
         return corl(path, data, checkpoint, view)
-    other = next((what for key, what in OTHERS.items() if isinstance(checkpoint, dict) and key in checkpoint), None)
-    raise UserError(f"{path} {other or 'holds no policy that is known here'}; {HELP}")
+    other = [what for key, what in OTHERS.items() if isinstance(checkpoint, dict) and key in checkpoint]
+    raise UserError(f"{path} {other[0] if other else f'holds no policy that is known here; {HELP}'}")
 
 
 def our_policy(path: Path, data) -> dict:

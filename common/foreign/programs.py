@@ -27,8 +27,8 @@ MOST_NUMBERS = 1 << 24  # that one observation may become within a program
 def program(path: Path, data, call, view: View) -> dict:
     """The policy that `call` computes, (B, S) -> (B, A), from what `view` makes of observations. Raises UserError.
 
-    It is asked about single observations twice: whoever answers differently draws lots. Where it answers differently
-    among others, or refuses more than one, it is played row by row.
+    It is asked about single observations twice: whoever answers differently draws lots. Asked about several at once it
+    has to answer the same; where it cannot, it is played row by row.
     """
     mean, std = data.statistics()
     rows = view(data.obs[:: max(1, len(data) // 32)][:32])
@@ -42,9 +42,14 @@ def program(path: Path, data, call, view: View) -> dict:
         )
     try:
         together = call(rows)
-        batched = together.shape == alone.shape and (together - alone).abs().max() < 1e-4
+        batched = together.shape == alone.shape
     except Exception:  # whatever it says: it was made for one observation
         batched = False
+    if batched and (alone - together).abs().max() > 1e-3:
+        raise UserError(
+            f"{path} acts on one observation as its neighbours say, as batch normalisation does in training; export "
+            "its most likely action in evaluation mode (module.eval())"
+        )
 
     def act(obs):  # standardised
         x = view(obs * std + mean)
@@ -136,12 +141,18 @@ def onnx(path: Path, data, view: View, trust: bool) -> dict:
     types = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
     if source.type not in types:
         raise UserError(f"{path} takes {source.type}, no real numbers; export it again")
-    if isinstance(source.shape[-1], int) and source.shape[-1] != data.obs.shape[1]:
+    if source.shape and isinstance(source.shape[-1], int) and source.shape[-1] != data.obs.shape[1]:
         raise misfit(path, data, f"takes observations of {source.shape[-1]} dimensions")
+
+    fixed = source.shape[0] if source.shape and isinstance(source.shape[0], int) else None  # d3rlpy's exports: 1
 
     def call(obs):
         x = obs.cpu().numpy().astype(types[source.type])
-        return first_of(path, session.run([target.name], {source.name: x}), obs)
+        n = fixed or len(x)
+        parts = [x[i : i + n] for i in range(0, len(x), n)]
+        full = [np.resize(part, (n, x.shape[1])) for part in parts]  # the last one filled up with its own rows
+        actions = [first_of(path, session.run([target.name], {source.name: part}), obs) for part in full]
+        return torch.cat([action[: len(part)] for action, part in zip(actions, parts, strict=True)])
 
     return program(path, data, call, view)
 
