@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated
 
 import h5py
-import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
@@ -49,7 +48,7 @@ class Args:
     """how many processes are killed"""
     rows: Annotated[int, at_least(100)] = 5_000
     """transitions of the dataset"""
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     """of the moments"""
 
 
@@ -92,7 +91,7 @@ def differences(a: dict, b: dict) -> list[str]:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = cli.read(Args, __doc__)
     moments = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

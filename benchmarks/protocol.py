@@ -20,14 +20,13 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import bounds, cli, pretrain
+from common import cli, pretrain
 from common.bounds import at_least, between
 from common.report import duration
 from common.run import run_name
 from offline import ALGORITHMS, algorithm_args
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -46,7 +45,7 @@ class Args:
     """an HDF5 file in D4RL's layout, used in place of the one that --env-id names"""
     fraction: Annotated[float, between(0, 1)] = 1.0
     """of the paper's steps in every stage; evaluations stay as frequent as they are there"""
-    seed: int = 0
+    seed: Annotated[int, between(0, 2**32 - 1)] = 0
     """seed of the run"""
     num_seeds: Annotated[int, at_least(1)] = 1
     """seeds side by side, from --seed on"""
@@ -81,8 +80,7 @@ def times(run) -> tuple[dict, dict[str, float]]:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    bounds.check(args)
+    args = cli.read(Args, __doc__)
     if args.num_seeds > 1:  # a folder of their own, lest they find a seed that is finished already
         args.run_dir = f"{args.run_dir}/{args.num_seeds}-seeds"
     flags = command_line(args)

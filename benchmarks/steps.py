@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -21,12 +22,12 @@ import o2ppo
 import o2sac
 import o2td3
 from common import cli, datasets, report, steps, tasks
+from common.bounds import above, at_least
 from common.policies import Policy
 from common.replay import ReplayBuffer
 from offline import awac, bc, cql, iql, rebrac, td3_bc
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,15 +46,15 @@ class Args:
     """cpu, cuda, …; auto takes the GPU where there is one"""
     stages: tuple[str, ...] = STAGES
     """the stages to time: o2ppo-epoch is a pass over one rollout in 16 minibatches"""
-    seconds: float = 2.0
+    seconds: Annotated[float, above(0)] = 2.0
     """length of one turn"""
-    turns: int = 5
+    turns: Annotated[int, at_least(1)] = 5
     """turns of each"""
-    transitions: int = 100_000
+    transitions: Annotated[int, at_least(100)] = 100_000
     """size of the random dataset"""
-    obs_dim: int = 11
+    obs_dim: Annotated[int, at_least(1)] = 11
     """hopper's"""
-    action_dim: int = 3
+    action_dim: Annotated[int, at_least(1)] = 3
     """hopper's"""
     compile: bool = True
     """time the compiled steps too"""
@@ -155,7 +156,7 @@ def count_kernels(stepper: steps.Stepper) -> float:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = cli.read(Args, __doc__)
     device = cli.resolve_device(args.device)
     steps.setup(device, seed=0)
     data = random_data(args, device)

@@ -126,6 +126,13 @@ def parse(args_class: type[Args], presets: dict[str, dict], argv: list[str] | No
     return complete(dataclasses.replace(args, **{name: os.path.expanduser(value) for name, value in paths.items()}))
 
 
+def read(args_class: type[Args], description: str | None) -> Args:
+    """The command line of a script that starts others, its numbers checked. Raises UserError."""
+    args = tyro.cli(args_class, description=description)
+    bounds.check(args)
+    return args
+
+
 def complete(args: Args) -> Args:
     """`args` with the constants of their data in the place of None, and checked. Raises UserError."""
     bounds.check(args)

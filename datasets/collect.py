@@ -16,11 +16,12 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli, envs, steps, tasks
+from common.bounds import at_least, between
 from common.checkpoint import seed_everything, write_atomic
 from common.loop import Loop
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det
@@ -46,28 +47,28 @@ QUALITIES = ("random", "medium-replay", "medium", "medium-expert", "expert")
 class Args(cli.RunArgs):
     robot: Literal["hopper", "halfcheetah", "walker2d"] = "hopper"
     """whose data"""
-    rows: int = 200_000
+    rows: Annotated[int, at_least(2)] = 200_000
     """transitions in each file (medium-replay: at most)"""
     medium_policy: str = ""
     """a file of D4RL's, whose metadata/policy is played for medium; none: SAC's own at D4RL's medium return"""
     out: str = ""
     """where the files are written; none: $D4RL_DATASET_DIR, else ~/.d4rl/datasets, where --env-id looks for them"""
-    checkpoint_seconds: float = 600.0
+    checkpoint_seconds: Annotated[float, at_least(0)] = 600.0
     """time between checkpoints; an interrupted run continues from the last one"""
 
-    total_steps: int = 1_000_000
+    total_steps: Annotated[int, at_least(1)] = 1_000_000
     """environment steps at most"""
-    learning_starts: int = 10_000
+    learning_starts: Annotated[int, at_least(1)] = 10_000
     """environment steps with random actions before the first update"""
-    batch_size: int = 256
+    batch_size: Annotated[int, at_least(1)] = 256
     """transitions in a batch"""
-    gamma: float = 0.99
+    gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
-    tau: float = 0.005
+    tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor of the target critics"""
-    lr: float = 3e-4
+    lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of actor, critics and temperature"""
-    window: int = 10
+    window: Annotated[int, at_least(1)] = 10
     """training episodes whose mean return is compared with D4RL's"""
 
 

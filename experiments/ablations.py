@@ -13,8 +13,6 @@ from common import cli
 from experiments.analysis import comparison
 from experiments.harness import OFFLINE, Args, Spec
 
-import tyro
-
 NAIVE = ("--no-reevaluate", "--no-align", "--no-constrain")
 
 
@@ -31,8 +29,5 @@ def settings(script: str, seed: int) -> dict[str, Spec]:
 
 
 if __name__ == "__main__":
-    cli.run(
-        lambda: comparison(
-            tyro.cli(Args, description=__doc__), "ablations", "What is each step of the method worth?", settings, "full"
-        )
-    )
+    title = "What is each step of the method worth?"
+    cli.run(lambda: comparison(cli.read(Args, __doc__), "ablations", title, settings, "full"))

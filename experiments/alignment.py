@@ -15,7 +15,6 @@ from experiments import analysis, harness
 from experiments.harness import OFFLINE, Spec
 
 import numpy as np
-import tyro
 
 MEASURES = {
     "rank_correlation": "rank correlation of preference and Q",
@@ -31,7 +30,7 @@ class Args(harness.Args):
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = cli.read(Args, __doc__)
     specs = {y: [Spec(y, OFFLINE[y], seed) for seed in range(args.seeds)] for y in args.algorithms}
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs])
     report = analysis.Report(args, "alignment", "Does alignment make the critic rank actions as the policy does?")

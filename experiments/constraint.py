@@ -15,8 +15,6 @@ from common import cli
 from experiments import analysis, harness
 from experiments.harness import OFFLINE, Args, Spec
 
-import tyro
-
 FACTORS = (0.01, 0.1, 1, 10, 100)
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -44,7 +42,7 @@ def draw(panel, groups: dict[str, list[Path]]) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = cli.read(Args, __doc__)
 
     def settings(name: str, seed: int) -> dict[str, Spec]:
         base = Spec(name, OFFLINE[name], seed)

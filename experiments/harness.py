@@ -11,12 +11,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the scripts run from anywhere
 
 import offline
 from common import cli, pretrain
+from common.bounds import at_least
 from common.run import run_name
 
 from tqdm import tqdm
@@ -34,7 +35,7 @@ FINETUNING_ARGS = {
 class Args:
     scale: Literal["demo", "quick", "paper"] = "demo"
     """budgets of every run: the scripts' presets, or the paper's"""
-    seeds: int = 3
+    seeds: Annotated[int, at_least(1)] = 3
     """seeds 0, 1, … of every setting"""
     env_id: str = "hopper-medium-demo"
     """the dataset"""
@@ -48,13 +49,13 @@ class Args:
     """where figures and tables are written"""
     ray_address: str | None = None
     """a Ray cluster, whose machines see this folder and --run-dir at the same place; None: this machine alone"""
-    cpus_per_run: int = 1
+    cpus_per_run: Annotated[int, at_least(1)] = 1
     """threads of a run; as many runs go side by side as there are cores for them"""
-    gpus_per_run: float = 0.0
+    gpus_per_run: Annotated[float, at_least(0)] = 0.0
     """GPUs of a run, or the share of one"""
     compile: bool = True
     """compile the training steps where the scale's preset does"""
-    retries: int = 2
+    retries: Annotated[int, at_least(0)] = 2
     """how often a run that died is continued from its last checkpoint"""
 
 

@@ -15,7 +15,6 @@ from experiments import analysis, harness
 from experiments.harness import Spec
 
 import numpy as np
-import tyro
 
 
 @dataclass
@@ -25,7 +24,7 @@ class Args(harness.Args):
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = cli.read(Args, __doc__)
     cells = {(x, y): [Spec(y, x, seed) for seed in range(args.seeds)] for x in args.offline for y in args.algorithms}
     failures = harness.run_all(args, [spec for specs in cells.values() for spec in specs])
 

@@ -18,7 +18,6 @@ from experiments.harness import OFFLINE, Args, Spec
 
 import numpy as np
 import torch
-import tyro
 
 UPDATES_FOR = 2_000  # environment steps with updates
 WINDOW = 1_000  # environment steps within which a jump counts
@@ -130,7 +129,7 @@ def draw(panel, groups: dict[str, list[Path]], name: str, truth: np.ndarray) -> 
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = cli.read(Args, __doc__)
     specs = {(y, seed): settings(args, y, seed) for y in args.algorithms for seed in range(args.seeds)}
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
     report = analysis.Report(args, "q_stability", "Does Q jump when fine-tuning starts?")

@@ -13,8 +13,6 @@ from common import cli
 from experiments.analysis import comparison
 from experiments.harness import OFFLINE, Args, Spec
 
-import tyro
-
 INTERVALS = (1_000, 5_000, 10_000)
 
 
@@ -28,12 +26,5 @@ def settings(script: str, seed: int) -> dict[str, Spec]:
 
 
 if __name__ == "__main__":
-    cli.run(
-        lambda: comparison(
-            tyro.cli(Args, description=__doc__),
-            "reference",
-            "When should the reference policy move?",
-            settings,
-            "best so far",
-        )
-    )
+    title = "When should the reference policy move?"
+    cli.run(lambda: comparison(cli.read(Args, __doc__), "reference", title, settings, "best so far"))

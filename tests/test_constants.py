@@ -1,7 +1,9 @@
 """What each script takes for each kind of data, against a table of its own; and the bounds of all arguments."""
 
 import dataclasses
+import importlib.util
 import math
+import sys
 import typing
 
 import gymnasium as gym
@@ -10,7 +12,9 @@ import pytest
 import o2ppo
 import o2sac
 import o2td3
+from benchmarks import kills, protocol, steps
 from common import bounds, cli, tasks
+from experiments import alignment, harness
 from offline import awac, bc, cql, iql, rebrac, td3_bc
 
 SCRIPTS = [o2sac, o2td3, o2ppo, awac, bc, cql, iql, rebrac, td3_bc]
@@ -156,11 +160,25 @@ def numeric(hint) -> bool:
     return hint in (int, float) or any(numeric(part) for part in typing.get_args(hint))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def collect():
+    """datasets/collect.py, whose folder is no package."""
+    spec = importlib.util.spec_from_file_location("collect", tasks.SHIPPED / "collect.py")
+    sys.modules["collect"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, harness, alignment, kills, protocol, steps, collect()])
 def test_every_number_has_a_bound(script):
     hints = typing.get_type_hints(script.Args)
     numbers = {field.name for field in dataclasses.fields(script.Args) if numeric(hints[field.name])}
-    assert len(numbers) >= 8 and numbers == bounds.bounds_of(script.Args).keys()
+    assert len(numbers) >= 2 and numbers == bounds.bounds_of(script.Args).keys()
+
+
+@pytest.mark.parametrize(("script", "flag"), [(alignment, "--seeds"), (kills, "--kills"), (steps, "--turns")])
+def test_scripts_that_start_others_refuse_a_number_out_of_range_too(script, flag, run_script):
+    code, _, err = run_script(script, flag, "0")
+    assert code == 2 and err == f"error: {flag} is 0, but has to be at least 1\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
