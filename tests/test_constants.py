@@ -8,12 +8,14 @@ import typing
 
 import gymnasium as gym
 import pytest
+import torch
 
 import o2ppo
 import o2sac
 import o2td3
 from benchmarks import kills, protocol, steps
-from common import bounds, cli, tasks
+from common import bounds, cli, datasets, tasks
+from common.foreign import load_policy
 from experiments import alignment, harness
 from offline import awac, bc, cql, iql, rebrac, td3_bc
 
@@ -87,6 +89,19 @@ def test_rebrac_is_set_up_as_its_paper_is():
     layers = [type(layer).__name__ for layer in rebrac.Critic(11, 3, 3).net]
     assert layers == ["EnsembleLinear", "ReLU", "EnsembleLayerNorm"] * 3 + ["EnsembleLinear"]
     assert not any("Norm" in type(layer).__name__ for layer in rebrac.Actor(11, 3, 3).net)
+
+
+def test_rebrac_sees_observations_as_they_are_and_its_critic_is_handed_on_as_it_is(tmp_path):
+    data = datasets.load(tasks.DEMO).head(500)
+    raw = data.obs.clone()
+    small = dict(steps=4, batch_size=8, eval_episodes=1, compile=False, run_dir=str(tmp_path), env_id=tasks.DEMO)
+    path = rebrac.train(cli.complete(rebrac.Args(**small)), data)
+    policy = load_policy(path, datasets.load(tasks.DEMO).head(500))
+    assert torch.equal(data.obs, raw) and not policy["state_mean"].any() and (policy["state_std"] == 1).all()
+    critic = rebrac.Critic(11, 3, 3)
+    critic.load_state_dict(policy["critic"]["critic"])
+    naive = o2td3.Agent(cli.complete(o2td3.Args(reevaluate=False)), policy)
+    torch.testing.assert_close(naive.critic(raw, data.actions), critic(raw, data.actions))
 
 
 def test_rebrac_says_where_nothing_is_published(data, tmp_path, capsys, monkeypatch):
