@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from tqdm.utils import ObjectWrapper
 from common import bounds, tasks
 from common.bounds import at_least, between
 from common.errors import Interrupted, UserError
+from common.identity import script_of
 
 Args = TypeVar("Args")
 
@@ -37,6 +37,8 @@ class RunArgs:
     """demo: minutes on 2 cores, with hopper-medium-demo; quick: up to about an hour there; none: the paper's budgets"""
     exp_name: str = ""
     """the name of this experiment, a part of the run folder's name; none: that of the script's file"""
+    script: tyro.conf.Suppress[str] = ""
+    """the file that was started; none: the one in which these arguments are written"""
     go_on: Annotated[bool, tyro.conf.arg(name="continue")] = False
     """go on with a run although the code has changed since; both codes are recorded"""
     env_id: str = "hopper-medium-v2"
@@ -68,7 +70,7 @@ class RunArgs:
 
     def __post_init__(self) -> None:
         if not self.exp_name:  # a copy of a script is another experiment
-            object.__setattr__(self, "exp_name", Path(sys.modules[type(self).__module__].__file__).stem)
+            object.__setattr__(self, "exp_name", script_of(self).stem)
 
     def __setattr__(self, name: str, value) -> None:
         if name in vars(self):
@@ -116,10 +118,12 @@ def parse(args_class: type[Args], presets: dict[str, dict], argv: list[str] | No
     """Read the command line twice: once for `--preset`, then again with that preset's values as the defaults.
 
     What the user writes on the command line therefore always wins over the preset, and both win over `constants`.
+    Without `argv` it is the command line of this process, and the arguments are those of the script that was started.
     """
     doc = sys.modules[args_class.__module__].__doc__
     preset = tyro.cli(args_class, args=argv, description=doc).preset
-    defaults = dataclasses.replace(args_class(), preset=preset, **presets.get(preset, {}))
+    started = os.path.abspath(sys.argv[0]) if argv is None and os.path.isfile(sys.argv[0]) else ""
+    defaults = args_class(script=started, **{"preset": preset} | presets.get(preset, {}))
     args = tyro.cli(args_class, args=argv, default=defaults, description=doc)
     # Behind an equals sign and in quotes the shell leaves ~, the home folder, as it is
     paths = {name: value for name, value in vars(args).items() if isinstance(value, str) and value.startswith("~")}
@@ -152,7 +156,7 @@ def end_with_starter() -> None:
     def watch() -> None:
         while os.getppid() == starter:
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     if starter:
         threading.Thread(target=watch, daemon=True).start()

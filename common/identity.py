@@ -15,43 +15,55 @@ ROOT = Path(__file__).parent.parent
 
 
 def script_of(args) -> Path:
-    """The file in which the class of these arguments was written: the script that was started, or was called by one."""
-    return Path(sys.modules[type(args).__module__].__file__).resolve()
+    """The script that these arguments belong to: the file that was started, or was called by that one."""
+    return Path(args.script or sys.modules[type(args).__module__].__file__).resolve()
 
 
 def code_of(script: Path) -> dict[str, str]:
-    """One hash a file, for a script and every module of the project that it or its modules import.
+    """One hash a file, for a script and every module of the project, or beside it, that it or its modules import.
 
     What is hashed is the syntax tree without its docstrings: what Python runs. Comments and blank lines change nothing.
     """
-    hashes, waiting = {}, [script]
+    hashes, waiting, folders = {}, [script], (ROOT, script.parent)
     while waiting:
         path = waiting.pop()
-        name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        name = str(path.relative_to(next(folder for folder in folders if path.is_relative_to(folder))))
         if name in hashes:
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        waiting += imported(tree)
-        hashes[name] = hashlib.sha256(ast.dump(Bare().visit(tree)).encode()).hexdigest()[:16]
+        tree = ast.parse(path.read_bytes())
+        waiting += imported(tree, folders)
+        hashes[name] = hashlib.sha256(repr(shape(tree)).encode()).hexdigest()[:16]
     return dict(sorted(hashes.items()))
 
 
-class Bare(ast.NodeTransformer):
-    """Leaves out strings that stand alone: docstrings, also those of fields."""
-
-    def visit_Expr(self, node: ast.Expr):
-        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+def changed(was: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The files that differ, are new or are gone."""
+    return sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
 
 
-def imported(tree: ast.AST) -> list[Path]:
-    """The project's files that a module names in its import statements."""
+def shape(node) -> object:
+    """A syntax tree as tuples, without strings that stand alone and without what is empty: so all Pythons agree."""
+    if isinstance(node, list):
+        return [shape(x) for x in node if not (isinstance(x, ast.Expr) and is_text(x.value))]
+    if isinstance(node, ast.AST):
+        fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+        return type(node).__name__, *((name, shape(value)) for name, value in fields)
+    return node
+
+
+def is_text(node) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def imported(tree: ast.AST, folders: tuple[Path, ...]) -> list[Path]:
+    """The files in these folders that a module names in its import statements."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    paths = [ROOT.joinpath(*name.split(".")) for name in names]
+    paths = [folder.joinpath(*name.split(".")) for name in names for folder in folders]
     return [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
 
 

@@ -15,7 +15,7 @@ from common import agreement, cli, datasets, envs, plots, seeds, steps
 from common.checkpoint import write_atomic
 from common.log import read_rows
 from common.policies import description_of, save_online
-from common.run import Run, run_name, script_name
+from common.run import Run, read_json, run_name, script_name
 
 DAY = 24 * 3600
 
@@ -42,7 +42,7 @@ def start(args_class, presets: dict, kind: str, check) -> tuple:
     args = cli.parse(args_class, presets)
     device = cli.resolve_device(args.device)
     if args.num_seeds > 1:
-        datasets.load(args.env_id, args.dataset_path)  # downloaded once, and refused once
+        check(args, datasets.load(args.env_id, args.dataset_path), kind)  # downloaded once, and refused once
         sys.exit(seeds.train(args, device))
     steps.setup(device, args.seed, args.deterministic)
     args = dataclasses.replace(args, compile=args.compile and steps.can_compile(device))
@@ -72,12 +72,26 @@ def estimate(run: Run, seconds: dict[str, float]) -> None:
 def finish(run: Run, policy: dict, agent, best, offline: float, aligned: float | None, data, evaluator):
     """Save the policies, write result.json and curve.png, print the result's table, and film if asked to."""
     save_online(run, policy, agent.actor, best)
+    path = run.dir / "result.json"
+    result = read_json(path, "delete it, and the same command makes it again") if path.exists() else {}
+    if result.get("made_with", {}).get("code") != run.made_with["code"]:  # else it was finished already
+        result = measured(run, policy, agent, best, offline, aligned, data, evaluator)
+        write_atomic(path, json.dumps(result, indent=2).encode())
+    plots.draw(run.dir / "curve.png", plots.curve, offline_rows(run, policy) + run.logged.rows, result, run.args)
+    show(run, result)
+    if run.args.capture_video:
+        device = data.obs.device
+        envs.record_video(data.task, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
+
+
+def measured(run: Run, policy: dict, agent, best, offline: float, aligned: float | None, data, evaluator) -> dict:
+    """What result.json holds: scores, budgets, and what they were made from and with."""
     player = copy.deepcopy(agent)
     player.actor.load_state_dict(best.weights)
     fresh = [evaluator.score(r) for r in evaluator.fresh_returns(player.act, data.obs.device)]
     scores = run.scores("finetune")
     best_step, best_online = max(run.logged.evaluations("finetune"), key=lambda evaluation: evaluation[1])
-    result = {
+    return {
         "offline": offline, "aligned": aligned, "best_online": best_online, "best_online_step": best_step,
         "last_online": scores[-1], "mean_of_last_3": float(np.mean(scores[-3:])), "best": best.score,
         "best_from": best.origin, "best_fresh": float(np.mean(fresh)), "fresh_episodes": len(fresh),
@@ -90,12 +104,6 @@ def finish(run: Run, policy: dict, agent, best, offline: float, aligned: float |
         "seconds_per_evaluation": evaluator.seconds / evaluator.count, "hardware": hardware(data.obs.device),
         "made_with": run.made_with,
     }  # fmt: skip
-    write_atomic(run.dir / "result.json", json.dumps(result, indent=2).encode())
-    plots.draw(run.dir / "curve.png", plots.curve, offline_rows(run, policy) + run.logged.rows, result, run.args)
-    show(run, result)
-    if run.args.capture_video:
-        device = data.obs.device
-        envs.record_video(data.task, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
 
 
 def offline_rows(run: Run, policy: dict) -> list[dict]:

@@ -9,7 +9,6 @@ Every file is written aside and renamed, so that an interruption never leaves ha
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from common.checkpoint import rng_state, save_tensors, set_rng_state, sha256, verify, write_atomic
 from common.errors import UserError
-from common.identity import code_of, fingerprint, script_of, versions
+from common.identity import changed, code_of, fingerprint, script_of, versions
 from common.log import Log
 from common.owner import own
 
@@ -33,14 +32,14 @@ FREE_ARGS = {
     "checkpoint_seconds",
     "eval_workers",
     "num_seeds",
+    "script",
     "go_on",
 }
 
 
 def script_name(args) -> str:
     """The script that these arguments belong to: the name of its file, which a copy does not share."""
-    module = sys.modules[type(args).__module__]
-    return Path(getattr(module, "__file__", module.__name__)).stem
+    return script_of(args).stem
 
 
 def dataset_label(args) -> str:
@@ -74,15 +73,27 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"cannot write to the run folder {folder} ({error.strerror}); choose --run-dir") from error
 
 
-def read_json(path: Path) -> dict:
+def own_run(folder: Path, wait: bool = False):
+    """The lock of a run folder, taken. Raises UserError where another process has it, unless it may `wait`."""
+    return own(folder / ".lock", f"another process is at work in {folder}", wait)
+
+
+def read_json(path: Path, remedy: str) -> dict:
     """A JSON file that this project wrote. Raises UserError where it is damaged."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete that folder, or choose another --exp-name") from error
-    if not isinstance(found, dict) or not isinstance(found.get("made_with", {}), dict):
-        raise UserError(f"{path} is damaged; delete that folder, or choose another --exp-name")
+        made_with = found.get("made_with", {})
+        whole = all(isinstance(made_with.get(part, {}), dict) for part in ("code", "versions"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    if not whole:
+        raise UserError(f"{path} is damaged (made_with); {remedy}")
     return found
+
+
+def plain(args) -> dict:
+    """Arguments as JSON holds them."""
+    return json.loads(json.dumps(dataclasses.asdict(args), default=str))
 
 
 class Run:
@@ -100,8 +111,11 @@ class Run:
         self.last_score = math.nan
         self.measure = data.task.measure if data else "return"
         self.made_with = {"versions": versions(), "code": code_of(script_of(args)), "data": fingerprint(data)}
+        self._earlier()  # refused before anything is written, and before waiting
         make_folder(self.dir)
-        self.lock = own(self.dir / ".lock", f"another process is at work in {self.dir}", wait)
+        self.lock = own_run(self.dir, wait)
+        for left in self.dir.glob("*.part"):  # by a process that was killed
+            left.unlink()
         self._keep_args()
         if getattr(args, "track", False):
             self._track()
@@ -109,43 +123,51 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ start
 
-    def _keep_args(self) -> None:
-        """Write args.json: the arguments, and what the run is made with."""
+    def _earlier(self) -> tuple[dict, list[str]]:
+        """args.json as it is, and in words what has changed since and is no reason to stop. Raises UserError."""
         path = self.dir / "args.json"
-        new = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
-        history = []  # what it was made with before, where somebody went on with --continue
-        if path.exists():
-            old, was = read_json(path), {"versions": {}, "code": {}, "data": None}
-            was |= {key: old["made_with"][key] for key in was if key in old.get("made_with", {})}
-            history = old.get("made_with_before", [])
-            differ = [k for k in new if k not in FREE_ARGS and old.get(k) != new[k]]
-            if differ:
-                was = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {new[k]})" for k in differ)
-                raise UserError(
-                    f"{self.dir} holds a run with other arguments: {was}; give this one a name of its own with "
-                    "--exp-name, or delete that folder"
-                )
-            if was["data"] != self.made_with["data"]:
-                name = Path(self.args.dataset_path).name or self.args.env_id
-                raise UserError(
-                    f"{self.dir} holds a run on other data: {name} is not what it was; give this run a name of its own "
-                    "with --exp-name, or delete that folder"
-                )
-            code, now = was["code"], self.made_with["code"]
-            changed = sorted(name for name in code.keys() | now.keys() if code.get(name) != now.get(name))
-            if changed and not self.args.go_on:
-                raise UserError(
-                    f"{self.dir} holds a run of other code: {', '.join(changed)} changed since; give this run a name "
-                    "of its own with --exp-name, or go on with what is there by --continue"
-                )
-            if changed:
-                print(f"note: going on with a run of other code: {', '.join(changed)} changed since")
-                history = [*history, was]
-            for name, version in self.made_with["versions"].items():
-                if was["versions"].get(name) != version:
-                    print(f"note: this run was begun with {name} {was['versions'].get(name)}, and this is {version}")
-        kept = new | {"made_with": self.made_with} | ({"made_with_before": history} if history else {})
-        write_atomic(path, json.dumps(kept, indent=2).encode())
+        if not path.exists():
+            return {}, []
+        afresh = "give this run a name of its own with --exp-name" if self.args.script else "choose another --run-dir"
+        old = read_json(path, f"{afresh}, or delete that folder")
+        was, now = {"versions": {}, "code": {}} | old.get("made_with", {}), self.made_with
+        arguments = plain(self.args)
+        if differ := [k for k in arguments if k not in FREE_ARGS and old.get(k) != arguments[k]]:
+            words = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {arguments[k]})" for k in differ)
+            raise UserError(f"{self.dir} holds a run with other arguments: {words}; {afresh}, or delete that folder")
+        sources = {"data": ("on other data", Path(self.args.dataset_path).name or self.args.env_id),
+                   "offline": ("from another policy", getattr(self.args, "offline", ""))}  # fmt: skip
+        for what, (other, name) in sources.items():
+            if was.get(what, now.get(what)) != now.get(what, was.get(what)):
+                words = f"{name} is not what it was; {afresh}, or delete that folder"
+                raise UserError(f"{self.dir} holds a run {other}: {words}")
+        notes = [
+            f"this run was begun with {name} {was['versions'].get(name)}, and this is {version}"
+            for name, version in now["versions"].items() if was["versions"].get(name) != version
+        ]  # fmt: skip
+        if differ := changed(was["code"], now["code"]):
+            more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+            words = f"{', '.join(differ[:5])}{more} changed since"
+            if not self.args.go_on:
+                remedy = f"{afresh}, or go on with what is there by --continue"
+                raise UserError(f"{self.dir} holds a run of other code: {words}; {remedy}")
+            notes.append(f"going on with a run of other code: {words}")
+        return old, notes
+
+    def _keep_args(self) -> None:
+        """Write args.json: the arguments, what the run is made with, and what it was made with before."""
+        old, notes = self._earlier()
+        for note in notes:
+            print(f"note: {note}")
+        before = old.get("made_with_before", []) + ([old.get("made_with", {})] if notes else [])
+        self.made_with = old.get("made_with", {}) | self.made_with
+        kept = plain(self.args) | {"made_with": self.made_with} | ({"made_with_before": before} if before else {})
+        write_atomic(self.dir / "args.json", json.dumps(kept, indent=2).encode())
+
+    def starts_from(self, policy: Path) -> None:
+        """Note the content of the policy that the run starts from. Raises UserError where it was another one."""
+        self.made_with["offline"] = sha256(policy)
+        self._keep_args()
 
     def _track(self) -> None:
         try:

@@ -23,7 +23,7 @@ from rich.text import Text
 from common import plots
 from common.checkpoint import write_atomic
 from common.cli import STARTER, Interrupted
-from common.run import make_folder, run_name
+from common.run import make_folder, own_run, read_json, run_name
 
 COLUMNS = {"offline": "offline", "aligned": "aligned", "best_online": "best online", "last_online": "last online",
            "mean_of_last_3": "mean of the last 3", "best": "best.pt", "best_fresh": "on fresh starts"}  # fmt: skip
@@ -41,7 +41,9 @@ def train(args, device: torch.device) -> int:
     for seed in range(args.seed, args.seed + args.num_seeds):
         folders[seed] = Path(args.run_dir) / run_name(dataclasses.replace(args, seed=seed))
         make_folder(folders[seed])
-        (folders[seed] / "output.txt").unlink(missing_ok=True)
+        own_run(folders[seed]).release()  # lest a run that goes on loses its output.txt
+    for folder in folders.values():
+        (folder / "output.txt").unlink(missing_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     at_once = min(args.num_seeds, cores) if device.type == "cpu" else args.num_seeds
     environment = {"OMP_NUM_THREADS": str(max(1, cores // at_once))} | os.environ | {STARTER: str(os.getpid())}
@@ -61,7 +63,7 @@ def train(args, device: torch.device) -> int:
                 show({seed: "done" if codes.get(seed) == 0 else last_line(folder) for seed, folder in folders.items()})
         except KeyboardInterrupt:
             for process in running.values():
-                process.send_signal(signal.SIGINT)  # each saves its checkpoint
+                process.terminate()  # each saves its checkpoint
             for process in running.values():
                 process.wait()
             raise Interrupted("every seed is saved; the same command continues them") from None
@@ -70,7 +72,7 @@ def train(args, device: torch.device) -> int:
         summarise(args, {seed: folder for seed, folder in folders.items() if seed not in failed}, failed)
     for seed, words in failed.items():
         print(f"seed {seed}: {words}; all it said is in {folders[seed] / 'output.txt'}", file=sys.stderr)
-    return max(abs(code) for code in codes.values())
+    return max(code if code >= 0 else 128 - code for code in codes.values())  # as a shell counts signals
 
 
 def reason(code: int, folder: Path) -> str:
@@ -147,7 +149,8 @@ def brief(line: str) -> str:
 
 def summarise(args, folders: dict[int, Path], failed: dict[int, str]) -> None:
     """Print the scores of every seed with their means and standard deviations; leave seeds.json and seeds.png."""
-    results = {seed: json.loads((folder / "result.json").read_text()) for seed, folder in folders.items()}
+    remedy = "delete it, and the same command makes it again"
+    results = {seed: read_json(folder / "result.json", remedy) for seed, folder in folders.items()}
     first = next(iter(results.values()))
     names = [name for name in COLUMNS if first.get(name) is not None]
     scores = np.array([[result[name] for name in names] for result in results.values()])
@@ -171,5 +174,8 @@ def summarise(args, folders: dict[int, Path], failed: dict[int, str]) -> None:
     table.add_section()
     table.add_row("mean ± std", *(f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, std, strict=True)))
     Console(markup=False, width=None if sys.stdout.isatty() else 140).print(table)
+    codes = [result.get("made_with", {}).get("code") for result in results.values()]
+    if any(code != codes[0] for code in codes):
+        print("note: the code was changed while the seeds ran, and not all of them are of the same")
     print("best.pt:", "; ".join(f"seed {seed} {result['best_from']}" for seed, result in results.items()))
     print(f"{together} holds seeds.png, their curves, and seeds.json")

@@ -18,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the scripts run
 import offline
 from common import cli, pretrain
 from common.bounds import at_least
-from common.run import run_name
+from common.identity import changed, code_of
+from common.run import read_json, run_name
 
+import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +59,8 @@ class Args:
     """compile the training steps where the scale's preset does"""
     retries: Annotated[int, at_least(0)] = 2
     """how often a run that died is continued from its last checkpoint"""
+    go_on: Annotated[bool, tyro.conf.arg(name="continue")] = False
+    """take runs as they are, and go on with them, although the code has changed since"""
 
 
 # Each online algorithm from an offline policy of its own family, whose critic the naive switch can take over
@@ -86,6 +90,7 @@ def flags_of(args: Args, seed: int) -> list[str]:
     preset = "none" if args.scale == "paper" else args.scale
     flags = ["--preset", preset, "--env-id", args.env_id, "--seed", str(seed), "--run-dir", str(ROOT / args.run_dir)]
     flags += [] if args.compile else ["--no-compile"]
+    flags += ["--continue"] if args.go_on else []
     return flags + (["--dataset-path", str(Path(args.dataset_path).absolute())] if args.dataset_path else [])
 
 
@@ -120,6 +125,21 @@ def check_shared(args: Args, spec: Spec) -> None:
     allowed = FINETUNING_ARGS | {"exp_name"} | ({"reevaluate", "align"} - set(spec.stages))
     if differ := [name for name in mine if mine[name] != theirs[name] and name not in allowed]:
         raise ValueError(f"{spec} cannot share the stages of its base: {', '.join(differ)} differ")
+
+
+def check_code(args: Args, done: list[Spec]) -> None:
+    """Raises UserError where finished runs are of other code than the scripts are now, unless --continue takes them."""
+    codes = {script: code_of(ROOT / f"{script}.py") for script in {spec.script for spec in done}}
+    others = {}
+    for spec in done:
+        made_with = read_json(path := folder(args, spec) / "args.json", "delete that folder").get("made_with", {})
+        if differ := changed(made_with.get("code", {}), codes[spec.script]):
+            others[path.parent] = differ
+    if others and not args.go_on:
+        path, differ = next(iter(others.items()))
+        example = f"{path.name}: {', '.join(differ[:5])} changed since"
+        remedy = "choose another --run-dir, or take them as they are with --continue"
+        raise cli.UserError(f"{len(others)} finished runs are of other code ({example}); {remedy}")
 
 
 def execute(command: list[str], threads: int, retries: int, share: list[tuple[Path, Path]], *needed) -> str | None:
@@ -174,7 +194,9 @@ def schedule(args: Args, jobs: dict) -> list[str]:
 def run_all(args: Args, specs: list[Spec]) -> list[str]:
     """Do what is missing of `specs`, their bases and their offline policies; what failed, a line each."""
     everything = dict.fromkeys(s for spec in specs for s in ([spec.base] if spec.base else []) + [spec])
-    missing = [spec for spec in everything if not (folder(args, spec) / "result.json").exists()]
+    done = [spec for spec in everything if (folder(args, spec) / "result.json").exists()]
+    check_code(args, done)
+    missing = [spec for spec in everything if spec not in done]
     jobs = {}
     for name, seed in sorted({(spec.offline, spec.seed) for spec in missing}):
         if name in offline.ALGORITHMS and not offline_policy(args, name, seed).exists():

@@ -66,6 +66,7 @@ def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:
         path = script.train(chosen, copy.copy(data))
     else:
         path = Path(args.offline)
+    run.starts_from(path)
     handed_on = run.dir / "offline.pt"
     if handed_on.exists():
         found = our_policy(handed_on, data)

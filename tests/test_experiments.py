@@ -1,5 +1,6 @@
 """The analysis on runs made up so that the answers are known; the scheduler with runs that die."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -10,7 +11,9 @@ import torch
 
 import o2sac
 import o2td3
+from common.cli import UserError
 from common.datasets import load
+from common.identity import code_of
 from experiments import analysis, constraint, harness, q_stability
 from experiments.harness import Spec
 from offline import td3_bc
@@ -102,7 +105,7 @@ def test_scheduler_with_runs_that_die(tmp_path, ray_is_local):
     assert (tmp_path / "mistake.py.count").read_text() == "x"  # what the user has to mend is not tried again
 
 
-def test_shared_stages_change_nothing(tmp_path, ray_is_local, capsys):
+def test_shared_stages_change_nothing(tmp_path, ray_is_local, monkeypatch):
     """A run that takes its first stages over from another ends with the same weights as one that trains them."""
     args = harness.Args(seeds=1, algorithms=("o2td3",), run_dir=str(tmp_path / "runs"))
     td3_bc.train(
@@ -123,6 +126,11 @@ def test_shared_stages_change_nothing(tmp_path, ray_is_local, capsys):
     stamp = (harness.folder(args, alone) / "policy.pt").stat().st_mtime_ns
     assert harness.run_all(args, [shared, alone]) == []  # nothing is done twice
     assert (harness.folder(args, alone) / "policy.pt").stat().st_mtime_ns == stamp
+
+    monkeypatch.setattr(harness, "code_of", lambda script: code_of(script) | {"o2td3.py": "edited"})
+    with pytest.raises(UserError, match=r"3 finished runs are of other code .*o2td3.py changed since.*--continue"):
+        harness.run_all(args, [shared, alone])
+    assert harness.run_all(dataclasses.replace(args, go_on=True), [shared, alone]) == []
     with pytest.raises(ValueError, match="gamma"):
         harness.check_shared(args, Spec("o2td3", policy, 0, (*TINY, "--gamma", "0.9"), base))
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import o2td3
-from common import identity, run
+from common import cli, identity, run
 from common.errors import UserError
-from common.pretrain import PretrainArgs
+from common.cli import OnlineArgs
 from offline import bc
 from tests.conftest import TINY
 
@@ -38,6 +38,25 @@ def test_comments_blank_lines_and_docstrings_are_no_code(script):
     assert script("def f(x):\n    'a string'.upper()\n    return 2 * x\n") != plain
 
 
+def test_every_python_sees_the_same_code(script):
+    """The tree's own printed form differs from version to version; a change of versions is no change of code."""
+    text = (
+        "@d\nasync def f(x: int = 3, /, *a: str, k=(1, b'y'), **kw) -> list[int]:\n    return [f'{x!r:>9}' 'z', *a]\n"
+    )
+    assert script(text + "class C(A, metaclass=M):\n    y: int\n    def g(self): pass\n") == "1350d5d3e6a987b4"
+
+
+def test_modules_beside_a_script_and_what_a_started_file_imports_are_its_code(tmp_path, monkeypatch):
+    (tmp_path / "mymethod.py").write_text("import losses\nfrom o2td3 import Args, PRESETS, main\n")
+    (tmp_path / "losses.py").write_text("scale = 1\n")
+    code = identity.code_of(tmp_path / "mymethod.py")
+    assert {"mymethod.py", "losses.py", "o2td3.py", "common/nn.py"} <= code.keys()
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "mymethod.py"), "--env-id", "hopper-medium-demo"])
+    args = cli.parse(o2td3.Args, o2td3.PRESETS)
+    assert args.exp_name == "mymethod" and identity.script_of(args) == tmp_path / "mymethod.py"
+    assert cli.parse(o2td3.Args, o2td3.PRESETS, ["--preset", "demo"]).exp_name == "o2td3"  # no command line of ours
+
+
 def test_the_code_of_a_script_is_all_that_it_imports():
     code = identity.code_of(ROOT / "o2td3.py")
     assert {"o2td3.py", "common/replay.py", "common/nn.py", "offline/__init__.py", "common/datasets.py"} <= code.keys()
@@ -51,7 +70,8 @@ def begin(tmp_path, data, monkeypatch):
 
     def open_run(code=None, of=data, **changes):
         monkeypatch.setattr(run, "code_of", lambda _: {"mine.py": "1", "common/nn.py": "2"} | (code or {}))
-        opened = run.Run(PretrainArgs(run_dir=str(tmp_path), exp_name="x", **changes), "run", of)
+        arguments = dict(run_dir=str(tmp_path), script=bc.__file__) | changes
+        opened = run.Run(OnlineArgs(**arguments), "run", of)
         opened.lock.release()
         return opened
 
@@ -84,6 +104,20 @@ def test_other_data_under_the_same_name_are_refused(begin, data):
     other = dataclasses.replace(data, rewards=data.rewards + torch.eye(len(data))[3])
     with pytest.raises(UserError, match="on other data: hopper-medium-v2 is not what it was"):
         begin(of=other)
+
+
+def test_another_policy_under_the_same_name_is_refused(begin, tmp_path):
+    policy, opened = tmp_path / "policy.pt", begin(offline="cql")
+    policy.write_text("weights")
+    opened.starts_from(policy)
+    begin(offline="cql").starts_from(policy)
+    assert (
+        opened.made_with["offline"] == json.loads((tmp_path / "run" / "args.json").read_text())["made_with"]["offline"]
+    )
+    policy.write_text("others")
+    again = begin(offline="cql")
+    with pytest.raises(UserError, match="from another policy: cql is not what it was"):
+        again.starts_from(policy)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"made_with": 3}', '{"seed": 0'])
