@@ -27,7 +27,7 @@ SMALL = {
               "--eval-every", "40", "--align-eval-every", "6"],
     "o2ppo": [*COMMON, "--device", "cpu", "--no-compile", "--checkpoint-seconds", "0", "--eval-episodes", "2",
               "--online-steps", "192", "--rollout-steps", "64", "--minibatch-size", "16", "--num-envs", "4",
-              "--update-epochs", "2", "--eval-every", "64", "--reevaluate-batch-size", "32"],
+              "--update-epochs", "2", "--eval-every", "64", "--reevaluate-batch-size", "32", "--scale-rewards", "True"],
 }  # fmt: skip
 NAMES = {"o2td3": "hopper-medium-demo__o2td3__td3_bc__0", "o2ppo": "hopper-medium-demo__o2ppo__iql__0"}
 SCRIPTS = {"o2td3": o2td3, "o2ppo": o2ppo}
@@ -150,7 +150,7 @@ def test_a_killed_run_ends_with_the_same_weights(script, stage, step, every, fin
         ("o2td3", ["--reference", "interval", "--reference-interval", "30", "--no-critic-layer-norm"]),
         ("o2ppo", ["--no-reevaluate", "--no-constrain"]),
         ("o2ppo", ["--value-init", "fqe", "--reference", "interval", "--reference-interval", "64"]),
-        ("o2ppo", ["--num-envs", "1", "--max-std-start", "0.1"]),
+        ("o2ppo", ["--num-envs", "1", "--max-std-start", "0.1", "--scale-rewards", "False"]),
     ],
 )
 def test_variants(script, flags, finished, run_script):
