@@ -71,7 +71,8 @@ def draw_mean(panel, seeds: list[np.ndarray], name: str, colour: str, at=lambda 
     n = min(points.shape[1] for points in seeds)
     x, scores = [at(step) for step in seeds[0][0, :n]], np.stack([points[1, :n] for points in seeds])
     mean, std = scores.mean(0), scores.std(0)
-    plot(panel, x, mean, color=colour, label=f"{name} (mean ± std of {len(seeds)} seeds)")
+    of = f"mean ± std of {len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
+    plot(panel, x, mean, color=colour, label=f"{name} ({of})")
     panel.fill_between(x, mean - std, mean + std, color=colour, alpha=0.12, linewidth=0)
 
 
