@@ -14,7 +14,6 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 import tyro
-from tqdm.utils import ObjectWrapper
 
 from common import bounds, tasks
 from common.bounds import at_least, between
@@ -183,23 +182,26 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-class Patient(ObjectWrapper):
+class Patient:
     """A stream that may lack characters, as where only ASCII is printed, or a reader, as where a terminal was closed or
     Ctrl-C has ended the other half of `… 2>&1 | tee log.txt`. What cannot be said is no reason to stop."""
 
     def __init__(self, stream):
-        super().__init__(stream)
+        self.stream = stream
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
-            self._wrapped.write(text)
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
-            self._wrapped.flush()
+            self.stream.flush()
 
 
 def check_video() -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -26,8 +27,8 @@ def tag(args, stage: str, name: str) -> str:
 class Log:
     """Everything that a run logged so far, one dictionary a row: `rows` is the content of progress.csv."""
 
-    def __init__(self, folder: Path, args):
-        self.dir, self.args = folder, args
+    def __init__(self, folder: Path, args, send: Callable[[int, dict], None] | None = None):
+        self.dir, self.args, self.send = folder, args, send
         # of stages whose checkpoint is here: a run that takes another's first stages over gets its whole log with them
         self.rows = [row for row in read_rows(folder / "progress.csv") if (folder / f"{row['stage']}.pt").exists()]
         for old in folder.glob("events.out.tfevents*"):
@@ -35,8 +36,8 @@ class Log:
         self.writer = SummaryWriter(str(folder))
         self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(
             f"|{key}|{value}|" for key, value in vars(args).items()))  # fmt: skip
-        for row in self.rows:
-            self._to_tensorboard(row)
+        for place, row in enumerate(self.rows):
+            self._show(place, row)
 
     def add(self, stage: str, step: int, scalars: dict[str, float]) -> None:
         """Log scalars under their names in progress.csv. Raises UserError when one of them is NaN or infinite."""
@@ -51,12 +52,15 @@ class Log:
                 )
         row = {"stage": stage, "step": step, **scalars}
         self.rows.append(row)
-        self._to_tensorboard(row)
+        self._show(len(self.rows) - 1, row)
 
-    def _to_tensorboard(self, row: dict) -> None:
-        for name, value in row.items():
-            if name not in ("stage", "step"):
-                self.writer.add_scalar(tag(self.args, row["stage"], name), value, row["step"])
+    def _show(self, place: int, row: dict) -> None:
+        """Hand a row on to TensorBoard and to Weights & Biases."""
+        scalars = {tag(self.args, row["stage"], k): v for k, v in row.items() if k not in ("stage", "step")}
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, row["step"])
+        if self.send:
+            self.send(place, {**scalars, "stage": row["stage"], "global_step": row["step"]})
 
     def save(self) -> None:
         """Write progress.csv and TensorBoard's file."""

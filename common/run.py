@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common import track
 from common.checkpoint import rng_state, save_tensors, set_rng_state, sha256, verify, write_atomic
 from common.errors import UserError
 from common.identity import changed, code_of, fingerprint, script_of, versions
@@ -112,14 +113,13 @@ class Run:
         self.measure = data.task.measure if data else "return"
         self.made_with = {"versions": versions(), "code": code_of(script_of(args)), "data": fingerprint(data)}
         self._earlier()  # refused before anything is written, and before waiting
+        send = track.start(args, name) if args.track else None
         make_folder(self.dir)
         self.lock = own_run(self.dir, wait)
         for left in self.dir.glob("*.part"):  # by a process that was killed
             left.unlink()
         self._keep_args()
-        if getattr(args, "track", False):
-            self._track()
-        self.logged = Log(self.dir, args)
+        self.logged = Log(self.dir, args, send)
 
     # ------------------------------------------------------------------------------------------ start
 
@@ -168,16 +168,6 @@ class Run:
         """Note the content of the policy that the run starts from. Raises UserError where it was another one."""
         self.made_with["offline"] = sha256(policy)
         self._keep_args()
-
-    def _track(self) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--track needs Weights & Biases; install it with: pip install wandb") from error
-        wandb.init(
-            project=self.args.wandb_project_name, entity=self.args.wandb_entity, sync_tensorboard=True,
-            config=vars(self.args), name=self.name, id=self.name, resume="allow", dir=str(self.dir),
-        )  # fmt: skip
 
     def log(self, stage: str, step: int, scalars: dict[str, float]) -> None:
         """Log scalars under their names in progress.csv. Raises UserError when one of them is NaN or infinite."""
