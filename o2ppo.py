@@ -41,6 +41,11 @@ PRESETS = {
     "quick": dict(reevaluate_steps=100_000, value_lr=3e-4, online_steps=100_352, beta_steps=100_000, log_every=1_000),
 }  # fmt: skip
 
+# Other defaults for a family of data, or for a part of one
+FAMILIES = {
+    "antmaze": dict(eval_every=2_500),
+}
+
 
 @dataclass
 class Args(cli.OnlineArgs):
@@ -268,13 +273,14 @@ def discounted_tails(data: datasets.Dataset, gamma: float) -> tuple[torch.Tensor
     """The return of every step as R + c V(s_T): (R, c, T), (N,) each.
 
     R is discounted to the end of the step's own episode and T is the row in which that ends. After a real end nothing
-    is left (c = 0); where the time limit or the file cut the episode off, V at its last state stands for the rest.
+    is left (c = 0), even where the episode's rows go on; where the time limit or the file cut it off, V at its last
+    state stands for the rest.
     """
     rewards, terminations = data.rewards.tolist(), data.terminations.tolist()
     episode, n = data.episode.tolist(), len(data)
     tails, coefficients, ends = [0.0] * n, [0.0] * n, [0] * n
     for i in reversed(range(n)):
-        if i + 1 < n and episode[i] == episode[i + 1]:
+        if i + 1 < n and episode[i] == episode[i + 1] and not terminations[i]:
             tails[i] = rewards[i] + gamma * tails[i + 1]
             coefficients[i], ends[i] = gamma * coefficients[i + 1], ends[i + 1]
         else:
@@ -451,7 +457,9 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     batch = empty_batch(args, data)
     epoch = update_epoch(args, batch, agent, optimizers)
     stepper = steps.Stepper(epoch, device, graph=args.compile, steps_per_graph=1)
-    env = envs.VectorEpisodes(data.task, evaluator.mean, evaluator.std, args.num_envs, args.seed)
+    env = envs.VectorEpisodes(
+        data.task, evaluator.mean, evaluator.std, args.num_envs, args.seed, args.reward_scale, args.reward_shift
+    )
     margin = Margin(args.reference_window, args.reference_margin)
     state = {"agent": agent, **optimizers, "env": env, "best": best, "margin": margin, "scale": scale,
              "stepper": stepper}  # fmt: skip
@@ -520,7 +528,7 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
 
 
 def main() -> None:
-    args, run, data = report.start(Args, PRESETS, "gaussian", offline.check)
+    args, run, data = report.start(Args, PRESETS, FAMILIES, "gaussian", offline.check)
     device = data.obs.device
     report.estimate(run, estimate(args, data))
 

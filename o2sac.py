@@ -45,6 +45,14 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+# Other defaults for a family of data, or for a part of one
+FAMILIES = {
+    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, critic_layers=5, align_steps=1_000_000, online_steps=200_000,
+                    learning_starts=5_000, eval_every=5_000),
+    "antmaze-medium": dict(alpha=0.5, lagrange_init=2.0),
+    "antmaze-large": dict(alpha=0.5, lagrange_init=2.0),
+}  # fmt: skip
+
 
 @dataclass
 class Args(cli.OnlineArgs):
@@ -393,7 +401,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     stepper = steps.Stepper(
         finetuning_step(args, replay, agent, optimizers, threshold), device, graph=args.compile, steps_per_graph=1
     )
-    env = envs.Episodes(envs.make_env(data.task, evaluator.mean, evaluator.std), args.seed)
+    env = envs.make_env(data.task, evaluator.mean, evaluator.std)
+    env = envs.Episodes(env, args.seed, args.reward_scale, args.reward_shift)
     margin = Margin(args.reference_window, args.reference_margin)
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "margin": margin,
              "stepper": stepper}  # fmt: skip
@@ -457,7 +466,7 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
 
 
 def main() -> None:
-    args, run, data = report.start(Args, PRESETS, "squashed_gaussian", offline.check)
+    args, run, data = report.start(Args, PRESETS, FAMILIES, "squashed_gaussian", offline.check)
     device = data.obs.device
     report.estimate(run, estimate(args, data))
 

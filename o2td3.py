@@ -43,6 +43,12 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+# Other defaults for a family of data, or for a part of one
+FAMILIES = {
+    "antmaze": dict(reward_shift=-1.0, critic_layer_norm=False, align_steps=1_000_000, online_steps=200_000,
+                    eval_every=5_000),
+}  # fmt: skip
+
 
 @dataclass
 class Args(cli.OnlineArgs):
@@ -393,7 +399,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     replay = ReplayBuffer(data, args.online_steps, args.buffer, args.part_episodes)
     threshold = torch.zeros((), device=device)
     stepper = steps.Stepper(None, device, graph=args.compile, steps_per_graph=1, phases=args.policy_freq)
-    env = envs.Episodes(envs.make_env(data.task, evaluator.mean, evaluator.std), args.seed)
+    env = envs.make_env(data.task, evaluator.mean, evaluator.std)
+    env = envs.Episodes(env, args.seed, args.reward_scale, args.reward_shift)
     margin = Margin(args.reference_window, args.reference_margin)
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "margin": margin,
              "stepper": stepper}  # fmt: skip
@@ -458,7 +465,7 @@ def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
 
 
 def main() -> None:
-    args, run, data = report.start(Args, PRESETS, "deterministic", offline.check)
+    args, run, data = report.start(Args, PRESETS, FAMILIES, "deterministic", offline.check)
     device = data.obs.device
     report.estimate(run, estimate(args, data))
 

@@ -90,7 +90,7 @@ def main() -> None:
     wall = time.perf_counter() - start
 
     script = importlib.import_module(args.script)
-    run = cli.parse(script.Args, script.PRESETS, flags)
+    run = cli.parse(script.Args, script.PRESETS, script.FAMILIES, flags)
     results = [times(replace(run, seed=seed)) for seed in range(run.seed, run.seed + run.num_seeds)]
     result, seconds = max(results, key=lambda found: sum(found[1].values()))
     steps = [run.offline_steps, run.reevaluate_steps, *([run.align_steps] if "align" in seconds else []),

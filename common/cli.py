@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
+import operator
 import os
 import signal
 import sys
@@ -16,7 +18,7 @@ import torch
 import tyro
 
 from common import bounds, tasks
-from common.bounds import at_least, between
+from common.bounds import above, at_least, between, finite
 from common.errors import Interrupted, UserError
 from common.identity import script_of
 
@@ -62,6 +64,10 @@ class RunArgs:
     """the project there"""
     wandb_entity: str | None = None
     """the team there"""
+    reward_scale: Annotated[float, above(0)] = 1.0
+    """rewards are multiplied by this in training, those of the data and those of play alike; scores never are"""
+    reward_shift: Annotated[float, finite()] = 0.0
+    """and this is added to them then"""
     eval_episodes: Annotated[int, at_least(1)] = 10
     """episodes of an evaluation, played side by side"""
     eval_workers: Annotated[int | None, at_least(0)] = None
@@ -113,20 +119,47 @@ class OnlineArgs(RunArgs):
             check_video()
 
 
-def parse(args_class: type[Args], presets: dict[str, dict], argv: list[str] | None = None) -> Args:
-    """Read the command line twice: once for `--preset`, then again with that preset's values as the defaults.
+def parse(
+    args_class: type[Args], presets: dict[str, dict], families: dict[str, dict], argv: list[str] | None = None
+) -> Args:
+    """Read the command line: for `--preset`, for the data that it means, and with the values of both as the defaults.
 
-    What the user writes on the command line therefore always wins over the preset, and both win over `constants`.
-    Without `argv` it is the command line of this process, and the arguments are those of the script that was started.
+    What the user writes therefore always wins over the preset, that over the family of the data (see `chosen`), and all
+    of them over `constants` and over the defaults. Without `argv` it is the command line of this process, and the
+    arguments are those of the script that was started.
     """
-    doc = sys.modules[args_class.__module__].__doc__
+    doc = (sys.modules[args_class.__module__].__doc__ or "") + in_words(families)
     preset = tyro.cli(args_class, args=argv, description=doc).preset
     started = os.path.abspath(sys.argv[0]) if argv is None and os.path.isfile(sys.argv[0]) else ""
-    defaults = args_class(script=started, **{"preset": preset} | presets.get(preset, {}))
+    given = {"script": started, "preset": preset}
+    args = tyro.cli(args_class, args=argv, default=args_class(**given | presets.get(preset, {})), description=doc)
+    task = tasks.resolve(args.env_id, os.path.expanduser(args.dataset_path))
+    defaults = args_class(**chosen(presets, families, preset, task) | given)
     args = tyro.cli(args_class, args=argv, default=defaults, description=doc)
     # Behind an equals sign and in quotes the shell leaves ~, the home folder, as it is
     paths = {name: value for name, value in vars(args).items() if isinstance(value, str) and value.startswith("~")}
     return complete(dataclasses.replace(args, **{name: os.path.expanduser(value) for name, value in paths.items()}))
+
+
+def chosen(presets: dict[str, dict], families: dict[str, dict], preset: str, task: tasks.Task) -> dict:
+    """The values that a script declares for a task and a preset, the latter's before the former's.
+
+    Both may be declared for a family or for a part of it, "antmaze" and "antmaze-medium", where the narrower one wins;
+    a preset then by the name "demo antmaze".
+    """
+    names = sorted(filter(task.matches, families), key=len)
+    names_of_presets = [preset, *(f"{preset} {name}" for name in names)]
+    found = [families[name] for name in names] + [presets.get(name, {}) for name in names_of_presets]
+    return functools.reduce(operator.or_, found, {})
+
+
+def in_words(families: dict[str, dict]) -> str:
+    """What --help says of them."""
+    lines = [
+        f"{name}: " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in values.items())
+        for name, values in families.items()
+    ]  # fmt: skip
+    return "\n\nOther defaults for a family of data:\n" + "\n".join(lines) if lines else ""
 
 
 def read(args_class: type[Args], description: str | None) -> Args:

@@ -19,8 +19,8 @@ from common.cli import UserError
 from common.envs import unscaled_env
 from common.formats import read_hdf5, read_minari
 from common.owner import own
-from common.tasks import DEMO, SHIPPED, Task, d4rl_registry, resolve
-from common.views import qlearning_view
+from common.tasks import DEMO, SHIPPED, Task, d4rl_url, resolve
+from common.views import qlearning_view, timeouts_put_right
 
 
 @dataclass
@@ -66,6 +66,12 @@ class Dataset:
         """Map every observation to (obs - mean) / std, once."""
         self.obs, self.next_obs = (self.obs - mean) / std, (self.next_obs - mean) / std
         self.__post_init__()
+
+    def transform_rewards(self, scale: float, shift: float) -> None:
+        """Make every reward scale · r + shift, once. `returns` stay those of the rewards as they are."""
+        if (scale, shift) != (1.0, 0.0):
+            self.rewards = scale * self.rewards + shift
+            self.__post_init__()
 
     def head(self, n: int) -> "Dataset":
         """The first `n` transitions."""
@@ -138,12 +144,18 @@ def load(env_id: str, dataset_path: str = "", device: torch.device | str = "cpu"
         path = Path(dataset_path) if dataset_path else find_file(env_id)
         raw, source = read_hdf5(path)
     check(raw, task, path)
-    view, notes = qlearning_view(raw, task.max_episode_steps, whole)
+    moved = timeouts_put_right(raw) if task.next_infos else []
+    view, notes = qlearning_view(raw, task.max_episode_steps, whole, task.goes_on)
     if not len(view["rewards"]):
         raise UserError(f"no transition is left of {path}: every row is the last of its episode")
+    if task.reach and (jumps := np.abs(view["next_obs"] - view["obs"])[:, :2].max(1) > task.reach).any():
+        raise UserError(
+            f"{path} has {jumps.sum():,} transitions in which the position jumps: its time-outs stand in the wrong "
+            "rows, as in D4RL's v0 and v1; take the file of v2, or one that has infos/qpos and infos/qvel"
+        )
     states, ordered = view.pop("states", None), view.pop("ordered")
     tensors = {key: torch.as_tensor(value, device=device) for key, value in view.items()}
-    return Dataset(**tensors, states=states, ordered=ordered, task=task, source=source, notes=tuple(notes))
+    return Dataset(**tensors, states=states, ordered=ordered, task=task, source=source, notes=(*moved, *notes))
 
 
 # ----------------------------------------------------------------------------------------------- files
@@ -153,7 +165,7 @@ def find_file(env_id: str) -> Path:
     """The HDF5 file of `env_id`: shipped, in $D4RL_DATASET_DIR, in ~/.d4rl/datasets, or downloaded to the latter."""
     if env_id == DEMO:
         return SHIPPED / f"{DEMO}.hdf5"
-    url = d4rl_registry()["DATASET_URLS"][env_id]
+    url = d4rl_url(env_id)
     name = url.rsplit("/", 1)[1]
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     if not (folder / name).exists():

@@ -85,11 +85,13 @@ class Episodes:
     """A training environment that can be saved in the middle of an episode.
 
     Every episode starts from a seed of its own, so that seed and the actions taken so far are its whole state: loading
-    it resets the environment and plays them again.
+    it resets the environment and plays them again. Rewards come as training takes them, times `scale` plus `shift`;
+    an episode's return is that of the environment's own.
     """
 
-    def __init__(self, env: gym.Env, seed: int):
+    def __init__(self, env: gym.Env, seed: int, scale: float = 1.0, shift: float = 0.0):
         self.env, self.first_seed, self.episode = env, seed * 1_000_003, 0
+        self.scale, self.shift = scale, shift
         self._reset()
 
     def _reset(self) -> None:
@@ -109,7 +111,8 @@ class Episodes:
         if terminated or truncated:
             self.episode += 1
             self._reset()
-        return next_obs, float(reward), terminated, total if terminated or truncated else None
+        reward = self.scale * float(reward) + self.shift
+        return next_obs, reward, terminated, total if terminated or truncated else None
 
     def state_dict(self) -> dict:
         return {"episode": self.episode, "actions": torch.tensor(np.array(self.actions))}
@@ -124,8 +127,8 @@ class Episodes:
 class VectorEpisodes:
     """`n` such environments side by side: `obs` (n, S), and `step` takes (n, A) and gives arrays of n."""
 
-    def __init__(self, task: Task, mean, std, n: int, seed: int):
-        self.all = [Episodes(make_env(task, mean, std), seed * n + i) for i in range(n)]
+    def __init__(self, task: Task, mean, std, n: int, seed: int, scale: float = 1.0, shift: float = 0.0):
+        self.all = [Episodes(make_env(task, mean, std), seed * n + i, scale, shift) for i in range(n)]
 
     @property
     def obs(self) -> np.ndarray:

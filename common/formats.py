@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 
 from common.errors import UserError
-from common.tasks import D4RL_IDS, minari_dataset
+from common.tasks import is_d4rls, minari_dataset
 
 # What is read, and its names in a file: ends have other names in Gymnasium than they had in D4RL. qpos and qvel are
 # MuJoCo's state at each row.
@@ -41,7 +41,7 @@ def read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], str]:
             for key in ("terminals", "timeouts"):  # under both names: an end is an end
                 for array in found[key][1:]:
                     raw[key] = (raw[key].reshape(-1) != 0) | (array[()].reshape(-1) != 0)
-            source = file.attrs.get("source", "D4RL" if path.stem.replace("_", "-") in D4RL_IDS else "unknown")
+            source = file.attrs.get("source", "D4RL" if is_d4rls(path) else "unknown")
             return raw, source.decode() if isinstance(source, bytes) else str(source)
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(unreadable(path, error)) from error

@@ -53,6 +53,7 @@ def trained(run: Run, algorithm: str, data: datasets.Dataset, Agent, Optimizers,
     if not args.standardise:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     data.standardise(mean, std)
+    data.transform_rewards(args.reward_scale, args.reward_shift)
     if path.exists():
         print(f"{path} is finished already, nothing is trained")
         return path
@@ -82,9 +83,9 @@ def trained(run: Run, algorithm: str, data: datasets.Dataset, Agent, Optimizers,
     return path
 
 
-def main(Args, presets: dict, train: Callable) -> None:
+def main(Args, presets: dict, families: dict, train: Callable) -> None:
     """The command line of a script in offline/."""
-    args = cli.parse(Args, presets)
+    args = cli.parse(Args, presets, families)
     device = cli.resolve_device(args.device)
     steps.setup(device, args.seed, args.deterministic)
     args = replace(args, compile=args.compile and steps.can_compile(device))

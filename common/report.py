@@ -33,13 +33,13 @@ def hardware(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
 
 
-def start(args_class, presets: dict, kind: str, check) -> tuple:
+def start(args_class, presets: dict, families: dict, kind: str, check) -> tuple:
     """Command line, device, dataset and run folder of a fine-tuning script: (args, run, data).
 
     `check(args, data, kind)`, `kind` being that of the actor, refuses before anything is written what the run would
     only stumble over later.
     """
-    args = cli.parse(args_class, presets)
+    args = cli.parse(args_class, presets, families)
     device = cli.resolve_device(args.device)
     if args.num_seeds > 1:
         check(args, datasets.load(args.env_id, args.dataset_path), kind)  # downloaded once, and refused once

@@ -4,7 +4,9 @@ A family is a function from the name to a `Task`, or to None where the name is n
 such function, named in `FAMILIES`, and, where it needs one, an environment file beside this.
 """
 
+import contextlib
 import difflib
+import functools
 import importlib.util
 import runpy
 from dataclasses import dataclass
@@ -19,7 +21,11 @@ from common.specs import in_minari, in_words, limited, minari_dataset, stored_sp
 SHIPPED = Path(__file__).parent.parent / "datasets"
 ROBOTS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
-D4RL_IDS = [f"{robot}-{quality}-v2" for robot in ROBOTS for quality in QUALITIES]
+ROBOT_IDS = [f"{robot}-{quality}-v2" for robot in ROBOTS for quality in QUALITIES]
+MAZE_STEPS = {"umaze": 700, "medium": 1_000, "large": 1_000}  # of an episode
+MAZE_DATA = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+MAZE_IDS = [f"antmaze-{data}-v2" for data in MAZE_DATA]
+D4RL_IDS = [*ROBOT_IDS, *MAZE_IDS]
 DEMO = "hopper-medium-demo"
 
 
@@ -27,7 +33,7 @@ DEMO = "hopper-medium-demo"
 class Task:
     """A dataset and the simulator that it belongs to.
 
-    family     - "locomotion", "minari", "gymnasium": what the scripts' constants depend on
+    family     - "locomotion", "antmaze", "minari", "gymnasium"
     env_id     - the name that the user gave
     data       - the dataset's own name, on which the choice of constants rests: the file's, where one was given
     simulator  - the simulator in words; a policy can be used wherever these are the same
@@ -37,6 +43,11 @@ class Task:
     references - returns of a random policy and of an expert, which score 0 and 100; None: the score is the return
     eval_spec  - the environment in which scores are measured, where it is another one
     notes      - sentences for the user about what of all that is not as it was stored
+    kind       - what it is, from the family to the data: "antmaze-medium-play"; see `matches`
+    goes_on    - whether episodes of the data go on after a row that is terminal, so that time-outs alone cut them
+    next_infos - whether the file's qpos and qvel are the state after each row, which the next row shows
+    reach      - how far the position, which is what is observed first, can move in a step
+    hidden     - whether rewards depend on more than what is observed, so that no row's can be checked
     """
 
     family: str
@@ -49,6 +60,11 @@ class Task:
     references: tuple[float, float] | None = None
     eval_spec: EnvSpec | None = None
     notes: tuple[str, ...] = ()
+    kind: str = ""
+    goes_on: bool = False
+    next_infos: bool = False
+    reach: float | None = None
+    hidden: bool = False
 
     @property
     def measure(self) -> str:
@@ -62,9 +78,13 @@ class Task:
 
     @property
     def quality(self) -> str:
-        """D4RL's word for the policies that the data come from: one of `QUALITIES`, or "" where the name holds none."""
+        """D4RL's word for the policies behind a robot's data, one of `QUALITIES`; "" where the name holds none."""
         name = self.data.lower().replace("_", "-")
         return max((quality for quality in QUALITIES if quality in name), key=len, default="")
+
+    def matches(self, name: str) -> bool:
+        """Whether the task is of that kind or family, with whose name its own begins: "antmaze", "antmaze-medium"."""
+        return f"{self.kind or self.family}-".startswith(f"{name}-")
 
     @property
     def robot(self) -> str:
@@ -95,12 +115,39 @@ def resolve(env_id: str, dataset_path: str = "") -> Task:
 
 def locomotion(env_id: str, data: str) -> Task | None:
     """D4RL's robots, `hopper-medium-v2` and so on, and the dataset that ships: v4 keeps the model and reward of v2."""
-    if env_id != DEMO and env_id not in D4RL_IDS:
+    if env_id != DEMO and env_id not in ROBOT_IDS:
         return None
     robot = env_id.split("-")[0]
     spec, forces = gym.spec(ROBOTS[robot]), 84 if robot == "ant" else 0
     simulator = f"D4RL's {robot}"
     return Task("locomotion", env_id, data, simulator, spec, True, forces, reference_returns(robot))
+
+
+def antmaze(env_id: str, data: str) -> Task | None:
+    """D4RL's ant, which has to come through a maze to a goal that it does not observe: the return is 1 or 0.
+
+    The goals of the data's rewards are not those of the environment, which draws one for each episode.
+    """
+    from common.antmaze import AntMazeEnv  # which reads a file of d4rl, and so needs this module
+
+    if not env_id.startswith("antmaze-"):
+        return None
+    if env_id[:-1] + "2" in MAZE_IDS and env_id not in MAZE_IDS:
+        raise UserError(
+            f"--env-id {env_id} is not played: in v0 and v1 time-outs stand in the wrong rows and all episodes share "
+            f"one goal; take {env_id[:-1]}2, with --dataset-path for an old file, whose time-outs are then put right"
+        )
+    if env_id not in MAZE_IDS:
+        return None
+    data = {Path(d4rl_url(name)).stem: name for name in MAZE_IDS}.get(data, data)
+    kind, maze = (data if data in MAZE_IDS else env_id).removesuffix("-v2"), env_id.split("-")[1]
+    if maze not in kind:
+        raise UserError(f"--env-id {env_id} is another maze than that of {data}, whose data these are; name the latter")
+    spec = EnvSpec(f"AntMaze-{maze}", AntMazeEnv, max_episode_steps=MAZE_STEPS[maze], kwargs={"maze": maze})
+    return Task(
+        "antmaze", env_id, data, f"D4RL's antmaze-{maze}", spec, True, references=(0.0, 1.0), kind=kind,
+        goes_on=True, next_infos=True, reach=1.0, hidden=True,
+    )  # fmt: skip
 
 
 def minari(env_id: str, data: str) -> Task | None:
@@ -140,7 +187,7 @@ def gymnasium(env_id: str, data: str) -> Task | None:
     return Task("gymnasium", env_id, data, in_words(spec), spec, notes=tuple(notes))
 
 
-FAMILIES = (locomotion, minari, gymnasium)
+FAMILIES = (locomotion, antmaze, minari, gymnasium)
 
 
 # ----------------------------------------------------------------------------------------------- registries
@@ -157,9 +204,24 @@ def d4rl_file(name: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / name
 
 
+@functools.cache
 def d4rl_registry() -> dict:
     """The tables of `d4rl/infos.py` (DATASET_URLS, REF_MIN_SCORE, REF_MAX_SCORE)."""
     return runpy.run_path(str(d4rl_file("infos.py")))
+
+
+def d4rl_url(name: str) -> str:
+    """Where D4RL's file of that name lies. It is called otherwise: antmaze-umaze-v2 is Ant_maze_u-maze_…_fixed.hdf5."""
+    return d4rl_registry()["DATASET_URLS"][name]
+
+
+def is_d4rls(path: Path) -> bool:
+    """Whether a file is called as one of D4RL's is."""
+    if path.stem.replace("_", "-") in D4RL_IDS:
+        return True
+    with contextlib.suppress(UserError):  # without the registry nobody knows
+        return path.name in {Path(d4rl_url(name)).name for name in D4RL_IDS}
+    return False
 
 
 def reference_returns(robot: str) -> tuple[float, float] | None:

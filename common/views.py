@@ -9,7 +9,9 @@ that the arrays contradict is never kept, whatever the flags say.
 import numpy as np
 
 
-def qlearning_view(raw: dict, max_steps: int, whole: bool = False) -> tuple[dict[str, np.ndarray], list[str]]:
+def qlearning_view(
+    raw: dict, max_steps: int, whole: bool = False, goes_on: bool = False
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """The transitions of `raw`, as the columns of a `Dataset`, and a sentence on everything that was put right.
 
     A step that the time limit cut off is dropped, as D4RL does, for the row after it belongs to another episode; so is
@@ -17,6 +19,8 @@ def qlearning_view(raw: dict, max_steps: int, whole: bool = False) -> tuple[dict
     episodes themselves and no row is dropped. `terminations` marks real ends alone. An episode ends at every flag,
     where the next row does not follow, and after `max_steps` steps. `next_actions` are NaN where the data hold none.
     `ordered` says whether rows follow each other at all: if not, every row is an episode of its own.
+
+    With `goes_on` (AntMaze) an episode goes on after a row that is terminal, and nothing but a time-out ends it.
     """
     notes: list[str] = []
     raw, follows = in_order(raw, notes)
@@ -24,19 +28,20 @@ def qlearning_view(raw: dict, max_steps: int, whole: bool = False) -> tuple[dict
     rewards = raw["rewards"].reshape(n).astype(np.float32)
     terminals, timeouts = flags(raw)
 
-    jumps = ~(follows | terminals | timeouts)
+    ended = timeouts if goes_on else terminals | timeouts
+    jumps = ~(follows | ended)
     ordered = jumps.sum() <= n / 2
-    resets = np.zeros(n, bool) if whole else only_resets(raw, rewards, terminals | timeouts, follows)
+    resets = np.zeros(n, bool) if whole or goes_on else only_resets(raw, rewards, ended, follows)
 
     # Steps since the episode's start, and the flags where the time limit ends it
-    starts = np.concatenate([[True], (terminals | timeouts | jumps | resets)[:-1]])
+    starts = np.concatenate([[True], (ended | jumps | resets)[:-1]])
     step = index - np.maximum.accumulate(np.where(starts, index, 0))
-    at_limit = step % max_steps == max_steps - 1
+    at_limit = (step % max_steps == max_steps - 1) & (not goes_on)
     no_deaths = at_limit & terminals & ~timeouts
-    unmarked = at_limit & ~(terminals | timeouts | jumps | resets) & (index < n - 1) & (not whole)
+    unmarked = at_limit & ~(ended | jumps | resets) & (index < n - 1) & (not whole)
     terminals, timeouts = terminals & ~no_deaths, timeouts | no_deaths | unmarked
 
-    ends = terminals | timeouts | jumps | resets
+    ends = ended | timeouts | jumps | resets
     keep = ~resets & (whole | ~timeouts)
     keep[-1] &= "next_observations" in raw
     episode = np.concatenate([[0], np.cumsum(ends)[:-1]])
@@ -74,6 +79,23 @@ def qlearning_view(raw: dict, max_steps: int, whole: bool = False) -> tuple[dict
     if "qpos" in raw and "qvel" in raw:
         view["states"] = np.concatenate([raw["qpos"], raw["qvel"]], axis=1)[rows]
     return view, notes
+
+
+def timeouts_put_right(raw: dict) -> list[str]:
+    """Take qpos and qvel out of `raw`, which are the state after each row, and move its time-outs to where the next row
+    shows another one: a sentence where they stood elsewhere."""
+    if "qpos" not in raw or "qvel" not in raw:
+        return []
+    states = np.concatenate([raw.pop("qpos"), raw.pop("qvel")], axis=1)
+    if states.shape != raw["observations"].shape:
+        return []
+    ends = np.append(~successors(raw | {"next_observations": states}), True)
+    marked = flags(raw)[1]
+    moved = (ends & ~marked)[:-1].sum()
+    if ends.mean() > 0.5 or (ends == marked)[:-1].all():
+        return []
+    raw["timeouts"] = ends
+    return [f"time-outs in the wrong rows, moved to where the next row begins another episode: {moved:,}"]
 
 
 def flags(raw: dict) -> tuple[np.ndarray, np.ndarray]:

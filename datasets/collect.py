@@ -265,7 +265,7 @@ def write(path: Path, data: dict[str, np.ndarray], source: str) -> None:
 
 
 def main() -> None:
-    args = cli.parse(Args, {})
+    args = cli.parse(Args, {}, {})
     device = cli.resolve_device(args.device)
     steps.setup(device, args.seed, args.deterministic)
     args = replace(args, compile=args.compile and steps.can_compile(device))

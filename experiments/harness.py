@@ -101,7 +101,7 @@ def command_line(args: Args, spec: Spec) -> list[str]:
 def parsed(args: Args, spec: Spec):
     """The run's own arguments, as its script reads them."""
     script = importlib.import_module(spec.script)
-    return cli.parse(script.Args, script.PRESETS, command_line(args, spec))
+    return cli.parse(script.Args, script.PRESETS, script.FAMILIES, command_line(args, spec))
 
 
 def folder(args: Args, spec: Spec) -> Path:
@@ -115,7 +115,7 @@ def offline_policy(args: Args, name: str, seed: int) -> Path:
     if path := offline.shipped(argparse.Namespace(**vars(args), offline=name, offline_steps=None)):
         return path
     script = importlib.import_module(f"offline.{name}")
-    found = cli.parse(script.Args, script.PRESETS, flags_of(args, seed))
+    found = cli.parse(script.Args, script.PRESETS, script.FAMILIES, flags_of(args, seed))
     return Path(found.run_dir) / pretrain.run_name(found) / "policy.pt"
 
 

@@ -23,7 +23,9 @@ SHARED = ("preset", "env_id", "dataset_path", "seed", "device", "compile", "dete
 def algorithm_args(args):
     """The script that `--offline NAME` names, and the arguments that it is called with."""
     script = importlib.import_module(f"offline.{args.offline}")
-    chosen = script.PRESETS.get(args.preset, {}) | {key: getattr(args, key) for key in SHARED}
+    task = tasks.resolve(args.env_id, args.dataset_path)
+    chosen = cli.chosen(script.PRESETS, script.FAMILIES, args.preset, task)
+    chosen |= {key: getattr(args, key) for key in SHARED}
     if args.offline_steps is not None:
         chosen |= dict(steps=args.offline_steps, exp_name=f"{args.offline}-{args.offline_steps}")
     return script, cli.complete(script.Args(**chosen))
@@ -74,6 +76,7 @@ def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:
         found = load_policy(path, data, args.trust_checkpoint, args.normalize_from)
     check_critic(args, found, kind)
     data.standardise(found["state_mean"], found["state_std"])  # as the policy was trained
+    data.transform_rewards(args.reward_scale, args.reward_shift)
     evaluator = make_evaluator(args, data, found["state_mean"], found["state_std"])
     stored, found["score"] = found["score"], evaluator(player(found).mode, data.obs.device)
     said = f"{stored:.1f} when it was saved" if math.isfinite(stored) else "none in its file"

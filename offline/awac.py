@@ -25,6 +25,11 @@ PRESETS = {
     "quick": dict(steps=30_000, eval_every=10_000),
 }
 
+# Other defaults for a family of data, or for a part of one
+FAMILIES = {
+    "antmaze": dict(reward_shift=-1.0, temperature=0.1, eval_every=50_000),
+}
+
 
 @dataclass
 class Args(pretrain.PretrainArgs):
@@ -155,4 +160,4 @@ def train(args: Args, data: datasets.Dataset) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: pretrain.main(Args, PRESETS, train))
+    cli.run(lambda: pretrain.main(Args, PRESETS, FAMILIES, train))

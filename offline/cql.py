@@ -27,6 +27,12 @@ PRESETS = {
     "quick": dict(steps=10_000, actor_lr=3e-4, eval_every=2_000),
 }  # fmt: skip
 
+# Other defaults for a family of data, or for a part of one
+FAMILIES = {
+    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, standardise=False, alpha=5.0, actor_lr=1e-4,
+                    eval_every=50_000),
+}  # fmt: skip
+
 
 @dataclass
 class Args(pretrain.PretrainArgs):
@@ -190,4 +196,4 @@ def train(args: Args, data: datasets.Dataset) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: pretrain.main(Args, PRESETS, train))
+    cli.run(lambda: pretrain.main(Args, PRESETS, FAMILIES, train))

@@ -26,6 +26,11 @@ PRESETS = {
     "quick": dict(steps=50_000, eval_every=10_000),
 }
 
+# Other defaults for a family of data, or for a part of one
+FAMILIES = {
+    "antmaze": dict(reward_shift=-1.0, expectile=0.9, beta=10.0, eval_every=50_000),
+}
+
 
 @dataclass
 class Args(pretrain.PretrainArgs):
@@ -178,4 +183,4 @@ def train(args: Args, data: datasets.Dataset) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: pretrain.main(Args, PRESETS, train))
+    cli.run(lambda: pretrain.main(Args, PRESETS, FAMILIES, train))

@@ -161,7 +161,7 @@ def test_the_user_wins_over_the_preset_and_the_preset_over_the_data():
         "--reference",
         "interval",
     ]
-    args = cli.parse(o2sac.Args, o2sac.PRESETS, flags)
+    args = cli.parse(o2sac.Args, o2sac.PRESETS, o2sac.FAMILIES, flags)
     assert args.kl_threshold_start == 0.3 and args.alpha == 0.5
     assert args.kl_threshold_end == o2sac.PRESETS["demo"]["kl_threshold_end"]  # as it stands there, not a quarter of it
 
@@ -242,7 +242,7 @@ def test_a_refused_number_leaves_nothing_behind(run_script, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_the_bounds(script, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.parse(script.Args, script.PRESETS, ["--help"])
+        cli.parse(script.Args, script.PRESETS, script.FAMILIES, ["--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert stop.value.code in (0, None)
     assert "(default: 10; at least 1)" in text and "(default: None" in text

@@ -28,9 +28,9 @@ def test_standardised_once():
     assert torch.equal(data.table[:, :11], data.obs)
 
 
-def test_every_mujoco_name_has_an_address_and_reference_returns():
+def test_every_name_has_an_address_and_reference_returns():
     urls = tasks.d4rl_registry()["DATASET_URLS"]
-    assert len(tasks.D4RL_IDS) == 24 and all(name in urls for name in tasks.D4RL_IDS)
+    assert len(tasks.D4RL_IDS) == 30 and all(name in urls for name in tasks.D4RL_IDS)
     assert tasks.reference_returns("hopper") == (-20.272305, 3234.3)
     assert tasks.reference_returns("pusher") is None
 

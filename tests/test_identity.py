@@ -47,14 +47,16 @@ def test_every_python_sees_the_same_code(script):
 
 
 def test_modules_beside_a_script_and_what_a_started_file_imports_are_its_code(tmp_path, monkeypatch):
-    (tmp_path / "mymethod.py").write_text("import losses\nfrom o2td3 import Args, PRESETS, main\n")
+    (tmp_path / "mymethod.py").write_text("import losses\nfrom o2td3 import FAMILIES, PRESETS, Args, main\n")
     (tmp_path / "losses.py").write_text("scale = 1\n")
     code = identity.code_of(tmp_path / "mymethod.py")
     assert {"mymethod.py", "losses.py", "o2td3.py", "common/nn.py"} <= code.keys()
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "mymethod.py"), "--env-id", "hopper-medium-demo"])
-    args = cli.parse(o2td3.Args, o2td3.PRESETS)
+    args = cli.parse(o2td3.Args, o2td3.PRESETS, o2td3.FAMILIES)
     assert args.exp_name == "mymethod" and identity.script_of(args) == tmp_path / "mymethod.py"
-    assert cli.parse(o2td3.Args, o2td3.PRESETS, ["--preset", "demo"]).exp_name == "o2td3"  # no command line of ours
+    assert (
+        cli.parse(o2td3.Args, o2td3.PRESETS, o2td3.FAMILIES, ["--preset", "demo"]).exp_name == "o2td3"
+    )  # no command line of ours
 
 
 def test_the_code_of_a_script_is_all_that_it_imports():

@@ -137,7 +137,7 @@ def test_a_seed_that_fails_is_named(finished, tmp_path):
     policy = str(finished[0] / "hopper-medium-demo__cql-4__0" / "policy.pt")
     (tmp_path / "cql.pt").write_bytes(Path(policy).read_bytes())
     flags = [*SMALL, *TINY, "--run-dir", str(tmp_path), "--offline", str(tmp_path / "cql.pt"), "--num-seeds", "2"]
-    broken = tmp_path / run_name(cli.parse(o2sac.Args, o2sac.PRESETS, [*flags, "--seed", "1"]))
+    broken = tmp_path / run_name(cli.parse(o2sac.Args, o2sac.PRESETS, o2sac.FAMILIES, [*flags, "--seed", "1"]))
     broken.mkdir()
     (broken / "args.json").write_text(json.dumps({"utd": 3}))
     done = execute([sys.executable, "o2sac.py", *flags])
@@ -303,7 +303,7 @@ def test_wrong_checkpoints(finished, run_script, tmp_path, kind):
 
 def test_a_damaged_stage_checkpoint(finished, run_script, tmp_path):
     flags = [*SMALL, *TINY, "--run-dir", str(tmp_path), "--offline", str(finished[0] / NAME / "best.pt")]
-    folder = tmp_path / run_name(cli.parse(o2sac.Args, o2sac.PRESETS, flags))
+    folder = tmp_path / run_name(cli.parse(o2sac.Args, o2sac.PRESETS, o2sac.FAMILIES, flags))
     folder.mkdir()
     (folder / "reevaluate.pt").write_text("no checkpoint")
     code, _, err = run_script(o2sac, *flags)
@@ -339,6 +339,6 @@ def test_long_runs_say_so(run_script, monkeypatch, tmp_path):
 def test_presets_are_defaults_that_the_command_line_overrides():
     from common import cli
 
-    args = cli.parse(o2sac.Args, o2sac.PRESETS, ["--preset", "demo", "--utd", "7"])
+    args = cli.parse(o2sac.Args, o2sac.PRESETS, o2sac.FAMILIES, ["--preset", "demo", "--utd", "7"])
     assert args.env_id == "hopper-medium-demo" and args.utd == 7
     assert args.online_steps == o2sac.PRESETS["demo"]["online_steps"]
