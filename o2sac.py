@@ -47,8 +47,8 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, critic_layers=5, align_steps=1_000_000, online_steps=200_000,
-                    learning_starts=5_000, eval_every=5_000),
+    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, critics=1, critic_layers=5, align_steps=1_000_000,
+                    online_steps=200_000, learning_starts=5_000, eval_every=5_000),
     "antmaze-medium": dict(alpha=0.5, lagrange_init=2.0),
     "antmaze-large": dict(alpha=0.5, lagrange_init=2.0),
 }  # fmt: skip
@@ -69,6 +69,8 @@ class Args(cli.OnlineArgs):
     """learning rate of the actor"""
     critic_layers: Annotated[int, at_least(1)] = 3
     """hidden layers of 256 units in each critic"""
+    critics: Annotated[int, at_least(1)] = 2
+    """how many critics there are; the lowest of their values counts"""
     alpha: Annotated[float | None, at_least(0)] = None
     """temperature: fixed in re-evaluation and alignment, the start of its tuning in fine-tuning (where 0 stays 0);
     None: 0.2, on expert and medium-expert data 0.5"""
@@ -165,15 +167,15 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Twin Q networks side by side: (B, S), (B, A) -> (2, B)."""
+    """`n` Q networks side by side: (B, S), (B, A) -> (n, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 3, layer_norm: bool = True):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 3, layer_norm: bool = True, n: int = 2):
         super().__init__()
-        self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, layer_norm)
+        self.n, self.net = n, ensemble_mlp(n, obs_dim + action_dim, hidden_layers, 1, layer_norm)
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         x = torch.cat([obs, actions], dim=-1)
-        return self.net(x.expand(2, *x.shape)).squeeze(-1)
+        return self.net(x.expand(self.n, *x.shape)).squeeze(-1)
 
 
 def sample_actions(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -197,9 +199,9 @@ class Agent(nn.Module):
         self.actor.load_state_dict(policy["actor"])
         self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)
         self.actor_reference = copy.deepcopy(self.actor_offline)
-        shape = dict(hidden_layers=args.critic_layers, layer_norm=True)
-        if not args.reevaluate:  # the naive switch: the offline algorithm's critic, in that algorithm's shape
-            shape = {key: policy["critic"][key] for key in shape}
+        shape = dict(hidden_layers=args.critic_layers, layer_norm=True, n=args.critics)
+        if not args.reevaluate:  # the naive switch: the offline algorithm's critics, in that algorithm's shape
+            shape = {key: policy["critic"][key] for key in ("hidden_layers", "layer_norm")}
         self.critic = Critic(obs_dim, action_dim, **shape)
         if not args.reevaluate:
             self.critic.load_state_dict(policy["critic"]["critic"])

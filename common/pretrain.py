@@ -71,7 +71,8 @@ def trained(run: Run, algorithm: str, data: datasets.Dataset, Agent, Optimizers,
     critics = {}
     if hasattr(agent, "critic"):
         critics = {"critic": {
-            "layer_norm": agent.critic.layer_norm, "hidden_layers": args.hidden_layers,
+            "layer_norm": agent.critic.layer_norm,
+            "hidden_layers": getattr(args, "critic_layers", None) or args.hidden_layers,
             "critic": agent.critic.state_dict(), "critic_target": agent.critic_target.state_dict(),
         }}  # fmt: skip
     save_policy(

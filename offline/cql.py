@@ -14,7 +14,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli, datasets, pretrain, steps
-from common.bounds import at_least, between
+from common.bounds import at_least, between, finite
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det
 from common.replay import sample
 
@@ -29,8 +29,8 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, standardise=False, alpha=5.0, actor_lr=1e-4,
-                    eval_every=50_000),
+    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, standardise=False, critic_layers=5, actor_lr=1e-4, alpha=5.0,
+                    lagrange=True, min_gap=-200.0, best_of=10, eval_every=50_000),
 }  # fmt: skip
 
 
@@ -49,9 +49,19 @@ class Args(pretrain.PretrainArgs):
     critic_lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the critics"""
     hidden_layers: Annotated[int, at_least(1)] = 3
-    """hidden layers of 256 units in the actor and in each critic"""
+    """hidden layers of 256 units in the actor"""
+    critic_layers: Annotated[int, at_least(1)] = 3
+    """hidden layers of 256 units in each critic"""
     alpha: Annotated[float, at_least(0)] = 10.0
     """weight of the conservative term"""
+    lagrange: bool = False
+    """multiply that weight by a factor that is tuned until the conservative gap is --target-gap"""
+    target_gap: Annotated[float, finite()] = 0.8
+    """what the conservative gap of a critic is brought to then"""
+    min_gap: Annotated[float | None, finite()] = None
+    """the conservative gap of a state is clipped from below at this; None: it is not"""
+    best_of: Annotated[int, at_least(1)] = 1
+    """actions that the policy draws at s' for the target, which takes the one of highest value"""
     n_actions: Annotated[int, at_least(1)] = 10
     """actions sampled from each of: uniform, policy at s, policy at s'"""
 
@@ -102,9 +112,10 @@ class Agent(nn.Module):
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
         self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.critic = Critic(obs_dim, action_dim, args.critic_layers)
         self.critic_target = copy.deepcopy(self.critic)
         self.log_temperature = nn.Parameter(torch.zeros(()))
+        self.log_multiplier = nn.Parameter(torch.ones(()))
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.actor(obs)[0])
@@ -118,25 +129,29 @@ class Optimizers(dict):
             actor_optimizer=Adam(agent.actor.parameters(), args.actor_lr),
             critic_optimizer=Adam(agent.critic.parameters(), args.critic_lr),
             temperature_optimizer=Adam([agent.log_temperature], args.actor_lr),
+            multiplier_optimizer=Adam([agent.log_multiplier], args.critic_lr),
         )
 
 
 def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: Optimizers):
-    """One update of critics, actor and temperature on a batch of the dataset."""
+    """One update of critics, actor, temperature and multiplier on a batch of the dataset."""
     actor, critic, critic_target = agent.actor, agent.critic, agent.critic_target
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
-    action_dim, n, batch_size = data.actions.shape[1], args.n_actions, args.batch_size
+    action_dim, n, m, batch_size = data.actions.shape[1], args.n_actions, args.best_of, args.batch_size
+    min_gap = -math.inf if args.min_gap is None else args.min_gap
     chunk = batch_size if data.obs.is_cuda else 64
 
     def gradients():
         obs, actions, rewards, next_obs, terminations, _ = sample(data, batch_size)
         temperature = agent.log_temperature.exp().detach()
 
-        # SAC's target, without the entropy term: y = r + gamma (1 - d) min_i Q_target_i(s', a')
+        # SAC's target, without the entropy term: y = r + gamma (1 - d) max_a' min_i Q_target_i(s', a'), of m actions
         with torch.no_grad():
             next_mean, next_log_std = actor(next_obs)
-            next_actions, _ = sample_actions(next_mean, next_log_std)
-            y = rewards + args.gamma * (1 - terminations) * critic_target(next_obs, next_actions).amin(0)
+            next_actions, _ = sample_actions(next_mean.expand(m, -1, -1), next_log_std.expand(m, -1, -1))
+            next_states = next_obs.expand(m, -1, -1)
+            next_q = critic_target(next_states.flatten(0, 1), next_actions.flatten(0, 1)).amin(0).view(m, -1).amax(0)
+            y = rewards + args.gamma * (1 - terminations) * next_q
 
         # 3 n other actions at s (3 n, B, A), with the log density that each was drawn with
         mean, log_std = actor(obs)
@@ -149,6 +164,8 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
             log_density = torch.cat([uniform_log_prob, current_log_prob, following_log_prob])
 
         # critic, some states at a time, so that a CPU's cache holds the activations of all their actions
+        multiplier = agent.log_multiplier.exp().clamp(max=1e6)
+        weight = args.alpha * multiplier.detach() if args.lagrange else args.alpha
         parts = []
         for start in range(0, batch_size, chunk):
             part = slice(start, start + chunk)
@@ -158,10 +175,14 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
             q, q_others = q_all[:, 0], q_all[:, 1:]
             td_loss = ((q - y[part]) ** 2).sum() / batch_size
             # R(s) = log E_a [exp Q(s, a) / density(a)] - Q(s, a_data): CQL(H) with importance sampling
-            gap = (torch.logsumexp(q_others - log_density[:, part], dim=1) - q).sum() / batch_size
-            grads = torch.autograd.grad(td_loss + args.alpha * gap, critic_params)
+            gaps = torch.logsumexp(q_others - log_density[:, part], dim=1) - q
+            gap = gaps.clamp(min=min_gap).sum() / batch_size
+            grads = torch.autograd.grad(td_loss + weight * gap, critic_params)
             parts.append((td_loss.detach(), gap.detach() / 2, q.detach().sum() / (2 * batch_size), *grads))
         td_loss, gap, q, *critic_grads = [sum(part) for part in zip(*parts, strict=True)]
+
+        # multiplier towards a gap of the target's size: it rises while the gap is wider
+        multiplier_loss = -args.alpha * multiplier * (gap - args.target_gap)
 
         # actor: temperature log pi - min_i Q_i, and the temperature towards the entropy -A
         new_actions, log_prob = sample_actions(mean, log_std)
@@ -170,20 +191,25 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
 
         metrics = {"critic_loss": td_loss, "conservative_gap": gap, "actor_loss": actor_loss, "q": q,
                    "temperature": temperature, "entropy": -log_prob.mean()}  # fmt: skip
+        if args.lagrange:
+            metrics["multiplier"] = multiplier
         return (
             critic_grads,
             torch.autograd.grad(actor_loss, actor_params),
             torch.autograd.grad(temperature_loss, [agent.log_temperature]),
+            torch.autograd.grad(multiplier_loss, [agent.log_multiplier]),
             {name: value.detach() for name, value in metrics.items()},
         )
 
     gradients = steps.compiled(gradients, args.compile, long_sums=True)  # over every sampled action of every state
 
     def step():
-        critic_grads, actor_grads, temperature_grads, metrics = gradients()
+        critic_grads, actor_grads, temperature_grads, multiplier_grads, metrics = gradients()
         optimizers["temperature_optimizer"].step(temperature_grads)
         optimizers["actor_optimizer"].step(actor_grads)
         optimizers["critic_optimizer"].step(critic_grads)
+        if args.lagrange:
+            optimizers["multiplier_optimizer"].step(multiplier_grads)
         polyak(critic_target, critic, args.tau)
         return metrics
 

@@ -31,7 +31,7 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_scale=100.0, gamma=0.999, batch_size=256, eval_every=50_000),
+    "antmaze": dict(reward_scale=100.0, gamma=0.999, batch_size=256, actor_lr=3e-4, critic_lr=5e-5, eval_every=50_000),
     "antmaze-umaze": dict(actor_bc_coef=0.003, critic_bc_coef=0.002),
     "antmaze-umaze-diverse": dict(actor_bc_coef=0.003, critic_bc_coef=0.001),
     "antmaze-medium-play": dict(actor_bc_coef=0.001, critic_bc_coef=0.0005),
@@ -68,8 +68,10 @@ class Args(pretrain.PretrainArgs):
     """discount factor"""
     tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor of the targets"""
-    lr: Annotated[float, at_least(0)] = 1e-3
-    """learning rate of the actor and of the critics"""
+    actor_lr: Annotated[float, at_least(0)] = 1e-3
+    """learning rate of the actor"""
+    critic_lr: Annotated[float, at_least(0)] = 1e-3
+    """learning rate of the critics"""
     hidden_layers: Annotated[int, at_least(1)] = 3
     """hidden layers of 256 units in every network"""
     actor_bc_coef: Annotated[float | None, at_least(0)] = None
@@ -139,8 +141,8 @@ class Optimizers(dict):
 
     def __init__(self, args: Args, agent: Agent):
         super().__init__(
-            actor_optimizer=Adam(agent.actor.parameters(), args.lr),
-            critic_optimizer=Adam(agent.critic.parameters(), args.lr),
+            actor_optimizer=Adam(agent.actor.parameters(), args.actor_lr),
+            critic_optimizer=Adam(agent.critic.parameters(), args.critic_lr),
         )
 
 

@@ -238,15 +238,19 @@ def test_threshold_schedule():
 # ----------------------------------------------------------------------------------------------- CQL
 
 
-def test_cql(data, monkeypatch):
-    args, optimizers = cql.Args(compile=False, batch_size=B, n_actions=4), Recorder()
+@pytest.mark.parametrize("maze", [False, True])
+def test_cql(data, monkeypatch, maze):
+    """With AntMaze's constants it is another one: Lagrange's weight, clipped differences, the best of some actions."""
+    least, best_of = (4.1, 3) if maze else (-math.inf, 1)
+    changes = dict(cql.FAMILIES["antmaze"], best_of=best_of, min_gap=least) if maze else {}
+    args, optimizers = cql.Args(compile=False, batch_size=B, n_actions=4, **changes), Recorder()
     torch.manual_seed(5)
     agent = cql.Agent(args, S, A)
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     obs, actions, rewards, next_obs, terminations, _ = fixed_rows(monkeypatch, cql, data)
-    noise = noises(monkeypatch, (B, A), (4, B, A), (4, B, A), (B, A))
+    noise = noises(monkeypatch, (best_of, B, A), (4, B, A), (4, B, A), (B, A))
     torch.manual_seed(6)
     uniform = torch.empty(4, B, A).uniform_(-1, 1).double()
     torch.manual_seed(6)
@@ -255,9 +259,10 @@ def test_cql(data, monkeypatch):
 
     mean, std = actor64(agent.actor, obs)
     next_mean, next_std = actor64(agent.actor, next_obs)
-    q_next = critic64(before, next_obs, torch.tanh(next_mean + next_std * noise[0])).min(0).values
+    candidates = [torch.tanh(next_mean + next_std * eps) for eps in noise[0]]
+    q_next = torch.stack([critic64(before, next_obs, a).min(0).values for a in candidates]).max(0).values
     y = (rewards.double() + 0.99 * (1 - terminations.double()) * q_next).detach()
-    loss = 0
+    loss, gaps, weight = 0, [], 5 * agent.log_multiplier.exp().item() if maze else 10
     for k in range(2):
         q = critic64(agent.critic, obs, actions)[k]
         weighted = []  # exp Q(s, a) / density(a), in logs
@@ -267,7 +272,10 @@ def test_cql(data, monkeypatch):
                 a = torch.tanh(m + s * eps).detach()
                 log_density = log_prob64(squashed(m, s), torch.tanh(m + s * eps)).detach()
                 weighted.append(critic64(agent.critic, obs, a)[k] - log_density)
-        loss = loss + ((q - y) ** 2).mean() + 10 * (torch.logsumexp(torch.stack(weighted), 0) - q).mean()
+        difference = torch.logsumexp(torch.stack(weighted), 0) - q
+        assert not maze or 0 < (difference < least).double().mean() < 1
+        gaps.append(torch.where(difference < least, least, difference).mean())
+        loss = loss + ((q - y) ** 2).mean() + weight * gaps[-1]
     same(optimizers["critic_optimizer"].calls[0], loss, list(agent.critic.parameters()))
     new_actions = torch.tanh(mean + std * noise[3])
     log_prob = log_prob64(squashed(mean, std), new_actions)
@@ -276,6 +284,20 @@ def test_cql(data, monkeypatch):
     same(optimizers["actor_optimizer"].calls[0], actor_loss, list(agent.actor.parameters()))
     want = -(log_prob.detach() - A).mean()
     torch.testing.assert_close(optimizers["temperature_optimizer"].calls[0][0].double(), want, rtol=1e-4, atol=1e-5)
+    if maze:  # the multiplier rises where the gap is above 0.8
+        want = -weight * (sum(gaps).detach() / 2 - 0.8)
+        torch.testing.assert_close(optimizers["multiplier_optimizer"].calls[0][0].double(), want, rtol=1e-4, atol=1e-5)
+    assert ("multiplier_optimizer" in optimizers) == maze
+
+
+def test_one_critic_of_five_layers_in_a_maze(data):
+    args = cli.parse(o2sac.Args, {}, o2sac.FAMILIES, ["--env-id", "antmaze-umaze-v2", "--no-compile"])
+    policy = dict(obs_dim=S, action_dim=A, hidden_layers=3, actor=o2sac.Actor(S, A).state_dict())
+    agent = o2sac.Agent(args, policy)
+    q = agent.critic(data.obs[:7], data.actions[:7])
+    assert q.shape == (1, 7) and sum(isinstance(layer, torch.nn.ReLU) for layer in agent.critic.net) == 5
+    for step in (o2sac.reevaluation_step, o2sac.alignment_step):
+        assert all(value.isfinite() for value in step(args, data, agent, o2sac.Optimizers(args, agent))().values())
 
 
 # ----------------------------------------------------------------------------------------------- optimiser
