@@ -18,13 +18,14 @@ from typing import Annotated, Literal
 import offline
 from common import cli, datasets, envs, report, steps
 from common.bounds import above, at_least, between
-from common.checkpoint import Best, seed_everything
-from common.loop import Loop, train
+from common.checkpoint import BestPolicy, seed_everything
+from common.loop import Loop
 from common.nn import Adam, clip_grad_norm, ensemble_mlp, gaussian_entropy, gaussian_log_prob, mlp, polyak
 from common.probe import STATES, spread
-from common.reference import Margin
+from common.reference import Outplayed
 from common.replay import sample
 from common.run import Run
+from common.stages import Stage, train
 from common.tasks import Task
 
 import numpy as np
@@ -207,6 +208,10 @@ class Agent(nn.Module):
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The most likely action."""
         return self.actor(obs)[0]
+
+    def move_reference(self) -> None:
+        """π_ref ← π."""
+        self.actor_reference.load_state_dict(self.actor.state_dict())
 
 
 def value_probe(agent: Agent, held_out: datasets.Dataset):
@@ -450,7 +455,7 @@ def empty_batch(args: Args, data: datasets.Dataset) -> dict[str, torch.Tensor]:
     return batch | {name: torch.zeros(n, getattr(data, name).shape[1], device=device) for name in ("obs", "actions")}
 
 
-def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best: Best,
+def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best: BestPolicy,
              scale: RewardScale):  # fmt: skip
     """Roll out, update, evaluate, and move π_ref. `best` is the best policy of the stages before, with its score."""
     device, per_rollout = data.obs.device, args.rollout_steps
@@ -460,8 +465,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     env = envs.VectorEpisodes(
         data.task, evaluator.mean, evaluator.std, args.num_envs, args.seed, args.reward_scale, args.reward_shift
     )
-    margin = Margin(args.reference_window, args.reference_margin)
-    state = {"agent": agent, **optimizers, "env": env, "best": best, "margin": margin, "scale": scale,
+    outplayed = Outplayed(args.reference_window, args.reference_margin)
+    state = {"agent": agent, **optimizers, "env": env, "best": best, "outplayed": outplayed, "scale": scale,
              "stepper": stepper}  # fmt: skip
     total = args.online_steps // per_rollout * per_rollout
     loop = Loop(run, "finetune", total, state, device)
@@ -492,67 +497,49 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
                         **losses}  # fmt: skip
             improved = best.update(score, agent.actor, f"online, step {env_step:,}")
             if improved and args.reference == "best":
-                agent.actor_reference.load_state_dict(agent.actor.state_dict())
+                agent.move_reference()
         interval = args.reference_interval
         if args.reference == "interval" and env_step // interval > (env_step - per_rollout) // interval:
-            agent.actor_reference.load_state_dict(agent.actor.state_dict())
-        if any([margin.add(value) for value in finished]) and args.reference == "adaptive":
-            agent.actor_reference.load_state_dict(agent.actor.state_dict())
+            agent.move_reference()
+        if any([outplayed.add(value) for value in finished]) and args.reference == "adaptive":
+            agent.move_reference()
         run.log("finetune", env_step, scalars | probe())
 
 
 # ---------------------------------------------------------------------------------------------- the whole run
 
 
-def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
-    """Seconds of each stage from a few timed steps, on networks that are thrown away."""
-    args = replace(args, compile=False)
-    data, device = data.head(10_000), data.obs.device
-    obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
-    actor = Actor(obs_dim, action_dim)
-    policy = dict(obs_dim=obs_dim, action_dim=action_dim, hidden_layers=2, actor=actor.state_dict())
-    agent = Agent(args, policy).to(device)
-    optimizers = Optimizers(args, agent)
-    env = envs.VectorEpisodes(data.task, np.zeros(obs_dim), np.ones(obs_dim), args.num_envs, 0)
-    per_rollout, rollouts = args.rollout_steps // args.num_envs, args.online_steps // args.rollout_steps
-    epoch = update_epoch(args, empty_batch(args, data), agent, optimizers)
-    offline_step, offline_steps = offline.timed_step(args, data)
-    value_step = reevaluation_step(args, data, agent, optimizers)
-    act = steps.seconds_per_step(lambda: rollout(actor, env, 5), torch.device("cpu")) / 5
-    update = steps.seconds_per_step(epoch, device, n=1)
-    return {
-        "offline": offline_steps * steps.seconds_per_step(offline_step, device) if offline_steps else 0.0,
-        "reevaluate": args.reevaluate_steps * steps.seconds_per_step(value_step, device) if args.reevaluate else 0.0,
-        "finetune": rollouts * (per_rollout * act + args.update_epochs * update),
-    }
+KIND = "gaussian"  # of the policy to start from, see common/policies.py
+REEVALUATE = Stage("reevaluate", "reevaluate_steps", reevaluation_step, "re-evaluated")
+FINETUNE = Stage(
+    "finetune", "online_steps", update_epoch, "fine-tuned", "eval_every", empty_batch,
+    per_step=lambda args: args.rollout_steps / args.update_epochs,
+)  # fmt: skip
+STAGES = (REEVALUATE, FINETUNE)
+ABLATIONS = ("reevaluate", "constrain")  # --no-… leaves that part of the method out
+FINETUNING_ARGS = (  # what fine-tuning alone reads: runs that differ in nothing else share the stages before it
+    "constrain", "online_steps", "beta_start", "beta_steps", "reference", "reference_interval", "reference_window",
+    "reference_margin", "eval_every", "probe_every",
+)  # fmt: skip
 
 
 def main() -> None:
-    args, run, data = report.start(Args, PRESETS, FAMILIES, "gaussian", offline.check)
-    device = data.obs.device
-    report.estimate(run, estimate(args, data))
-
-    policy, evaluator = offline.policy(args, run, data, "gaussian")
+    args, run, data = report.start_run(Args, offline)
+    policy, evaluator = offline.policy(args, run, data)
     seed_everything(args.seed)
     scale = RewardScale(args.gamma)
     if args.scale_rewards:
         data = scaled(data, scale)
     data, held_out = data.hold_out(args.holdout, STATES)
-    agent = Agent(args, policy).to(device)
-    probe = value_probe(agent, held_out)
-    optimizers = Optimizers(args, agent)
-    offline_score = run.last_score = policy["score"]
+    agent = Agent(args, policy).to(data.obs.device)
+    probe, optimizers = value_probe(agent, held_out), Optimizers(args, agent)
+    best = BestPolicy(policy["score"], agent.actor, "offline policy")
 
     if args.reevaluate:
-        train(
-            run, "reevaluate", lambda: reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps,
-            {"agent": agent, **optimizers}, device=device, compile=args.compile, log_every=args.log_every,
-            probe=probe,
-        )  # fmt: skip
-    best = Best(offline_score, agent.actor, "offline policy")
+        train(run, REEVALUATE, data, agent, optimizers, probe)
     finetune(args, run, data, agent, optimizers, evaluator, probe, best, scale)
 
-    report.finish(run, policy, agent, best, offline_score, None, data, evaluator)
+    report.finish(run, policy, agent, best, data, evaluator)
 
 
 if __name__ == "__main__":

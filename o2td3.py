@@ -12,19 +12,20 @@ Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & H
 import copy
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import offline
 from common import cli, datasets, envs, report, steps
 from common.bounds import above, at_least, between, even
-from common.checkpoint import Best, seed_everything
-from common.loop import Loop, train
+from common.checkpoint import BestPolicy, seed_everything
+from common.loop import Loop
 from common.nn import Adam, clip_grad_norm, ensemble_mlp, in_chunks, mlp, polyak
 from common.probe import STATES, Probe, fixed_noise
-from common.reference import Margin
+from common.reference import Outplayed
 from common.replay import ReplayBuffer, sample
 from common.run import Run
+from common.stages import Schedules, Stage, train
 from common.tasks import Task
 
 import torch
@@ -213,6 +214,10 @@ class Agent(nn.Module):
         """The action without exploration noise."""
         return self.actor(obs)
 
+    def move_reference(self) -> None:
+        """π_ref ← π."""
+        self.actor_reference.load_state_dict(self.actor.state_dict())
+
 
 def critic_probe(args: Args, agent: Agent, held_out: datasets.Dataset) -> Probe:
     """Logged in every stage: Q at states that none trains on, and how far it falls with the distance from π_off(s)."""
@@ -321,10 +326,18 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
 # ---------------------------------------------------------------------------------------------- 3. fine-tuning
 
 
-def threshold_at(args: Args, env_step: int) -> float:
-    """The constraint's threshold (the paper's τ): linear from start to end over `mse_threshold_steps`."""
-    start, end = args.mse_threshold_start, args.mse_threshold_end
-    return start + (end - start) * min(env_step / args.mse_threshold_steps, 1.0)
+def schedules(args: Args) -> dict:
+    """What changes during fine-tuning, as functions of the environment step; each reaches the step as a tensor.
+
+    The constraint's threshold (the paper's τ) is linear from start to end over `mse_threshold_steps`.
+    """
+    start, end, over = args.mse_threshold_start, args.mse_threshold_end, args.mse_threshold_steps
+    return {"mse_threshold": lambda step: start + (end - start) * min(step / over, 1.0)}
+
+
+def experience(args: Args, data: datasets.Dataset) -> ReplayBuffer:
+    """What online batches are drawn from."""
+    return ReplayBuffer(data, args.online_steps, args.buffer, args.part_episodes)
 
 
 def lagrange_loss(log_lagrange: torch.Tensor, slack: torch.Tensor, expectile: float) -> torch.Tensor:
@@ -332,11 +345,12 @@ def lagrange_loss(log_lagrange: torch.Tensor, slack: torch.Tensor, expectile: fl
     return log_lagrange.exp() * ((expectile - (slack > 0).float()).abs() * slack).mean()
 
 
-def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: Optimizers, threshold: torch.Tensor):
+def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: Optimizers, scheduled: dict):
     """TD3's updates of one environment step, under E‖π(s) - π_ref(s)‖² / A < τ (Eq. 10 and 11).
 
-    `threshold` is τ as a scalar tensor, filled in by the caller.
+    `scheduled` holds what `schedules` names, as scalar tensors.
     """
+    threshold = scheduled["mse_threshold"]
     actor, actor_target, reference = agent.actor, agent.actor_target, agent.actor_reference
     critic, critic_target = agent.critic, agent.critic_target
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
@@ -393,21 +407,20 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
     return step
 
 
-def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best: Best):
+def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, evaluator, probe, best: BestPolicy):
     """Interact, update, evaluate, and move π_ref. `best` is the best policy of the stages before, with its score."""
     device = data.obs.device
-    replay = ReplayBuffer(data, args.online_steps, args.buffer, args.part_episodes)
-    threshold = torch.zeros((), device=device)
+    replay, schedule = experience(args, data), Schedules(schedules(args), device)
     stepper = steps.Stepper(None, device, graph=args.compile, steps_per_graph=1, phases=args.policy_freq)
     env = envs.make_env(data.task, evaluator.mean, evaluator.std)
     env = envs.Episodes(env, args.seed, args.reward_scale, args.reward_shift)
-    margin = Margin(args.reference_window, args.reference_margin)
-    state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "margin": margin,
+    outplayed = Outplayed(args.reference_window, args.reference_margin)
+    state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "outplayed": outplayed,
              "stepper": stepper}  # fmt: skip
     loop = Loop(run, "finetune", args.online_steps, state, device)
     if loop.done:
         return
-    stepper.step = finetuning_step(args, replay, agent, optimizers, threshold)
+    stepper.step = finetuning_step(args, replay, agent, optimizers, schedule.tensors)
 
     @torch.no_grad()
     def explore(obs):
@@ -418,7 +431,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         if (env_step - 1) % args.probe_every == 0:
             run.log("finetune", env_step - 1, probe())
         obs, action = env.obs, explore(env.obs)
-        threshold.fill_(threshold_at(args, env_step))
+        schedule.fill(env_step)
         # Updates draw on the transitions before this one, so a GPU does them while the simulator takes this step
         if env_step > args.learning_starts:
             stepper.run(1)
@@ -426,81 +439,57 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
         if episodic_return is not None:
             run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
-            if margin.add(episodic_return) and args.reference == "adaptive":
-                agent.actor_reference.load_state_dict(agent.actor.state_dict())
+            if outplayed.add(episodic_return) and args.reference == "adaptive":
+                agent.move_reference()
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
             score = evaluator(agent.act, device)
             losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-            run.log("finetune", env_step, {"charts/score": score, "charts/SPS": loop.rate,
-                    "charts/mse_threshold": threshold.item(), "charts/best_score": max(score, best.score),
-                    **losses})  # fmt: skip
+            run.log("finetune", env_step, {"charts/score": score, "charts/best_score": max(score, best.score),
+                    "charts/SPS": loop.rate, **schedule.scalars(), **losses})  # fmt: skip
             improved = best.update(score, agent.actor, f"online, step {env_step:,}")
             if improved and args.reference == "best":
-                agent.actor_reference.load_state_dict(agent.actor.state_dict())
+                agent.move_reference()
         if args.reference == "interval" and env_step % args.reference_interval == 0:
-            agent.actor_reference.load_state_dict(agent.actor.state_dict())
+            agent.move_reference()
 
 
 # ---------------------------------------------------------------------------------------------- the whole run
 
 
-def estimate(args: Args, data: datasets.Dataset) -> dict[str, float]:
-    """Seconds of each stage from a few timed steps, on networks that are thrown away."""
-    args = replace(args, compile=False, reevaluate=True)
-    data, device = data.head(10_000), data.obs.device
-    obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
-    policy = dict(
-        obs_dim=obs_dim, action_dim=action_dim, hidden_layers=2, actor=Actor(obs_dim, action_dim).state_dict()
-    )
-    agent = Agent(args, policy).to(device)
-    optimizers = Optimizers(args, agent)
-    replay, threshold = ReplayBuffer(data, 1, "half"), torch.ones((), device=device)
-    steps_of = {
-        "offline": offline.timed_step(args, data),
-        "reevaluate": (reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps),
-        "align": (alignment_step(args, data, agent, optimizers), args.align_steps if args.align else 0),
-        "finetune": (finetuning_step(args, replay, agent, optimizers, threshold), args.online_steps),
-    }
-    return {stage: n * steps.seconds_per_step(step, device) if n else 0.0 for stage, (step, n) in steps_of.items()}
+KIND = "deterministic"  # of the policy to start from, see common/policies.py
+REEVALUATE = Stage("reevaluate", "reevaluate_steps", reevaluation_step, "re-evaluated")
+ALIGN = Stage("align", "align_steps", alignment_step, "aligned", "align_eval_every")
+FINETUNE = Stage("finetune", "online_steps", finetuning_step, "fine-tuned", "eval_every", experience, schedules)
+STAGES = (REEVALUATE, ALIGN, FINETUNE)
+ABLATIONS = ("reevaluate", "align", "constrain")  # --no-… leaves that part of the method out
+FINETUNING_ARGS = (  # what fine-tuning alone reads: runs that differ in nothing else share the stages before it
+    "constrain", "online_steps", "learning_starts", "utd", "mse_threshold_start", "mse_threshold_end",
+    "mse_threshold_steps", "reference", "reference_interval", "reference_window", "reference_margin", "actor_grad_norm",
+    "eval_every", "probe_every",
+)  # fmt: skip
 
 
 def main() -> None:
-    args, run, data = report.start(Args, PRESETS, FAMILIES, "deterministic", offline.check)
-    device = data.obs.device
-    report.estimate(run, estimate(args, data))
-
-    policy, evaluator = offline.policy(args, run, data, "deterministic")
+    args, run, data = report.start_run(Args, offline)
+    policy, evaluator = offline.policy(args, run, data)
     seed_everything(args.seed)
     data, held_out = data.hold_out(args.holdout, STATES)
-    agent = Agent(args, policy).to(device)
-    probe = critic_probe(args, agent, held_out)
-    optimizers = Optimizers(args, agent)
-    state = {"agent": agent, **optimizers}
-    offline_score = run.last_score = policy["score"]
+    agent = Agent(args, policy).to(data.obs.device)
+    probe, optimizers = critic_probe(args, agent, held_out), Optimizers(args, agent)
+    best = BestPolicy(policy["score"], agent.actor, "offline policy")
 
     if args.reevaluate:
-        train(
-            run, "reevaluate", lambda: reevaluation_step(args, data, agent, optimizers), args.reevaluate_steps, state,
-            device=device, compile=args.compile, log_every=args.log_every, probe=probe,
-        )  # fmt: skip
+        train(run, REEVALUATE, data, agent, optimizers, probe)
     if args.align:
-        train(
-            run, "align", lambda: alignment_step(args, data, agent, optimizers), args.align_steps, state,
-            device=device, compile=args.compile, log_every=args.log_every, probe=probe,
-            evaluate=lambda: evaluator(agent.act, device), evaluate_every=args.align_eval_every,
-        )  # fmt: skip
+        train(run, ALIGN, data, agent, optimizers, probe, evaluator)
         agent.critic_target.load_state_dict(agent.critic.state_dict())
         agent.actor_target.load_state_dict(agent.actor.state_dict())
-    aligned_score = evaluator(agent.act, device)
-    best = Best(offline_score, agent.actor_offline, "offline policy")
-    improved = best.update(aligned_score, agent.actor, "aligned policy")
+    improved = best.update(run.last_score, agent.actor, "aligned policy")
     if improved or args.reference == "adaptive":  # else π_off stays the reference
-        agent.actor_reference.load_state_dict(agent.actor.state_dict())
-
+        agent.move_reference()
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 
-    aligned_score = aligned_score if args.align else None
-    report.finish(run, policy, agent, best, offline_score, aligned_score, data, evaluator)
+    report.finish(run, policy, agent, best, data, evaluator)
 
 
 if __name__ == "__main__":

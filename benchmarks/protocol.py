@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common import cli, pretrain
+from common import cli, pretrain, stages
 from common.bounds import at_least, between
 from common.report import duration
 from common.run import run_name
@@ -35,8 +35,8 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class Args:
-    script: Literal["o2sac", "o2td3", "o2ppo"] = "o2sac"
-    """the online algorithm"""
+    script: str = "o2sac"
+    """the online algorithm: the name of a script here or in baselines/, or the path of your own"""
     offline: Literal[ALGORITHMS] = "cql"
     """the offline one"""
     env_id: str = "hopper-medium-v2"
@@ -59,11 +59,13 @@ class Args:
 
 def command_line(args: Args) -> list[str]:
     """The run's own arguments: the paper's, with shorter budgets."""
-    paper = importlib.import_module(args.script).Args()
-    names = [n for n in ("reevaluate_steps", "align_steps", "online_steps", "learning_starts") if hasattr(paper, n)]
+    script = stages.online(args.script)
+    paper = script.Args()
+    names = [stage.steps for stage in script.STAGES] + ["learning_starts"] * hasattr(paper, "learning_starts")
     budgets = {name: getattr(paper, name) for name in names}
     budgets["offline_steps"] = importlib.import_module(f"offline.{args.offline}").Args().steps
-    flags = ["--exp-name", f"{args.script}-{args.fraction:g}", "--compile" if args.compile else "--no-compile"]
+    name = f"{Path(args.script).stem}-{args.fraction:g}"
+    flags = ["--exp-name", name, "--compile" if args.compile else "--no-compile"]
     for name in ("env_id", "dataset_path", "offline", "seed", "num_seeds", "device", "run_dir"):
         flags += ["--" + name.replace("_", "-"), str(getattr(args, name))]
     for name, steps in budgets.items():
@@ -85,16 +87,15 @@ def main() -> None:
         args.run_dir = f"{args.run_dir}/{args.num_seeds}-seeds"
     flags = command_line(args)
     start = time.perf_counter()
-    if done := subprocess.run([sys.executable, str(ROOT / f"{args.script}.py"), *flags]).returncode:
+    script = stages.online(args.script)
+    if done := subprocess.run([sys.executable, script.__file__, *flags]).returncode:
         sys.exit(done)  # the script has said why
     wall = time.perf_counter() - start
 
-    script = importlib.import_module(args.script)
     run = cli.parse(script.Args, script.PRESETS, script.FAMILIES, flags)
     results = [times(replace(run, seed=seed)) for seed in range(run.seed, run.seed + run.num_seeds)]
     result, seconds = max(results, key=lambda found: sum(found[1].values()))
-    steps = [run.offline_steps, run.reevaluate_steps, *([run.align_steps] if "align" in seconds else []),
-             run.online_steps]  # fmt: skip
+    steps = [run.offline_steps, *(getattr(run, stage.steps) for stage in script.STAGES if stage.name in seconds)]
     name = run_name(run) + f" and {args.num_seeds - 1} more" * (args.num_seeds > 1)
     table = Table(title=f"{name}, {result['hardware']}, PyTorch {torch.__version__}", title_justify="left")
     for column in ("stage", "steps", "time", "steps/s"):

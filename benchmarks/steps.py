@@ -8,6 +8,7 @@ floor is the best that this machine could do: a step's matrix products at the ra
 a GPU its kernels, each at the latency of an empty one inside a graph, whichever takes longer.
 """
 
+import importlib
 import resource
 import statistics
 import sys
@@ -18,26 +19,24 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import o2ppo
-import o2sac
-import o2td3
-from common import cli, datasets, report, steps, tasks
+import offline
+from common import cli, datasets, report, stages, steps, tasks, timing
 from common.bounds import above, at_least
-from common.policies import Policy
-from common.replay import ReplayBuffer
-from offline import awac, bc, cql, iql, rebrac, td3_bc
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-OFFLINE = {"cql": cql, "iql": iql, "td3_bc": td3_bc, "bc": bc, "awac": awac, "rebrac": rebrac}
-ONLINE = {"o2sac": (o2sac, "squashed_gaussian"), "o2td3": (o2td3, "deterministic"), "o2ppo": (o2ppo, "gaussian")}
-STAGES = (
-    *OFFLINE, *(f"{script}-{stage}" for script in ("o2sac", "o2td3") for stage in ("reevaluate", "align", "update")),
-    "o2ppo-reevaluate", "o2ppo-epoch",
-)  # fmt: skip
+ONLINE = ("o2sac", "o2td3", "o2ppo")
+
+
+def stages_of(script: str) -> list[str]:
+    """A fine-tuning script's stages, as --stages names them."""
+    return [f"{script}-{stage.name}" for stage in stages.online(script).STAGES]
+
+
+STAGES = (*offline.ALGORITHMS, *(stage for script in ONLINE for stage in stages_of(script)))
 
 
 @dataclass
@@ -45,7 +44,8 @@ class Args:
     device: str = "auto"
     """cpu, cuda, …; auto takes the GPU where there is one"""
     stages: tuple[str, ...] = STAGES
-    """the stages to time: o2ppo-epoch is a pass over one rollout in 16 minibatches"""
+    """the stages to time, as o2sac-align, iql, or a script's name or path for all of its stages; in finetune a step is
+    an update, for o2ppo a pass over one rollout in 16 minibatches"""
     seconds: Annotated[float, above(0)] = 2.0
     """length of one turn"""
     turns: Annotated[int, at_least(1)] = 5
@@ -73,31 +73,32 @@ def random_data(args: Args, device: torch.device) -> datasets.Dataset:
 
 
 def make_step(stage: str, data: datasets.Dataset, compile: bool):
-    """One gradient step of `stage` (for `update`: one online update), with the paper's sizes."""
-    obs_dim, action_dim, device = data.obs.shape[1], data.actions.shape[1], data.obs.device
-    if stage in OFFLINE:
-        script = OFFLINE[stage]
+    """One gradient step of `stage` (of fine-tuning: one online update), with the paper's sizes."""
+    if stage in offline.ALGORITHMS:
+        script = importlib.import_module(f"offline.{stage}")
         args = cli.complete(script.Args(compile=compile))
-        agent = script.Agent(args, obs_dim, action_dim).to(device)
+        agent = script.Agent(args, data.obs.shape[1], data.actions.shape[1]).to(data.obs.device)
         return script.training_step(args, data, agent, script.Optimizers(args, agent))
-    name, stage = stage.split("-")
-    script, kind = ONLINE[name]
-    args = cli.complete(script.Args(compile=compile))
-    layers = 3 if name == "o2sac" else 2
-    actor = Policy(kind, obs_dim, action_dim, layers).state_dict()
-    agent = script.Agent(args, dict(obs_dim=obs_dim, action_dim=action_dim, hidden_layers=layers, actor=actor))
-    optimizers = script.Optimizers(args, agent.to(device))
-    if stage == "reevaluate":
-        return script.reevaluation_step(args, data, agent, optimizers)
-    if stage == "align":
-        return script.alignment_step(args, data, agent, optimizers)
-    if stage == "epoch":
-        batch = {key: torch.randn_like(tensor) for key, tensor in o2ppo.empty_batch(args, data).items()}
-        return o2ppo.update_epoch(args, batch, agent, optimizers)
-    args = replace(args, utd=1)
-    replay = ReplayBuffer(data, 1_000, "half")
-    replay.size.fill_(1_000)
-    return script.finetuning_step(args, replay, agent, optimizers, torch.tensor(0.1, device=device))
+    name, _, stage = stage.rpartition("-")
+    script = stages.online(name)
+    args = script.Args(compile=compile)
+    args = cli.complete(replace(args, utd=1) if hasattr(args, "utd") else args)
+    agent, optimizers = timing.untrained(args, data, offline.hidden_layers(args))
+    [stage] = [declared for declared in script.STAGES if declared.name == stage]
+    return stage.example(args, data, agent, optimizers)
+
+
+def chosen(name: str) -> list[str]:
+    """The stages that a name in --stages means. Raises UserError where there are none."""
+    if name in offline.ALGORITHMS:
+        return [name]
+    try:
+        return stages_of(name)
+    except cli.UserError:
+        script = name.rpartition("-")[0]
+        if script and name in stages_of(script):
+            return [name]
+        raise
 
 
 def turn(stepper: steps.Stepper, seconds: float, device: torch.device) -> float:
@@ -167,9 +168,7 @@ def main() -> None:
     for column in ("stage", *kinds, "ratio", "GFLOP", *["kernels"] * cuda, "floor", "of floor", *["peak MB"] * cuda):
         table.add_column(column, justify="left" if column == "stage" else "right")
     rows = []
-    for stage in args.stages:
-        if stage not in STAGES:
-            raise cli.UserError(f"there is no stage {stage!r}; choose from {', '.join(STAGES)}")
+    for stage in [stage for name in args.stages for stage in chosen(name)]:
         rate = max(rate, matrix_rate(device))  # the best of the whole run, for a busy moment is no floor
         if cuda:
             torch.cuda.reset_peak_memory_stats()

@@ -105,7 +105,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-class Best:
+class BestPolicy:
     """The best policy so far: its score, where it comes from in words, and a copy of its weights."""
 
     def __init__(self, score: float, policy: torch.nn.Module, origin: str):

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import tyro
@@ -92,9 +92,7 @@ class RunArgs:
 
 @dataclass
 class OnlineArgs(RunArgs):
-    """What the fine-tuning scripts take on top of that. `stages` are those before fine-tuning, in their order."""
-
-    stages: ClassVar[tuple[str, ...]] = ("reevaluate", "align")
+    """What the fine-tuning scripts take on top of that."""
 
     num_seeds: Annotated[int, at_least(1)] = 1
     """seeds to run side by side, from --seed on; each has a run folder of its own"""

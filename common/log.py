@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common.checkpoint import write_atomic
 from common.cli import UserError
+from common.stages import stages_of
 
 
 def tag(args, stage: str, name: str) -> str:
@@ -20,7 +21,7 @@ def tag(args, stage: str, name: str) -> str:
     """
     if stage == "finetune":
         return name
-    order = getattr(args, "stages", ())
+    order = [declared.name for declared in stages_of(args)]
     return f"{order.index(stage) + 1 if stage in order else 0}_{stage}/{name.removeprefix(stage + '/')}"
 
 

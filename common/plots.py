@@ -76,11 +76,6 @@ def draw_mean(panel, seeds: list[np.ndarray], name: str, colour: str, at=lambda 
     panel.fill_between(x, mean - std, mean + std, color=colour, alpha=0.12, linewidth=0)
 
 
-def start(result: dict) -> float:
-    """The score of the policy that fine-tuning begins with."""
-    return result["offline"] if result["aligned"] is None else result["aligned"]
-
-
 def score_label(result: dict) -> str:
     scale = "score (random policy 0, expert 100)" if result["references"] else "return of an episode"
     return f"{scale}\nhigher is better"
@@ -152,11 +147,12 @@ def draw_scores(panel, line: Line, result: dict, args) -> None:
     for stage in line.stages:
         x, y = line.points("charts/score" if stage == "finetune" else f"{stage}/score", stage)
         if stage == "finetune":
-            x, y = np.append(line.left[stage], x), np.append(start(result), y)
+            x, y = np.append(line.left[stage], x), np.append(result["start"], y)
         plot(panel, x, y, color="C0", marker="o" if len(x) < 40 else None, label="evaluation")
-    for name, left, style in (("offline", 0, "k--"), ("aligned", line.left["finetune"], "k:")):
-        if result[name] is not None:
-            plot(panel, [left, line.end], [result[name]] * 2, style, label=f"{name} policy: {result[name]:.1f}")
+    plot(panel, [0, line.end], [result["offline"]] * 2, "k--", label=f"offline policy: {result['offline']:.1f}")
+    for name in result["evaluated"][1:]:
+        ends = [line.left["finetune"], line.end]
+        plot(panel, ends, [result[name]] * 2, "k:", label=f"{name} policy: {result[name]:.1f}")
     panel.set_ylabel(score_label(result))
 
 
@@ -202,7 +198,7 @@ def seeds(figure, folders: list[Path], args) -> None:
     write_title(figure, f"seeds {', '.join(str(result['seed']) for result in results)}", results[0], args)
     for folder, result in zip(folders, results, strict=True):
         rows = [row for row in read_rows(folder / "progress.csv") if "charts/score" in row]
-        curves.append(np.array([(0, start(result)), *((row["step"], row["charts/score"]) for row in rows)], float).T)
+        curves.append(np.array([(0, result["start"]), *((row["step"], row["charts/score"]) for row in rows)], float).T)
         plot(panel, *curves[-1], color="C0", alpha=0.3, label="a seed")
     draw_mean(panel, curves, args.exp_name, "C0")
     if naive := naive_switch(args):

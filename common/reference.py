@@ -3,7 +3,7 @@
 import torch
 
 
-class Margin:
+class Outplayed:
     """Whether the policy has left its reference behind, judged by the returns of its training episodes alone.
 
     The last `window` episodes are set against as many that the reference played when it became the reference. It moves

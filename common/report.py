@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import agreement, cli, datasets, envs, plots, seeds, steps
+from common import agreement, cli, datasets, envs, plots, seeds, steps, timing
 from common.checkpoint import write_atomic
 from common.log import read_rows
 from common.policies import description_of, save_online
 from common.run import Run, read_json, run_name, script_name
+from common.stages import stages_of
 
 DAY = 24 * 3600
 
@@ -33,27 +34,29 @@ def hardware(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
 
 
-def start(args_class, presets: dict, families: dict, kind: str, check) -> tuple:
-    """Command line, device, dataset and run folder of a fine-tuning script: (args, run, data).
+def start_run(args_class, offline) -> tuple:
+    """Read the command line of a fine-tuning script, load its dataset, take its run folder: (args, run, data).
 
-    `check(args, data, kind)`, `kind` being that of the actor, refuses before anything is written what the run would
-    only stumble over later.
+    `offline` is the package of that name: `offline.check(args, data)` refuses before anything is written what the run
+    would only stumble over later. What it is and how long it will take is printed.
     """
-    args = cli.parse(args_class, presets, families)
+    script = sys.modules[args_class.__module__]
+    args = cli.parse(args_class, script.PRESETS, script.FAMILIES)
     device = cli.resolve_device(args.device)
     if args.num_seeds > 1:
-        check(args, datasets.load(args.env_id, args.dataset_path), kind)  # downloaded once, and refused once
+        offline.check(args, datasets.load(args.env_id, args.dataset_path))  # downloaded once, and refused once
         sys.exit(seeds.train(args, device))
     steps.setup(device, args.seed, args.deterministic)
     args = dataclasses.replace(args, compile=args.compile and steps.can_compile(device))
     data = datasets.load(args.env_id, args.dataset_path, device)
-    check(args, data, kind)
+    offline.check(args, data)
     run = Run(args, run_name(args), data)
     run.data = description_of(data, args)
     if (run.dir / "result.json").exists():
         print(f"{run.dir} is finished already, nothing is trained: this is its result")
     print(data.describe())
     agreement.report_simulator_check(data)
+    estimate(run, offline.seconds(args, data) | timing.seconds(args, data, offline.hidden_layers(args)))
     return args, run, data
 
 
@@ -69,13 +72,13 @@ def estimate(run: Run, seconds: dict[str, float]) -> None:
         )
 
 
-def finish(run: Run, policy: dict, agent, best, offline: float, aligned: float | None, data, evaluator):
+def finish(run: Run, policy: dict, agent, best, data, evaluator) -> None:
     """Save the policies, write result.json and curve.png, print the result's table, and film if asked to."""
     save_online(run, policy, agent.actor, best)
     path = run.dir / "result.json"
     result = read_json(path, "delete it, and the same command makes it again") if path.exists() else {}
     if result.get("made_with", {}).get("code") != run.made_with["code"]:  # else it was finished already
-        result = measured(run, policy, agent, best, offline, aligned, data, evaluator)
+        result = measured(run, policy, agent, best, data, evaluator)
         write_atomic(path, json.dumps(result, indent=2).encode())
     plots.draw(run.dir / "curve.png", plots.curve, offline_rows(run, policy) + run.logged.rows, result, run.args)
     show(run, result)
@@ -84,17 +87,23 @@ def finish(run: Run, policy: dict, agent, best, offline: float, aligned: float |
         envs.record_video(data.task, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
 
 
-def measured(run: Run, policy: dict, agent, best, offline: float, aligned: float | None, data, evaluator) -> dict:
-    """What result.json holds: scores, budgets, and what they were made from and with."""
+def measured(run: Run, policy: dict, agent, best, data, evaluator) -> dict:
+    """What result.json holds: scores, budgets, and what they were made from and with.
+
+    A stage before the last one that evaluates leaves its last score under its word, "aligned"; `start` is the score
+    that fine-tuning began with.
+    """
+    before = {stage.done: run.scores(stage.name) for stage in stages_of(run.args)[:-1]}
+    before = {"offline": policy["score"]} | {done: scores[-1] for done, scores in before.items() if scores}
     player = copy.deepcopy(agent)
     player.actor.load_state_dict(best.weights)
     fresh = [evaluator.score(r) for r in evaluator.fresh_returns(player.act, data.obs.device)]
     scores = run.scores("finetune")
     best_step, best_online = max(run.logged.evaluations("finetune"), key=lambda evaluation: evaluation[1])
     return {
-        "offline": offline, "aligned": aligned, "best_online": best_online, "best_online_step": best_step,
-        "last_online": scores[-1], "mean_of_last_3": float(np.mean(scores[-3:])), "best": best.score,
-        "best_from": best.origin, "best_fresh": float(np.mean(fresh)), "fresh_episodes": len(fresh),
+        **before, "evaluated": list(before), "start": list(before.values())[-1], "best_online": best_online,
+        "best_online_step": best_step, "last_online": scores[-1], "mean_of_last_3": float(np.mean(scores[-3:])),
+        "best": best.score, "best_from": best.origin, "best_fresh": float(np.mean(fresh)), "fresh_episodes": len(fresh),
         "best_fresh_error": float(np.std(fresh, ddof=1) / len(fresh) ** 0.5), "references": data.task.references,
         "measure": run.measure, "scale": data.scale(), "script": script_name(run.args), "dataset": data.task.data,
         "data": run.data, "simulator": data.task.simulator, "source": data.source,
@@ -121,10 +130,10 @@ def show(run: Run, result: dict) -> None:
     seconds = {stage: duration(s) for stage, s in result["seconds"].items()}
     trained = f", {result['offline_steps']:,} steps" if result["offline_steps"] else ""
     table.add_row(f"offline ({result['offline_algorithm']}{trained})", f"{result['offline']:.1f}")
-    if "reevaluate" in seconds:
-        table.add_row("re-evaluated", "", seconds["reevaluate"])
-    if result["aligned"] is not None:
-        table.add_row("aligned", f"{result['aligned']:.1f}", seconds["align"])
+    for stage in stages_of(run.args)[:-1]:
+        if stage.name in seconds:
+            score = f"{result[stage.done]:.1f}" if stage.done in result else ""
+            table.add_row(stage.done, score, seconds[stage.name])
     table.add_row(f"best online (step {result['best_online_step']:,})", f"{result['best_online']:.1f}")
     table.add_row("last online", f"{result['last_online']:.1f}", seconds["finetune"])
     table.add_row("mean of the last 3", f"{result['mean_of_last_3']:.1f}")

@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.identity import changed, code_of, fingerprint, script_of, versions
 from common.log import Log
 from common.owner import own
+from common.stages import ablations_of
 
 # What may differ between two starts of the same run without making it another experiment.
 FREE_ARGS = {
@@ -59,7 +60,7 @@ def origin(args) -> str:
 
 def run_name(args) -> str:
     """<dataset>__<script>__<offline>__<seed> of a fine-tuning run, with its ablations and its preset if it has any."""
-    ablations = "".join(f"-no-{name}" for name in ("reevaluate", "align", "constrain") if not getattr(args, name, True))
+    ablations = "".join(f"-no-{name}" for name in ablations_of(args) if not getattr(args, name))
     preset = "" if args.preset == "none" else f"__{args.preset}"
     return f"{dataset_label(args)}__{args.exp_name}{ablations}__{origin(args)}__{args.seed}{preset}"
 

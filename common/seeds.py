@@ -25,8 +25,8 @@ from common.checkpoint import write_atomic
 from common.cli import STARTER, Interrupted
 from common.run import make_folder, own_run, read_json, run_name
 
-COLUMNS = {"offline": "offline", "aligned": "aligned", "best_online": "best online", "last_online": "last online",
-           "mean_of_last_3": "mean of the last 3", "best": "best.pt", "best_fresh": "on fresh starts"}  # fmt: skip
+COLUMNS = {"best_online": "best online", "last_online": "last online", "mean_of_last_3": "mean of the last 3",
+           "best": "best.pt", "best_fresh": "on fresh starts"}  # fmt: skip
 BAR = re.compile(r"(\S+) *: *(\d+%)\|.*?(?:, ((?:score|return) [^]]*))?\]")  # a progress bar
 MINUTE = 60.0
 
@@ -152,7 +152,7 @@ def summarise(args, folders: dict[int, Path], failed: dict[int, str]) -> None:
     remedy = "delete it, and the same command makes it again"
     results = {seed: read_json(folder / "result.json", remedy) for seed, folder in folders.items()}
     first = next(iter(results.values()))
-    names = [name for name in COLUMNS if first.get(name) is not None]
+    names = first["evaluated"] + [name for name in COLUMNS if name in first]
     scores = np.array([[result[name] for name in names] for result in results.values()])
     mean, std = scores.mean(0), scores.std(0)
 
@@ -167,7 +167,7 @@ def summarise(args, folders: dict[int, Path], failed: dict[int, str]) -> None:
     of, data = first["offline_algorithm"], first["dataset"]
     title = f"{args.exp_name} from {of} on {data}, {len(results)} of {args.num_seeds} seeds: {first['measure']}s"
     table = Table(title=title, title_justify="left")
-    for column in ("seed", *(COLUMNS[name] for name in names)):
+    for column in ("seed", *(COLUMNS.get(name, name) for name in names)):
         table.add_column(column, justify="right")
     for seed, row in zip(results, scores, strict=True):
         table.add_row(str(seed), *(f"{score:.1f}" for score in row))

@@ -11,21 +11,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 from common import cli
 from experiments.analysis import comparison
-from experiments.harness import OFFLINE, Args, Spec
-
-NAIVE = ("--no-reevaluate", "--no-align", "--no-constrain")
+from experiments.harness import Args, Spec, full, scripts
 
 
 def settings(script: str, seed: int) -> dict[str, Spec]:
-    """The runs to compare; those that leave out a later step share the earlier ones with the full method."""
-    full = Spec(script, OFFLINE[script], seed)
-    runs = {"full": full, "no re-evaluation": Spec(script, OFFLINE[script], seed, ("--no-reevaluate",))}
-    if script == "o2ppo":  # it has no Q to align
-        naive = Spec(script, OFFLINE[script], seed, ("--no-reevaluate", "--no-constrain"))
-    else:
-        runs["no alignment"] = Spec(script, OFFLINE[script], seed, ("--no-align",), full, ("reevaluate",))
-        naive = Spec(script, OFFLINE[script], seed, NAIVE)
-    return runs | {"no constraint": Spec(script, OFFLINE[script], seed, ("--no-constrain",), full), "naive": naive}
+    """The runs to compare: each part left out that the script declares, after the full method's earlier stages."""
+    method, declared = full(script, seed), scripts.online(script)
+    before = [stage.name for stage in declared.STAGES[:-1]]
+    runs = {"full": method}
+    for name in declared.ABLATIONS:
+        flag = (f"--no-{name}",)
+        shared = tuple(before[: before.index(name)] if name in before else before)
+        runs[f"no {name}"] = Spec(script, method.offline, seed, flag, method if shared else None, shared)
+    return runs | {"naive": full(script, seed, *(f"--no-{name}" for name in declared.ABLATIONS))}
 
 
 if __name__ == "__main__":

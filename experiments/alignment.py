@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 from common import cli
 from experiments import analysis, harness
-from experiments.harness import OFFLINE, Spec
+from experiments.harness import full
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class Args(harness.Args):
 
 def main() -> None:
     args = cli.read(Args, __doc__)
-    specs = {y: [Spec(y, OFFLINE[y], seed) for seed in range(args.seeds)] for y in args.algorithms}
+    specs = {y: [full(y, seed) for seed in range(args.seeds)] for y in args.algorithms}
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs])
     report = analysis.Report(args, "alignment", "Does alignment make the critic rank actions as the policy does?")
     figure, panels = analysis.panels(MEASURES.values(), sharey=False)

@@ -196,7 +196,7 @@ def comparison(
     specs = {(y, seed): settings(y, seed) for y in args.algorithms for seed in range(args.seeds)}
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
     report = Report(args, name, question)
-    titles = [f"{y} from {harness.OFFLINE[y]}" for y in args.algorithms]
+    titles = [f"{Path(y).stem} from {harness.offline_of(y)}" for y in args.algorithms]
     figure, axes = panels(titles)
     names = [setting for runs in specs.values() for setting in runs]
     everything = []

@@ -9,23 +9,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
-import o2sac
-import o2td3
 from common import cli
 from experiments import analysis, harness
-from experiments.harness import OFFLINE, Args, Spec
+from experiments.harness import Args, Spec, full, scripts
 
 FACTORS = (0.01, 0.1, 1, 10, 100)
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def threshold_flags(args: Args, script, prefix: str, factor: float) -> list[str]:
-    """Both ends of the script's threshold, times `factor`."""
-    preset = harness.parsed(args, Spec(script.__name__, OFFLINE[script.__name__], 0))
-    at = script.threshold_at
-    start, end = at(preset, 0), at(preset, getattr(preset, f"{prefix}_threshold_steps"))
-    prefix = f"--{prefix}-threshold"
-    return [f"{prefix}-start", str(start * factor), f"{prefix}-end", str(end * factor)]
+def threshold_flags(args: Args, spec: Spec, factor: float) -> list[str]:
+    """Both ends of the script's threshold, times `factor`. Raises UserError where it has none."""
+    chosen = harness.parsed(args, spec)
+    ends = [name for name in vars(chosen) if name.endswith(("_threshold_start", "_threshold_end"))]
+    if len(ends) != 2:
+        raise cli.UserError(f"{spec.script} has no arguments …_threshold_start and …_threshold_end, nor --beta-start")
+    values = [(f"--{name.replace('_', '-')}", str(getattr(chosen, name) * factor)) for name in ends]
+    return [word for flag in values for word in flag]
 
 
 def draw(panel, groups: dict[str, list[Path]]) -> None:
@@ -45,13 +44,12 @@ def main() -> None:
     args = cli.read(Args, __doc__)
 
     def settings(name: str, seed: int) -> dict[str, Spec]:
-        base = Spec(name, OFFLINE[name], seed)
-        if name == "o2ppo":
+        base = full(name, seed)
+        if hasattr(scripts.online(name).Args, "beta_start"):
             return {f"β {beta:g}": base.variant(f"beta{beta:g}", "--beta-start", str(beta)) for beta in BETAS}
-        script, prefix = (o2sac, "kl") if name == "o2sac" else (o2td3, "mse")
         runs = {}
         for factor in FACTORS:
-            flags = threshold_flags(args, script, prefix, factor)
+            flags = threshold_flags(args, base, factor)
             runs[f"τ × {factor:g}"] = base if factor == 1 else base.variant(f"tau{factor:g}", *flags)
         return runs
 

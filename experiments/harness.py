@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the scripts run
 
 import offline
 from common import cli, pretrain
+from common import stages as scripts
 from common.bounds import at_least
 from common.identity import changed, code_of
 from common.run import read_json, run_name
@@ -25,12 +26,6 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-# What only the third stage reads: runs that differ in nothing else have the same first two stages
-FINETUNING_ARGS = {
-    "constrain", "online_steps", "learning_starts", "utd", "reference", "reference_interval", "reference_window",
-    "reference_margin", "eval_every", "probe_every", "kl_threshold_start", "kl_threshold_end", "kl_threshold_steps",
-    "mse_threshold_start", "mse_threshold_end", "mse_threshold_steps", "beta_start", "beta_steps", "actor_grad_norm",
-}  # fmt: skip
 
 
 @dataclass
@@ -43,8 +38,8 @@ class Args:
     """the dataset"""
     dataset_path: str = ""
     """an HDF5 file in D4RL's layout, used in place of the one that --env-id names"""
-    algorithms: tuple[Literal["o2sac", "o2td3", "o2ppo"], ...] = ("o2sac", "o2td3", "o2ppo")
-    """the online algorithms"""
+    algorithms: tuple[str, ...] = ("o2sac", "o2td3", "o2ppo")
+    """the online algorithms: names of scripts here or in baselines/, or paths of your own"""
     run_dir: str = "runs/experiments"
     """where run folders are made; all experiments share them"""
     out: str = "runs/experiments"
@@ -63,15 +58,12 @@ class Args:
     """take runs as they are, and go on with them, although the code has changed since"""
 
 
-# Each online algorithm from an offline policy of its own family, whose critic the naive switch can take over
-OFFLINE = {"o2sac": "cql", "o2td3": "td3_bc", "o2ppo": "iql"}
-
-
 @dataclass(frozen=True)
 class Spec:
     """One run: a script, where it starts from, its seed, and what is special about it.
 
-    `base` is a run with the same first stages, those named in `stages`: its checkpoints of them are taken over.
+    `base` is a run with the same first stages, those named in `stages`: its checkpoints of them are taken over; None:
+    of all before the last.
     """
 
     script: str
@@ -79,11 +71,28 @@ class Spec:
     seed: int
     flags: tuple[str, ...] = ()
     base: "Spec | None" = None
-    stages: tuple[str, ...] = ("reevaluate", "align")
+    stages: tuple[str, ...] | None = None
 
-    def variant(self, name: str, *flags: str, stages: tuple[str, ...] = ("reevaluate", "align")) -> "Spec":
+    def variant(self, name: str, *flags: str) -> "Spec":
         """This run with other arguments in its last stage, under a name of its own."""
-        return Spec(self.script, self.offline, self.seed, ("--exp-name", f"{self.script}-{name}", *flags), self, stages)
+        exp_name = f"{Path(self.script).stem}-{name}"
+        return Spec(self.script, self.offline, self.seed, ("--exp-name", exp_name, *flags), self)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The stages whose checkpoints are taken over."""
+        names = tuple(stage.name for stage in scripts.online(self.script).STAGES[:-1])
+        return names if self.stages is None else self.stages
+
+
+def offline_of(script: str) -> str:
+    """The offline algorithm that a script starts from by itself: one of its own family."""
+    return scripts.online(script).Args().offline
+
+
+def full(script: str, seed: int, *flags: str) -> Spec:
+    """A script's whole method, from that algorithm's policy."""
+    return Spec(script, offline_of(script), seed, flags)
 
 
 def flags_of(args: Args, seed: int) -> list[str]:
@@ -100,7 +109,7 @@ def command_line(args: Args, spec: Spec) -> list[str]:
 
 def parsed(args: Args, spec: Spec):
     """The run's own arguments, as its script reads them."""
-    script = importlib.import_module(spec.script)
+    script = scripts.online(spec.script)
     return cli.parse(script.Args, script.PRESETS, script.FAMILIES, command_line(args, spec))
 
 
@@ -122,14 +131,16 @@ def offline_policy(args: Args, name: str, seed: int) -> Path:
 def check_shared(args: Args, spec: Spec) -> None:
     """Raises ValueError if `spec` differs from its base in more than what it may."""
     mine, theirs = (dataclasses.asdict(parsed(args, s)) for s in (spec, spec.base))
-    allowed = FINETUNING_ARGS | {"exp_name"} | ({"reevaluate", "align"} - set(spec.stages))
+    script = scripts.online(spec.script)
+    left_out = {stage.name for stage in script.STAGES} - set(spec.shared)
+    allowed = {"exp_name", *getattr(script, "FINETUNING_ARGS", ()), *left_out}
     if differ := [name for name in mine if mine[name] != theirs[name] and name not in allowed]:
         raise ValueError(f"{spec} cannot share the stages of its base: {', '.join(differ)} differ")
 
 
 def check_code(args: Args, done: list[Spec]) -> None:
     """Raises UserError where finished runs are of other code than the scripts are now, unless --continue takes them."""
-    codes = {script: code_of(ROOT / f"{script}.py") for script in {spec.script for spec in done}}
+    codes = {script: code_of(file_of(script)) for script in {spec.script for spec in done}}
     others = {}
     for spec in done:
         made_with = read_json(path := folder(args, spec) / "args.json", "delete that folder").get("made_with", {})
@@ -140,6 +151,10 @@ def check_code(args: Args, done: list[Spec]) -> None:
         example = f"{path.name}: {', '.join(differ[:5])} changed since"
         remedy = "choose another --run-dir, or take them as they are with --continue"
         raise cli.UserError(f"{len(others)} finished runs are of other code ({example}); {remedy}")
+
+
+def file_of(script: str) -> Path:
+    return Path(scripts.online(script).__file__)
 
 
 def execute(command: list[str], threads: int, retries: int, share: list[tuple[Path, Path]], *needed) -> str | None:
@@ -206,9 +221,9 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
         if spec.base:
             check_shared(args, spec)
             here, there = folder(args, spec), folder(args, spec.base)
-            share = [(there / n, here / n) for n in (*(f"{s}.pt" for s in spec.stages), "offline.pt", "progress.csv")]
+            share = [(there / n, here / n) for n in (*(f"{s}.pt" for s in spec.shared), "offline.pt", "progress.csv")]
         needed = [(spec.offline, spec.seed), spec.base]
-        jobs[spec] = ([f"{spec.script}.py", *command_line(args, spec)], share, needed)
+        jobs[spec] = ([str(file_of(spec.script)), *command_line(args, spec)], share, needed)
     failures = schedule(args, jobs) if jobs else []
     if not finished(args, specs):
         raise cli.UserError(f"no run came to its end: {'; '.join(failures[:3]) or 'there is nothing to run'}")

@@ -41,12 +41,12 @@ def main() -> None:
                 f"{np.mean(before):.1f} → {np.mean(after):.1f}, {better}/{len(results)}" if results else "failed"
             )
             for r in results:
-                row = [r["offline"], r["aligned"], r["best_online"], r["last_online"], r["mean_of_last_3"]]
-                detail.append([f"{x} → {y}", str(r["seed"]), *("" if v is None else f"{v:.1f}" for v in row)])
+                row = [r["offline"], r["start"], r["best_online"], r["last_online"], r["mean_of_last_3"]]
+                detail.append([f"{x} → {y}", str(r["seed"]), *(f"{v:.1f}" for v in row)])
         lines.append(line)
     title = "Offline → mean of the last three evaluations, means over seeds; on how many seeds it is better"
     report.table(title, ["", *args.algorithms], lines)
-    names = ["", "seed", "offline", "aligned", "best online", "last online", "mean of the last 3"]
+    names = ["", "seed", "offline", "before fine-tuning", "best online", "last online", "mean of the last 3"]
     report.table("Each run", names, detail)
     figure, panels = analysis.panels(args.algorithms)
     for panel, y in zip(panels, args.algorithms, strict=True):

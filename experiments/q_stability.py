@@ -14,7 +14,7 @@ from common.foreign import load_policy
 from common.nn import gaussian_log_prob, tanh_log_det
 from common.probe import STATES
 from experiments import analysis, harness
-from experiments.harness import OFFLINE, Args, Spec
+from experiments.harness import Args, Spec, full, offline_of
 
 import numpy as np
 import torch
@@ -25,16 +25,16 @@ WINDOW = 1_000  # environment steps within which a jump counts
 
 def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     """With re-evaluation, and without: then Q is the offline algorithm's (O2PPO: V starts at random)."""
-    starts = harness.parsed(args, Spec(script, OFFLINE[script], seed))
-    if script == "o2ppo":  # its probe comes with every rollout
+    method = full(script, seed)
+    starts = harness.parsed(args, method)
+    if hasattr(starts, "rollout_steps"):  # the probe comes with every rollout
         flags = ("--online-steps", str(5 * starts.rollout_steps))
     else:
         flags = ("--online-steps", str(starts.learning_starts + UPDATES_FOR), "--probe-every", "100")
-    full = Spec(script, OFFLINE[script], seed)
-    name = ("--exp-name", f"{script}-start")
+    name = ("--exp-name", f"{Path(script).stem}-start")
     return {
-        "with re-evaluation": full.variant("start", *flags),
-        "without": Spec(script, OFFLINE[script], seed, (*name, "--no-reevaluate", *flags)),
+        "with re-evaluation": method.variant("start", *flags),
+        "without": full(script, seed, *name, "--no-reevaluate", *flags),
     }
 
 
@@ -45,9 +45,9 @@ def true_values(args: Args, script: str, seed: int) -> np.ndarray:
     In O2SAC's Bellman equation the policy's later entropy counts as reward; O2TD3's target noise is left out. Only for
     simulators whose state can be rebuilt from the observation.
     """
-    spec = harness.parsed(args, Spec(script, OFFLINE[script], seed))
+    spec = harness.parsed(args, full(script, seed))
     data = datasets.load(args.env_id, args.dataset_path)
-    policy = load_policy(harness.offline_policy(args, OFFLINE[script], seed), data)
+    policy = load_policy(harness.offline_policy(args, offline_of(script), seed), data)
     net = policies.module(policy)
     mean, std = policy["state_mean"], policy["state_std"]
     states = data.hold_out(spec.holdout, STATES)[1].obs.numpy()
@@ -133,10 +133,11 @@ def main() -> None:
     specs = {(y, seed): settings(args, y, seed) for y in args.algorithms for seed in range(args.seeds)}
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
     report = analysis.Report(args, "q_stability", "Does Q jump when fine-tuning starts?")
-    figure, panels = analysis.panels([f"{y} from {OFFLINE[y]}" for y in args.algorithms], sharey=False)
+    figure, panels = analysis.panels([f"{Path(y).stem} from {offline_of(y)}" for y in args.algorithms], sharey=False)
     lines, everything = [], []
+    of_values = [y for y in args.algorithms if hasattr(harness.parsed(args, specs[y, 0]["without"]), "rollout_steps")]
     for panel, y in zip(panels, args.algorithms, strict=True):
-        name = "probe/v" if y == "o2ppo" else "probe/q_policy"
+        name = "probe/v" if y in of_values else "probe/q_policy"
         truth = np.stack([true_values(args, y, seed) for seed in range(args.seeds)])
         begins = getattr(harness.parsed(args, specs[y, 0]["without"]), "learning_starts", 0)
         groups = {s: harness.finished(args, [specs[y, seed][s] for seed in range(args.seeds)]) for s in specs[y, 0]}
@@ -149,7 +150,7 @@ def main() -> None:
             data = [analysis.series(path, "finetune", "probe/q_data")[1] for path in paths]
             offline = np.mean([analysis.result(path)["offline"] for path in paths])
             low = np.mean([min(analysis.scores(path)[1]) for path in paths])
-            of_data = f"{np.mean([v[0] for v in data]):.0f}" if y != "o2ppo" else ""
+            of_data = f"{np.mean([v[0] for v in data]):.0f}" if y not in of_values else ""
             values = [f"{truth.mean():.0f}", f"{start:.0f}", of_data, f"{end:.0f}", analysis.number(jumps, 2)]
             lines.append([y, setting, str(len(paths)), *values, f"{offline:.1f}", f"{low:.1f}"])
         draw(panel, groups, name, truth[0])

@@ -11,13 +11,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 from common import cli
 from experiments.analysis import comparison
-from experiments.harness import OFFLINE, Args, Spec
+from experiments.harness import Args, Spec, full
 
 INTERVALS = (1_000, 5_000, 10_000)
 
 
 def settings(script: str, seed: int) -> dict[str, Spec]:
-    best = Spec(script, OFFLINE[script], seed)
+    best = full(script, seed)
     runs = {"best so far": best}
     for n in INTERVALS:
         name = f"every {n:,} steps"

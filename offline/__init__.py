@@ -11,6 +11,8 @@ from common.datasets import Dataset
 from common.evaluation import Evaluator, make_evaluator
 from common.foreign import load_policy, our_policy
 from common.policies import player, save_policy
+from common.stages import declared
+from common.steps import seconds_per_step
 from common.transfer import transfer
 
 ALGORITHMS = ("cql", "iql", "td3_bc", "bc", "awac", "rebrac")
@@ -41,22 +43,22 @@ def shipped(args) -> Path | None:
     return path if not own and args.offline in ALGORITHMS and path.exists() else None
 
 
-def check(args, data: Dataset, kind: str) -> None:
+def check(args, data: Dataset) -> None:
     """Refuse what `policy` would only stumble over, before anything is written. Raises UserError."""
     if args.offline in ALGORITHMS and not shipped(args):
         algorithm_args(args)
     else:
         found = load_policy(shipped(args) or Path(args.offline), data, args.trust_checkpoint, args.normalize_from)
-        check_critic(args, found, kind)
+        check_critic(args, found)
 
 
-def check_critic(args, found: dict, kind: str) -> None:
-    if not args.reevaluate and "critic" not in found and kind != "gaussian":
+def check_critic(args, found: dict) -> None:
+    if not getattr(args, "reevaluate", True) and "critic" not in found and declared(args).KIND != "gaussian":
         raise cli.UserError(f"{args.offline} has no critic, which --no-reevaluate needs; leave that flag out")
 
 
-def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:
-    """The policy that `--offline` names as one of `kind`, and the evaluator of its environment. Standardises `data`.
+def policy(args, run, data: Dataset) -> tuple[dict, Evaluator]:
+    """The policy that `--offline` names, as one of the script's kind, and an evaluator. Standardises `data`.
 
     An algorithm that was not trained yet is trained first; a policy of another kind is handed on by `transfer`, once.
     Its `score` is what the evaluator measures, and is printed beside the one in its file.
@@ -74,7 +76,7 @@ def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:
         found = our_policy(handed_on, data)
     else:
         found = load_policy(path, data, args.trust_checkpoint, args.normalize_from)
-    check_critic(args, found, kind)
+    check_critic(args, found)
     data.standardise(found["state_mean"], found["state_std"])  # as the policy was trained
     data.transform_rewards(args.reward_scale, args.reward_shift)
     evaluator = make_evaluator(args, data, found["state_mean"], found["state_std"])
@@ -83,18 +85,25 @@ def policy(args, run, data: Dataset, kind: str) -> tuple[dict, Evaluator]:
     here = f"{data.task.measure} {found['score']:.1f} here, {said}"
     trained = f", {found['steps']:,} steps" if found["steps"] else ""  # else nobody knows
     print(f"offline policy: {found['algorithm']}{trained}; {here}")
-    if found["kind"] != kind:
-        found = transfer(found, kind, data, evaluator, run)
+    if found["kind"] != declared(args).KIND:
+        found = transfer(found, declared(args).KIND, data, evaluator, run)
         save_policy(handed_on, **found)
     found["progress"] = path.parent / "progress.csv"
+    run.last_score = found["score"]
     return found, evaluator
 
 
-def timed_step(args, data: Dataset):
-    """One plain step of that algorithm, to be timed, and how many it trains for; (None, 0) where none is trained."""
+def hidden_layers(args) -> int | list:
+    """The layers of the policy that `--offline` names, as far as they can be known before it is there."""
+    return getattr(algorithm_args(args)[1], "hidden_layers", 2) if args.offline in ALGORITHMS else 2
+
+
+def seconds(args, data: Dataset) -> dict[str, float]:
+    """Seconds of the stage that trains `--offline`, from a few timed steps; empty where none is trained."""
     if args.offline not in ALGORITHMS or shipped(args):
-        return None, 0
+        return {}
     script, chosen = algorithm_args(args)
-    chosen = dataclasses.replace(chosen, compile=False)
+    data, chosen = data.head(10_000), dataclasses.replace(chosen, compile=False)
     agent = script.Agent(chosen, data.obs.shape[1], data.actions.shape[1]).to(data.obs.device)
-    return script.training_step(chosen, data, agent, script.Optimizers(chosen, agent)), chosen.steps
+    step = script.training_step(chosen, data, agent, script.Optimizers(chosen, agent))
+    return {"offline": chosen.steps * seconds_per_step(step, data.obs.device)}

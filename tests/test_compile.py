@@ -33,7 +33,7 @@ def make(stage, data, compile, dtype=torch.float32):
     else:
         buffer = ReplayBuffer(data, 100, "half")
         buffer.size.fill_(100)
-        step = o2sac.finetuning_step(args, buffer, agent, optimizers, torch.tensor(0.1, dtype=dtype))
+        step = o2sac.finetuning_step(args, buffer, agent, optimizers, {"kl_threshold": torch.tensor(0.1, dtype=dtype)})
     return step, {"agent": agent, **optimizers}
 
 

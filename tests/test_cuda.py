@@ -53,7 +53,7 @@ def test_tf32_moves_q_no_further_than_rounding_does():
     assert (tf32 - exact).std() < 2 * (nudged - exact).std() < exact.std()
 
 
-@pytest.mark.parametrize("stage", ["o2sac-reevaluate", "o2sac-update", "o2td3-update"])
+@pytest.mark.parametrize("stage", ["o2sac-reevaluate", "o2sac-finetune", "o2td3-finetune"])
 def test_deterministic_runs_repeat_bitwise(stage):
     steps.setup(DEVICE, 0, deterministic=True)
     try:

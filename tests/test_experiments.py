@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import o2sac
-import o2td3
+from common import stages
 from common.cli import UserError
 from common.datasets import load
 from common.identity import code_of
@@ -137,12 +136,13 @@ def test_shared_stages_change_nothing(tmp_path, ray_is_local, monkeypatch):
 
 @pytest.mark.parametrize("script", ["o2sac", "o2td3"])
 def test_threshold_is_scaled_at_both_ends(script):
-    module, prefix = (o2sac, "kl") if script == "o2sac" else (o2td3, "mse")
     args = harness.Args()
-    flags = constraint.threshold_flags(args, module, prefix, 10)
+    flags = constraint.threshold_flags(args, Spec(script, "cql", 0), 10)
     plain, scaled = (harness.parsed(args, Spec(script, "cql", 0, tuple(f))) for f in ([], flags))
+    schedules = stages.online(script).STAGES[-1].schedules
     for step in (0, 5_000, 10**6):
-        assert module.threshold_at(scaled, step) == pytest.approx(10 * module.threshold_at(plain, step))
+        [(_, at)], [(_, ten_times)] = (schedules(a).items() for a in (plain, scaled))
+        assert ten_times(step) == pytest.approx(10 * at(step))
 
 
 @pytest.mark.parametrize("name", ["matrix", "ablations", "alignment", "constraint", "q_stability", "reference"])

@@ -123,7 +123,7 @@ def test_finetuning(agent, data, monkeypatch, constrain):
     frozen = copy.deepcopy((agent.actor_reference, agent.actor_offline))
     before = copy.deepcopy(agent.critic_target)
     threshold = torch.tensor(0.4)
-    metrics = o2sac.finetuning_step(args, buffer, agent, optimizers, threshold)()
+    metrics = o2sac.finetuning_step(args, buffer, agent, optimizers, {"kl_threshold": threshold})()
 
     alpha = math.exp(-1.1)
     lagrange = math.exp(0.3) if constrain else 0.0
@@ -171,7 +171,7 @@ def test_reference_log_prob_is_floored(agent, data, monkeypatch):
         agent.actor_reference.net[-1].bias[:A] = 3.0
     args = cli.complete(o2sac.Args(compile=False, batch_size=B, utd=1))
     buffer = replay.ReplayBuffer(data, 10, "all")
-    metrics = o2sac.finetuning_step(args, buffer, agent, Recorder(), torch.tensor(1.0))()
+    metrics = o2sac.finetuning_step(args, buffer, agent, Recorder(), {"kl_threshold": torch.tensor(1.0)})()
     assert 40 < metrics["kl"] < 60
 
 
@@ -180,7 +180,7 @@ def test_the_gradient_of_the_actor_alone_is_clipped(agent, data):
         args, optimizers = cli.complete(o2sac.Args(compile=False, batch_size=B, actor_grad_norm=norm)), Recorder()
         torch.manual_seed(1)
         buffer, fresh = replay.ReplayBuffer(data, 10, "all"), copy.deepcopy(agent)
-        step = o2sac.finetuning_step(args, buffer, fresh, optimizers, torch.tensor(0.1))
+        step = o2sac.finetuning_step(args, buffer, fresh, optimizers, {"kl_threshold": torch.tensor(0.1)})
         for _ in range(2):
             step()
         flat = [torch.cat([grad.flatten() for grad in slot.calls[0]]) for slot in optimizers.values()]
@@ -202,7 +202,7 @@ def test_a_temperature_of_zero_stays_zero(data):
     for step in (
         o2sac.reevaluation_step(args, data, agent, optimizers),
         o2sac.alignment_step(args, data, agent, optimizers),
-        o2sac.finetuning_step(args, buffer, agent, optimizers, torch.tensor(0.1)),
+        o2sac.finetuning_step(args, buffer, agent, optimizers, {"kl_threshold": torch.tensor(0.1)}),
     ):
         metrics = [step() for _ in range(3)][-1]
         assert all(value.isfinite() for value in metrics.values())
@@ -228,11 +228,11 @@ def test_a_violation_weighs_more_than_its_opposite():
 
 
 def test_threshold_schedule():
-    args = cli.complete(o2sac.Args())
-    assert o2sac.threshold_at(args, 0) == 0.125
-    assert o2sac.threshold_at(args, 50_000) == pytest.approx((0.125 + 2.0) / 2)
-    assert o2sac.threshold_at(args, 100_000) == o2sac.threshold_at(args, 300_000) == 2.0
-    assert o2sac.threshold_at(cli.complete(o2sac.Args(kl_threshold_start=1.0, kl_threshold_end=3.0)), 50_000) == 2.0
+    threshold = o2sac.schedules(cli.complete(o2sac.Args()))["kl_threshold"]
+    assert threshold(0) == 0.125 and threshold(50_000) == pytest.approx((0.125 + 2.0) / 2)
+    assert threshold(100_000) == threshold(300_000) == 2.0
+    given = cli.complete(o2sac.Args(kl_threshold_start=1.0, kl_threshold_end=3.0))
+    assert o2sac.schedules(given)["kl_threshold"](50_000) == 2.0
 
 
 # ----------------------------------------------------------------------------------------------- CQL

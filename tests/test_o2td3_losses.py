@@ -93,7 +93,7 @@ def test_finetuning(agent, data, monkeypatch, constrain):
     monkeypatch.setattr(buffer, "sample", lambda _: next(fed))
     noise = noises(monkeypatch, (B, A), (B, A))
     before = copy.deepcopy(agent)
-    metrics = o2td3.finetuning_step(args, buffer, agent, optimizers, torch.tensor(0.1))()
+    metrics = o2td3.finetuning_step(args, buffer, agent, optimizers, {"mse_threshold": torch.tensor(0.1)})()
 
     lagrange = math.exp(0.3) if constrain else 0.0
     for update, (obs, actions, rewards, next_obs, terminations) in enumerate(batches):
@@ -134,7 +134,7 @@ def test_the_gradient_of_the_actor_alone_is_clipped(agent, data):
         args, optimizers = cli.complete(o2td3.Args(compile=False, batch_size=B, actor_grad_norm=norm)), Recorder()
         torch.manual_seed(1)
         buffer, fresh = replay.ReplayBuffer(data, 10, "all"), copy.deepcopy(agent)
-        step = o2td3.finetuning_step(args, buffer, fresh, optimizers, torch.tensor(0.1))
+        step = o2td3.finetuning_step(args, buffer, fresh, optimizers, {"mse_threshold": torch.tensor(0.1)})
         for _ in range(2):
             step()
         flat = [torch.cat([grad.flatten() for grad in slot.calls[0]]) for slot in optimizers.values()]
@@ -157,6 +157,6 @@ def test_multiplier_rises_when_violated_and_falls_when_met(slack, direction):
 
 def test_threshold_schedule():
     args = o2td3.Args(mse_threshold_start=0.0025, mse_threshold_end=0.04)
-    assert o2td3.threshold_at(args, 0) == 0.0025
-    assert o2td3.threshold_at(args, 50_000) == pytest.approx((0.0025 + 0.04) / 2)
-    assert o2td3.threshold_at(args, 100_000) == o2td3.threshold_at(args, 300_000) == pytest.approx(0.04)
+    threshold = o2td3.schedules(args)["mse_threshold"]
+    assert threshold(0) == 0.0025 and threshold(50_000) == pytest.approx((0.0025 + 0.04) / 2)
+    assert threshold(100_000) == threshold(300_000) == pytest.approx(0.04)

@@ -194,7 +194,7 @@ def test_compiled_steps_equal_eager_ones(script, data):
         return agent, [
             o2td3.reevaluation_step(args, data, agent, optimizers),
             o2td3.alignment_step(args, data, agent, optimizers),
-            o2td3.finetuning_step(args, buffer, agent, optimizers, torch.tensor(0.1)),
+            o2td3.finetuning_step(args, buffer, agent, optimizers, {"mse_threshold": torch.tensor(0.1)}),
         ]
 
     def ppo(compile):

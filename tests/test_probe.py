@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from common import probe
 from common.datasets import load
-from common.reference import Margin
+from common.reference import Outplayed
 
 
 def test_rank_correlation_is_spearmans():
@@ -58,7 +58,7 @@ def test_held_out_episodes_are_whole_and_not_trained_on():
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(-1000, 3000), min_size=8, max_size=8), st.sampled_from([0.0, 0.5, 1.0, 3.0]))
 def test_margin_is_welchs_statistic(returns, margin):
-    rule = Margin(window=4, margin=margin)
+    rule = Outplayed(window=4, margin=margin)
     moved = [rule.add(value) for value in returns]
     old, new = np.array(returns[:4]), np.array(returns[4:])
     error = np.sqrt((old.var(ddof=1) + new.var(ddof=1)) / 4)
@@ -67,9 +67,9 @@ def test_margin_is_welchs_statistic(returns, margin):
 
 
 def test_margin_starts_over_after_a_move():
-    rule = Margin(window=2, margin=1.0)
+    rule = Outplayed(window=2, margin=1.0)
     moved = [rule.add(value) for value in (10, 12, 50, 52, 51, 50, 90, 92)]
     assert [i for i, move in enumerate(moved) if move] == [3, 7]
-    again = Margin(2, 1.0)
+    again = Outplayed(2, 1.0)
     again.load_state_dict(rule.state_dict())
     assert again.reference == [90, 92] and again.recent == []

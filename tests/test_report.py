@@ -32,9 +32,9 @@ def scripted(run_script, monkeypatch, tmp_path):
     """Runs O2SAC or O2TD3 with evaluations whose scores are given; its result, what it printed, its best.pt."""
 
     def run(script, scores, *flags):
-        # the offline algorithm's own, the offline policy's, two after alignment (logged, and as the stage's result)
+        # the offline algorithm's own, the offline policy's, one after alignment
         offline, aligned, *online = scores
-        given = iter([offline, offline, aligned, aligned, *online])
+        given = iter([offline, offline, aligned, *online])
 
         def evaluate(self, policy, device):
             self.count += 1
@@ -147,8 +147,9 @@ def made_up_run(args, prefix="kl"):
             row |= {f"charts/{prefix}_threshold": 0.1, f"losses/{prefix}": 0.05, "losses/lagrange": 1.0 + s}
         rows.append(row)
     result = dict(
-        offline=30.0, aligned=40.0, references=(0, 1000), offline_algorithm="cql", dataset="some-data", seed=3
-    )
+        offline=30.0, aligned=40.0, evaluated=["offline", "aligned"], start=40.0, references=(0, 1000),
+        offline_algorithm="cql", dataset="some-data", seed=3,
+    )  # fmt: skip
     return rows, result
 
 

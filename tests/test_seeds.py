@@ -96,7 +96,8 @@ def test_what_several_seeds_leave(tmp_path, capsys):
         log = Log(folders[seed], args)
         log.add("finetune", 10, {"charts/score": 30.0 + gain})
         log.save()
-        result = dict(offline=20.0, aligned=None, best_online=30.0 + gain, last_online=30.0 + gain, seed=seed,
+        result = dict(offline=20.0, evaluated=["offline"], start=20.0, best_online=30.0 + gain,
+                      last_online=30.0 + gain, seed=seed,
                       mean_of_last_3=30.0 + gain, best=30.0 + gain, best_from="online, step 10",
                       offline_algorithm="cql", dataset="some-data", references=None, measure="return")  # fmt: skip
         (folders[seed] / "result.json").write_text(json.dumps(result))

@@ -1,0 +1,159 @@
+"""What a script declares about itself: from these names all else finds out what it is made of.
+
+    Args, PRESETS, FAMILIES  its arguments, and what presets and families of data set otherwise
+    KIND                     the kind of policy that it starts from, see common/policies.py
+    Agent(args, policy)      all that it learns; `act(obs)` gives the most likely actions
+    Optimizers(args, agent)  a dictionary of optimisers
+    STAGES                   its stages in order, each a `Stage`; the last one, "finetune", interacts
+    ABLATIONS                arguments whose --no-… leaves a part of the method out; a stage's has the stage's name
+    FINETUNING_ARGS          what only the last stage reads: runs that differ in nothing else share the stages before
+    main()                   the whole run
+
+The last two lists may be missing. A copy of a script under another name is found by its file.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from common import loop
+from common.errors import UserError
+from common.identity import ROOT
+
+NEEDED = ("Args", "PRESETS", "FAMILIES", "KIND", "Agent", "Optimizers", "STAGES", "main")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a script.
+
+    name       - of its checkpoint and of its scalars
+    steps      - the argument that holds how many steps it has; environment steps in the last stage
+    make_step  - make_step(args, source, agent, optimizers) gives its step; with `schedules`, their tensors come last
+    done       - what the policy is after it, in a word for tables
+    eval_every - the argument that holds the steps between evaluations of `agent.act`; "": it is not evaluated
+    source     - source(args, data) is what its steps draw from; None: the data themselves
+    schedules  - schedules(args) names what changes during the stage, each a function of the step
+    per_step   - per_step(args) is how many environment steps belong to one step; None: one
+    """
+
+    name: str
+    steps: str
+    make_step: Callable
+    done: str
+    eval_every: str = ""
+    source: Callable | None = None
+    schedules: Callable | None = None
+    per_step: Callable | None = None
+
+    def example(self, args, data, agent, optimizers):
+        """A step on a source of its own, to be timed."""
+        source = self.source(args, data) if self.source else data
+        given = [source, agent, optimizers]
+        if self.schedules:
+            given.append(Schedules(self.schedules(args), data.obs.device).tensors)
+        return self.make_step(args, *given)
+
+    def number(self, args) -> int:
+        """How many steps `make_step`'s step is taken, 0 where the stage is left out."""
+        n = getattr(args, self.steps) if getattr(args, self.name, True) else 0
+        return round(n / self.per_step(args)) if self.per_step else n
+
+
+class Schedules:
+    """Numbers that change during a stage: functions of its step, by name. `tensors` holds what they are now.
+
+    A compiled or captured step reads Python's numbers once, but tensors anew each time.
+    """
+
+    def __init__(self, functions: dict[str, Callable[[int], float]], device: torch.device):
+        self.functions = functions
+        self.tensors = {name: torch.zeros((), device=device) for name in functions}
+        self.fill(0)
+
+    def fill(self, step: int) -> None:
+        for name, function in self.functions.items():
+            self.tensors[name].fill_(function(step))
+
+    def scalars(self) -> dict[str, float]:
+        """What they are now, as they are logged."""
+        return {f"charts/{name}": tensor.item() for name, tensor in self.tensors.items()}
+
+
+def train(run, stage: Stage, data, agent, optimizers, probe=None, evaluator=None) -> None:
+    """Train `agent` in a stage on the dataset, from where an earlier start of the same command stopped."""
+    args, device = run.args, data.obs.device
+    loop.train(
+        run, stage.name, lambda: stage.make_step(args, data, agent, optimizers), getattr(args, stage.steps),
+        {"agent": agent, **optimizers}, device=device, compile=args.compile, log_every=args.log_every, probe=probe,
+        evaluate=(lambda: evaluator(agent.act, device)) if stage.eval_every else None,
+        evaluate_every=getattr(args, stage.eval_every) if stage.eval_every else 0,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------- scripts
+
+
+def declared(args) -> ModuleType:
+    """The script that these arguments are written in."""
+    return sys.modules[type(args).__module__]
+
+
+def stages_of(args) -> tuple[Stage, ...]:
+    """The stages of the script that these arguments are written in; an offline algorithm declares none."""
+    return getattr(declared(args), "STAGES", ())
+
+
+def ablations_of(args) -> tuple[str, ...]:
+    return getattr(declared(args), "ABLATIONS", ())
+
+
+def find(name: str, *folders: str) -> Path:
+    """The file of a script: a path, or a name in one of the project's `folders`. Raises UserError."""
+    places = [
+        Path(f"{name.removesuffix('.py')}.py").expanduser(),
+        *(ROOT / folder / f"{name}.py" for folder in folders),
+    ]
+    if found := next((place.resolve() for place in places if place.is_file()), None):
+        return found
+    raise UserError(f"there is no script {name}: neither {', nor '.join(map(str, places))}")
+
+
+def load(path: Path, needed: tuple[str, ...], remedy: str) -> ModuleType:
+    """The script in a file, imported once. Raises UserError where it lacks one of the names in `needed`."""
+    try:
+        script = imported(path)
+    except Exception as error:  # it is the user's own code
+        raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    if missing := [name for name in needed if not hasattr(script, name)]:
+        raise UserError(f"{path} lacks {', '.join(missing)}; {remedy}")
+    return script
+
+
+def imported(path: Path) -> ModuleType:
+    if path.is_relative_to(ROOT):
+        return importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    name = str(path)
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def online(name: str) -> ModuleType:
+    """A fine-tuning script by its name or path. Raises UserError where it does not declare what it is made of."""
+    script = load(find(name, "", "baselines"), NEEDED, "see the foot of o2sac.py, and docs/extend.md")
+    if not script.STAGES or script.STAGES[-1].name != "finetune":
+        raise UserError(f"{script.__file__}: the last of its STAGES has to be named finetune")
+    return script

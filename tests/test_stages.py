@@ -1,0 +1,121 @@
+"""A script declares what it is made of: a copy under another name works wherever scripts are named."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import o2sac
+from benchmarks import protocol
+from benchmarks import steps as benchmark
+from common import stages
+from common.cli import UserError
+from common.identity import ROOT
+from common.run import run_name
+from experiments import ablations, constraint, harness, q_stability
+from tests.conftest import TINY
+from tests.test_pipeline import SMALL
+
+
+@pytest.fixture
+def mymethod(tmp_path):
+    """A copy of O2SAC in a folder of the user's, with a stage's name of its own."""
+    path = tmp_path / "mymethod.py"
+    source = (ROOT / "o2sac.py").read_text()
+    path.write_text(source.replace('Stage("align", "align_steps", ', 'Stage("sort", "align_steps", '))
+    return path
+
+
+def test_a_copy_is_found_by_its_path(mymethod, monkeypatch):
+    script = stages.online(str(mymethod))
+    assert script.Args is not o2sac.Args and stages.online(str(mymethod)) is script
+    assert stages.online("o2sac") is o2sac
+    assert [stage.name for stage in stages.stages_of(script.Args())] == ["reevaluate", "sort", "finetune"]
+    monkeypatch.chdir(mymethod.parent)
+    assert stages.online("mymethod") is script
+
+
+def test_what_a_copy_lacks_is_named(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("class Args: ...\nSTAGES = ()\n")
+    with pytest.raises(UserError, match=r"mine.py lacks PRESETS, FAMILIES, KIND, Agent, Optimizers, main; .*extend.md"):
+        stages.online(str(path))
+    path = tmp_path / "broken.py"
+    path.write_text("import nothing_of_that_name\n")
+    with pytest.raises(UserError, match="broken.py cannot be imported: ModuleNotFoundError"):
+        stages.online(str(path))
+    with pytest.raises(UserError, match="there is no script nowhere: neither nowhere.py, nor .*baselines/nowhere.py"):
+        stages.online("nowhere")
+
+
+def test_experiments_take_a_copy(mymethod):
+    args, script = harness.Args(algorithms=(str(mymethod),)), str(mymethod)
+    runs = ablations.settings(script, 0)
+    assert list(runs) == ["full", "no reevaluate", "no align", "no constrain", "naive"]
+    assert runs["no constrain"].shared == ("reevaluate", "sort") and runs["no reevaluate"].base is None
+    harness.check_shared(args, runs["no constrain"])
+    assert "mymethod-no-constrain__" in harness.folder(args, runs["no constrain"]).name
+    assert str(mymethod) == str(harness.file_of(script))
+    assert constraint.threshold_flags(args, runs["full"], 10)[0] == "--kl-threshold-start"
+    start = q_stability.settings(args, script, 0)["with re-evaluation"]
+    assert "__mymethod-start__" in harness.folder(args, start).name
+    harness.check_shared(args, start)
+
+
+@pytest.mark.parametrize(
+    ("script", "parts"),
+    [("o2sac", ["reevaluate", "align", "constrain"]), ("o2td3", ["reevaluate", "align", "constrain"]),
+     ("o2ppo", ["reevaluate", "constrain"])],
+)  # fmt: skip
+def test_each_part_of_the_method_is_left_out(script, parts):
+    runs = ablations.settings(script, 0)
+    assert list(runs) == ["full", *(f"no {part}" for part in parts), "naive"]
+    args = harness.Args()
+    names = {setting: harness.parsed(args, spec) for setting, spec in runs.items()}
+    assert run_name(names["naive"]).count("-no-") == len(parts)
+    for spec in runs.values():
+        if spec.base:
+            harness.check_shared(args, spec)
+    if "no align" in runs:
+        assert runs["no align"].shared == ("reevaluate",)
+
+
+def test_benchmarks_take_a_copy(mymethod):
+    whole = benchmark.chosen(str(mymethod))
+    assert whole == [f"{mymethod}-{stage}" for stage in ("reevaluate", "sort", "finetune")]
+    assert benchmark.chosen(whole[1]) == [whole[1]] and benchmark.chosen("iql") == ["iql"]
+    with pytest.raises(UserError, match="no script o2sac-update"):
+        benchmark.chosen("o2sac-update")
+    data = benchmark.random_data(benchmark.Args(transitions=500), torch.device("cpu"))
+    assert benchmark.make_step(whole[1], data, compile=False)()["aligned_loss"].isfinite()
+    flags = protocol.command_line(protocol.Args(script=str(mymethod), fraction=0.1))
+    assert flags[flags.index("--exp-name") + 1] == "mymethod-0.1" and "--align-steps" in flags
+
+
+def test_the_estimate_counts_what_is_run():
+    args = o2sac.Args(reevaluate_steps=7, align_steps=8, online_steps=9, align=False)
+    assert [stage.number(args) for stage in o2sac.STAGES] == [7, 0, 9]
+    ppo = stages.online("o2ppo")
+    args = ppo.Args(online_steps=20_480, rollout_steps=2_048, update_epochs=5)
+    assert ppo.STAGES[-1].number(args) == 50
+
+
+def test_schedules_reach_a_step_as_tensors():
+    schedule = stages.Schedules({"x": lambda step: 2.0 * step, "y": lambda step: -1.0}, torch.device("cpu"))
+    x = schedule.tensors["x"]
+    schedule.fill(3)
+    assert x == 6 and schedule.scalars() == {"charts/x": 6.0, "charts/y": -1.0}
+
+
+def test_a_copy_runs_for_several_seeds(mymethod, run_script, tmp_path, monkeypatch):
+    """Its stages are in the table by the words that it declares, and the seeds' table shows what it evaluates."""
+    mymethod.write_text(mymethod.read_text().replace('"aligned", "align_eval_every"', '"sorted", "align_eval_every"'))
+    script = stages.online(str(mymethod))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    flags = [*SMALL, *TINY, "--run-dir", tmp_path / "runs", "--num-seeds", "2", "--online-steps", "90"]
+    code, out, err = run_script(script, *flags)
+    assert code == 0, err
+    assert "mymethod from cql on hopper-medium-demo, 2 of 2 seeds" in out and "sorted" in out
+    [said] = (tmp_path / "runs").glob("*__mymethod__cql__1/output.txt")
+    assert "sorted" in said.read_text() and "estimated time" in said.read_text()
+    assert dataclasses.asdict(script.Args())["exp_name"] == "mymethod"
