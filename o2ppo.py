@@ -51,7 +51,8 @@ FAMILIES = {
 @dataclass
 class Args(cli.OnlineArgs):
     offline: str = "iql"
-    """cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of any policy"""
+    """a file in offline/ as cql, iql or td3_bc, or the PATH of your own (trained first if there is none yet); or the
+    PATH of any policy"""
 
     gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""

@@ -54,7 +54,8 @@ FAMILIES = {
 @dataclass
 class Args(cli.OnlineArgs):
     offline: str = "td3_bc"
-    """cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of any policy"""
+    """a file in offline/ as cql, iql or td3_bc, or the PATH of your own (trained first if there is none yet); or the
+    PATH of any policy"""
 
     # every stage
     batch_size: Annotated[int, even()] = 256

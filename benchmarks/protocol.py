@@ -9,14 +9,13 @@ The run is an ordinary one in a folder of its own, interrupted and continued as 
 includes compiling, logging, evaluation and checkpoints. Of several seeds, the slowest one's times are printed.
 """
 
-import importlib
 import json
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -24,7 +23,7 @@ from common import cli, pretrain, stages
 from common.bounds import at_least, between
 from common.report import duration
 from common.run import run_name
-from offline import ALGORITHMS, algorithm_args
+from offline import algorithm, algorithm_args
 
 import torch
 from rich.console import Console
@@ -37,8 +36,8 @@ ROOT = Path(__file__).parent.parent
 class Args:
     script: str = "o2sac"
     """the online algorithm: the name of a script here or in baselines/, or the path of your own"""
-    offline: Literal[ALGORITHMS] = "cql"
-    """the offline one"""
+    offline: str = "cql"
+    """the offline one: the name of a file in offline/, or the path of your own"""
     env_id: str = "hopper-medium-v2"
     """the dataset"""
     dataset_path: str = ""
@@ -63,7 +62,7 @@ def command_line(args: Args) -> list[str]:
     paper = script.Args()
     names = [stage.steps for stage in script.STAGES] + ["learning_starts"] * hasattr(paper, "learning_starts")
     budgets = {name: getattr(paper, name) for name in names}
-    budgets["offline_steps"] = importlib.import_module(f"offline.{args.offline}").Args().steps
+    budgets["offline_steps"] = algorithm(args.offline).Args().steps
     name = f"{Path(args.script).stem}-{args.fraction:g}"
     flags = ["--exp-name", name, "--compile" if args.compile else "--no-compile"]
     for name in ("env_id", "dataset_path", "offline", "seed", "num_seeds", "device", "run_dir"):
@@ -77,8 +76,8 @@ def times(run) -> tuple[dict, dict[str, float]]:
     """A finished run's result.json, and the seconds of its stages, the offline one first."""
     result = json.loads((Path(run.run_dir) / run_name(run) / "result.json").read_text())
     pretrained = Path(run.run_dir) / pretrain.run_name(algorithm_args(run)[1])
-    first = torch.load(pretrained / f"{run.offline}.pt", map_location="cpu", weights_only=True)
-    return result, {f"offline: {run.offline}": first["seconds"], **result["seconds"]}
+    first = torch.load(pretrained / f"{Path(run.offline).stem}.pt", map_location="cpu", weights_only=True)
+    return result, {f"offline: {Path(run.offline).stem}": first["seconds"], **result["seconds"]}
 
 
 def main() -> None:

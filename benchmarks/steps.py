@@ -8,7 +8,6 @@ floor is the best that this machine could do: a step's matrix products at the ra
 a GPU its kernels, each at the latency of an empty one inside a graph, whichever takes longer.
 """
 
-import importlib
 import resource
 import statistics
 import sys
@@ -74,8 +73,8 @@ def random_data(args: Args, device: torch.device) -> datasets.Dataset:
 
 def make_step(stage: str, data: datasets.Dataset, compile: bool):
     """One gradient step of `stage` (of fine-tuning: one online update), with the paper's sizes."""
-    if stage in offline.ALGORITHMS:
-        script = importlib.import_module(f"offline.{stage}")
+    if offline.is_algorithm(stage):
+        script = offline.algorithm(stage)
         args = cli.complete(script.Args(compile=compile))
         agent = script.Agent(args, data.obs.shape[1], data.actions.shape[1]).to(data.obs.device)
         return script.training_step(args, data, agent, script.Optimizers(args, agent))

@@ -97,7 +97,8 @@ class OnlineArgs(RunArgs):
     num_seeds: Annotated[int, at_least(1)] = 1
     """seeds to run side by side, from --seed on; each has a run folder of its own"""
     offline: str = "cql"
-    """cql, iql, td3_bc, bc, awac or rebrac (trained first if there is none yet), or the PATH of any policy"""
+    """a file in offline/ as cql, iql or td3_bc, or the PATH of your own (trained first if there is none yet); or the
+    PATH of any policy"""
     offline_steps: Annotated[int | None, at_least(1)] = None
     """gradient steps of the offline algorithm, if it has to be trained; None: its own default or the preset's"""
     holdout: Annotated[float, between(0, 0.5)] = 0.01

@@ -52,7 +52,7 @@ def dataset_label(args) -> str:
 def origin(args) -> str:
     """The offline policy's part of a run folder's name: its algorithm; of a file, its folder, name and content."""
     path = Path(args.offline)
-    if not path.is_file():
+    if not path.is_file() or path.suffix == ".py":
         return path.stem
     folder = path.resolve().parent.name.removeprefix(f"{dataset_label(args)}__").replace("__", "-")
     return f"{folder}-{path.stem}-{sha256(path)[:6]}"

@@ -4,7 +4,6 @@ are kept, so the same command started again does what is missing."""
 import argparse
 import csv
 import dataclasses
-import importlib
 import os
 import shutil
 import subprocess
@@ -104,7 +103,8 @@ def flags_of(args: Args, seed: int) -> list[str]:
 
 
 def command_line(args: Args, spec: Spec) -> list[str]:
-    return [*flags_of(args, spec.seed), "--offline", spec.offline, *spec.flags]
+    file = Path(spec.offline)  # runs are started in the project's folder
+    return [*flags_of(args, spec.seed), "--offline", str(file.absolute() if file.is_file() else file), *spec.flags]
 
 
 def parsed(args: Args, spec: Spec):
@@ -123,7 +123,7 @@ def offline_policy(args: Args, name: str, seed: int) -> Path:
     """Where the policy of an offline algorithm is, or will be."""
     if path := offline.shipped(argparse.Namespace(**vars(args), offline=name, offline_steps=None)):
         return path
-    script = importlib.import_module(f"offline.{name}")
+    script = offline.algorithm(name)
     found = cli.parse(script.Args, script.PRESETS, script.FAMILIES, flags_of(args, seed))
     return Path(found.run_dir) / pretrain.run_name(found) / "policy.pt"
 
@@ -214,8 +214,8 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
     missing = [spec for spec in everything if spec not in done]
     jobs = {}
     for name, seed in sorted({(spec.offline, spec.seed) for spec in missing}):
-        if name in offline.ALGORITHMS and not offline_policy(args, name, seed).exists():
-            jobs[name, seed] = ([f"offline/{name}.py", *flags_of(args, seed)], [], [])
+        if offline.is_algorithm(name) and not offline_policy(args, name, seed).exists():
+            jobs[name, seed] = ([offline.algorithm(name).__file__, *flags_of(args, seed)], [], [])
     for spec in missing:
         share = []
         if spec.base:

@@ -2,34 +2,45 @@
 
 import copy
 import dataclasses
-import importlib
 import math
 from pathlib import Path
+from types import ModuleType
 
 from common import cli, tasks
 from common.datasets import Dataset
 from common.evaluation import Evaluator, make_evaluator
 from common.foreign import load_policy, our_policy
 from common.policies import player, save_policy
-from common.stages import declared
+from common.stages import declared, find, load
 from common.steps import seconds_per_step
 from common.transfer import transfer
 
-ALGORITHMS = ("cql", "iql", "td3_bc", "bc", "awac", "rebrac")
+ALGORITHMS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")))
+NEEDED = ("Args", "PRESETS", "FAMILIES", "Agent", "Optimizers", "training_step", "train")
 
 # What an online script hands on to the offline one that it calls
 SHARED = ("preset", "env_id", "dataset_path", "seed", "device", "compile", "deterministic", "run_dir",
           "checkpoint_seconds", "eval_episodes", "eval_workers", "go_on")  # fmt: skip
 
 
+def is_algorithm(name: str) -> bool:
+    """Whether `--offline` names an algorithm: a file of this folder, or a script of the user's; else it is a policy."""
+    return name in ALGORITHMS or name.endswith(".py")
+
+
+def algorithm(name: str) -> ModuleType:
+    """The script of an offline algorithm. Raises UserError where it lacks what every script in this folder has."""
+    return load(find(name, "offline"), NEEDED, "offline/bc.py is the shortest that has them all")
+
+
 def algorithm_args(args):
     """The script that `--offline NAME` names, and the arguments that it is called with."""
-    script = importlib.import_module(f"offline.{args.offline}")
+    script = algorithm(args.offline)
     task = tasks.resolve(args.env_id, args.dataset_path)
     chosen = cli.chosen(script.PRESETS, script.FAMILIES, args.preset, task)
     chosen |= {key: getattr(args, key) for key in SHARED}
     if args.offline_steps is not None:
-        chosen |= dict(steps=args.offline_steps, exp_name=f"{args.offline}-{args.offline_steps}")
+        chosen |= dict(steps=args.offline_steps, exp_name=f"{Path(args.offline).stem}-{args.offline_steps}")
     return script, cli.complete(script.Args(**chosen))
 
 
@@ -45,7 +56,7 @@ def shipped(args) -> Path | None:
 
 def check(args, data: Dataset) -> None:
     """Refuse what `policy` would only stumble over, before anything is written. Raises UserError."""
-    if args.offline in ALGORITHMS and not shipped(args):
+    if is_algorithm(args.offline) and not shipped(args):
         algorithm_args(args)
     else:
         found = load_policy(shipped(args) or Path(args.offline), data, args.trust_checkpoint, args.normalize_from)
@@ -65,7 +76,7 @@ def policy(args, run, data: Dataset) -> tuple[dict, Evaluator]:
     """
     if path := shipped(args):
         print(f"{args.offline} ships with the repository for {args.env_id}; --offline-steps N trains one of your own")
-    elif args.offline in ALGORITHMS:
+    elif is_algorithm(args.offline):
         script, chosen = algorithm_args(args)
         path = script.train(chosen, copy.copy(data))
     else:
@@ -95,12 +106,12 @@ def policy(args, run, data: Dataset) -> tuple[dict, Evaluator]:
 
 def hidden_layers(args) -> int | list:
     """The layers of the policy that `--offline` names, as far as they can be known before it is there."""
-    return getattr(algorithm_args(args)[1], "hidden_layers", 2) if args.offline in ALGORITHMS else 2
+    return getattr(algorithm_args(args)[1], "hidden_layers", 2) if is_algorithm(args.offline) else 2
 
 
 def seconds(args, data: Dataset) -> dict[str, float]:
     """Seconds of the stage that trains `--offline`, from a few timed steps; empty where none is trained."""
-    if args.offline not in ALGORITHMS or shipped(args):
+    if not is_algorithm(args.offline) or shipped(args):
         return {}
     script, chosen = algorithm_args(args)
     data, chosen = data.head(10_000), dataclasses.replace(chosen, compile=False)

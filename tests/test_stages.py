@@ -119,3 +119,24 @@ def test_a_copy_runs_for_several_seeds(mymethod, run_script, tmp_path, monkeypat
     [said] = (tmp_path / "runs").glob("*__mymethod__cql__1/output.txt")
     assert "sorted" in said.read_text() and "estimated time" in said.read_text()
     assert dataclasses.asdict(script.Args())["exp_name"] == "mymethod"
+
+
+def test_an_offline_algorithm_of_ones_own_is_found_by_its_file(tmp_path, run_script):
+    path = tmp_path / "mybc.py"
+    path.write_text((ROOT / "offline" / "bc.py").read_text())
+    flags = [*SMALL, *TINY, "--run-dir", tmp_path / "runs", "--online-steps", "90", "--offline", path]
+    code, out, err = run_script(o2sac, *flags)
+    assert code == 0, err
+    assert "offline policy: mybc, 4 steps" in out and "estimated time" in out
+    assert {folder.name for folder in (tmp_path / "runs").iterdir()} == {
+        "hopper-medium-demo__mybc-4__0", "hopper-medium-demo__o2sac__mybc__0"
+    }  # fmt: skip
+
+
+def test_what_an_offline_algorithm_lacks_is_named_before_anything_is_written(tmp_path, run_script):
+    path = tmp_path / "mine.py"
+    path.write_text((ROOT / "offline" / "bc.py").read_text().replace("def train(", "def fit("))
+    code, _, err = run_script(o2sac, *SMALL, *TINY, "--run-dir", tmp_path / "runs", "--offline", path)
+    assert code == 2 and "mine.py lacks train; offline/bc.py" in err and not (tmp_path / "runs").exists()
+    code, _, err = run_script(o2sac, *SMALL, *TINY, "--run-dir", tmp_path / "runs", "--offline", "nowhere.py")
+    assert code == 2 and "there is no script nowhere.py" in err
