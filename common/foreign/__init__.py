@@ -18,8 +18,8 @@ from common.foreign.sb3 import stable_baselines, vecnormalize
 from common.inert import read_tensors
 
 HELP = (
-    "give --offline the name of a file in offline/, a policy.pt of this project, a checkpoint of CORL, a policy exported "
-    "to ONNX or TorchScript, or a .zip of Stable-Baselines3"
+    "give --offline the name of a file in offline/, a policy.pt of this project, a checkpoint of CORL, a policy in "
+    "ONNX or TorchScript, or a .zip of Stable-Baselines3"
 )
 D3RLPY = "is a whole model of d3rlpy, whose policy alone is read: export it with save_policy('policy.onnx')"
 TRANSFORMER = "is a Decision Transformer, which acts on a history and cannot be played here"
