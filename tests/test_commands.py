@@ -1,5 +1,6 @@
 """The commands on policies and on finished runs: play, export, compare."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
+import compare
 import export
 import play
 from common import policies, tasks
@@ -15,6 +17,7 @@ from common.datasets import load
 from common.evaluation import FRESH, Evaluator
 from common.foreign import load_policy
 from common.foreign.programs import check_layers
+from experiments import analysis
 
 SHIPPED = tasks.SHIPPED / "policies"
 
@@ -69,3 +72,29 @@ def test_an_exported_policy_is_taken_back(run_script, tmp_path):
     torch.testing.assert_close(actions, policies.load(path).act(data.obs), atol=1e-4, rtol=0)
     code, _, err = run_script(export, tmp_path / "policy.onnx")
     assert code == 2 and "Traceback" not in err and re.search("policy.onnx", err)
+
+
+def made_up_run(folder: Path, scores: list[float], dataset: str = "some-data") -> Path:
+    folder.mkdir(parents=True)
+    rows = [f"finetune,{10 * (i + 1)},{score}" for i, score in enumerate(scores)]
+    (folder / "progress.csv").write_text("\n".join(["stage,step,charts/score", *rows]) + "\n")
+    (folder / "result.json").write_text(json.dumps({"offline": 20.0, "dataset": dataset, "measure": "score"}))
+    return folder
+
+
+def test_two_sets_of_runs_are_compared(run_script, tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis.interval, "__defaults__", (100,))  # resamples
+    mine = [made_up_run(tmp_path / f"d__mine__iql__{i}", [30, 40, 50 + i, 60]) for i in range(3)]
+    theirs = [made_up_run(tmp_path / f"d__o2sac__iql__{i}", [30, 10, 30, 40 - i]) for i in range(3)]
+    out_file = tmp_path / "both.png"
+    code, out, err = run_script(compare, *mine, "--against", *theirs, "--out", out_file)
+    assert code == 0, err
+    assert "probability that a run of mine from iql ends higher: 1.00" in out and "some-data, scores" in out
+    rows = {cells[1]: cells[2:] for line in out.splitlines() if len(cells := [c.strip() for c in line.split("│")]) > 5}
+    assert rows["mine from iql"][:2] == ["3", "50.3 [50.0, 50.7]"] and rows["o2sac from iql"][4].startswith("10.0")
+    assert out_file.read_bytes().startswith(b"\x89PNG")
+    other = made_up_run(tmp_path / "e__o2sac__iql__0", [1.0, 2.0], dataset="other-data")
+    code, _, err = run_script(compare, *mine, "--against", other)
+    assert code == 2 and "no dataset has runs of both: some-data here, other-data there" in err
+    code, _, err = run_script(compare, *mine, "--against", tmp_path / "nowhere")
+    assert code == 2 and "no finished run" in err

@@ -1,0 +1,92 @@
+"""Compare finished runs with others: a table, and one picture with the curves of both.
+
+    python compare.py runs/*__mymethod__* --against runs/*__o2sac__*
+
+For each dataset that both have runs of: interquartile means with 95% stratified bootstrap intervals (rliable), and the
+probability that a run of the first ends higher than one of the second. Runs of one method are its seeds.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import cli
+from common.checkpoint import aside
+from experiments import analysis
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = {"final": "mean of the last 3", "gain": "gain over offline", "area": "area (speed)", "drop": "largest drop"}
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """run folders"""
+    against: tuple[str, ...]
+    """run folders to compare them with"""
+    out: str = "compare.png"
+    """the picture"""
+
+
+def finished(folders: tuple[str, ...]) -> list[Path]:
+    """The folders, each of a finished run. Raises UserError."""
+    paths = [Path(folder) for folder in folders]
+    if lacking := [str(path) for path in paths if not (path / "result.json").is_file()]:
+        raise cli.UserError(f"{', '.join(lacking[:3])}: no finished run (there is no result.json)")
+    return paths
+
+
+def label(paths: list[Path], otherwise: str) -> str:
+    """What these runs are called: their experiment, from the same kind of policy."""
+    parts = {tuple(path.resolve().name.split("__")[1:3]) for path in paths}
+    return " from ".join(parts.pop()) if len(parts) == 1 else otherwise
+
+
+def by_dataset(paths: list[Path]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        found.setdefault(json.loads((path / "result.json").read_text())["dataset"], []).append(path)
+    return found
+
+
+def main() -> None:
+    args = cli.read(Args, __doc__)
+    sides = [finished(args.runs), finished(args.against)]
+    names = [label(sides[0], "runs"), label(sides[1], "others")]
+    if names[0] == names[1]:
+        names = [f"{names[0]} ({side})" for side in ("first", "second")]
+    mine, theirs = map(by_dataset, sides)
+    shared = [dataset for dataset in mine if dataset in theirs]
+    if not shared:
+        raise cli.UserError(f"no dataset has runs of both: {', '.join(mine)} here, {', '.join(theirs)} there")
+    figure, panels = analysis.panels(shared, sharey=False)
+    for panel, dataset in zip(panels, shared, strict=True):
+        groups = {names[0]: mine[dataset], names[1]: theirs[dataset]}
+        runs = {name: [analysis.summary(path) for path in paths] for name, paths in groups.items()}
+        measure = analysis.measure(mine[dataset])
+        table = Table(title=f"{dataset}, {measure}s: IQM [95% interval]", title_justify="left")
+        for column in ("", "runs", *COLUMNS.values()):
+            table.add_column(column)
+        values = {key: analysis.interval({n: np.array([r[key] for r in rs]) for n, rs in runs.items()})
+                  for key in COLUMNS}  # fmt: skip
+        for name, found in runs.items():
+            table.add_row(name, str(len(found)), *(analysis.number(values[key][name]) for key in COLUMNS))
+        Console(markup=False, width=140).print(table)
+        ends = [np.array([run["final"] for run in found]) for found in runs.values()]
+        print(f"probability that a run of {names[0]} ends higher: {analysis.improvement(*ends):.2f}")
+        analysis.draw_curves(panel, groups)
+        panel.set_ylabel(f"{measure}, higher is better")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.suptitle("lines: means over seeds; bands: their range; dotted: the offline policies", fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    with aside(Path(args.out)) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    print(f"{args.out} shows the curves")
+
+
+if __name__ == "__main__":
+    cli.run(main)
