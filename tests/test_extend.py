@@ -4,7 +4,10 @@ import re
 import subprocess
 import sys
 
+import offline
 import pytest
+from common import envs, stages
+from common.datasets import load
 
 from tests.conftest import TINY
 from tests.test_pipeline import ENVIRONMENT, ROOT, SMALL
@@ -31,3 +34,23 @@ def test_changed_scripts_run(diff, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "last online" in done.stdout
+
+
+def test_a_changed_offline_algorithm_trains(tmp_path):
+    [diff] = re.findall(r"in `offline/bc.py`.*?```diff\n(.*?)```", GUIDE, re.S)
+    copy = tmp_path / "mybc.py"
+    copy.write_text(changed((ROOT / "offline" / "bc.py").read_text(), diff))
+    script = stages.load(copy, offline.NEEDED, "")
+    args = script.Args(env_id="hopper-medium-demo", steps=2, compile=False, eval_episodes=1, run_dir=str(tmp_path))
+    assert script.train(args, load(args.env_id).head(500)).exists()
+
+
+def test_a_task_of_ones_own(tmp_path, monkeypatch, hdf5):
+    [module] = re.findall(r"`mytask.py`:\n\n```python\n(.*?)```", GUIDE, re.S)
+    (tmp_path / "mytask.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = load("mytask:Backwards-v0", str(hdf5()))
+    env = envs.make_env(data.task)
+    env.reset(seed=0)
+    _, reward, *_, info = env.step(env.action_space.low * 0)
+    assert data.task.measure == "return" and reward == pytest.approx(1 - info["x_velocity"], abs=0.01)

@@ -1,0 +1,56 @@
+"""What the pages say is there: links, commands with their flags, and Python that runs as it is printed."""
+
+import dataclasses
+import re
+import shlex
+
+import pytest
+
+import export
+from common import stages
+from common.identity import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
+         *sorted((ROOT / "datasets").glob("**/README.md"))]  # fmt: skip
+BLOCKS = re.compile(r"```(?:bash|sh)\n(.*?)```|`(python [^`\n]+)`", re.S)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every `python FILE.py …` that is printed."""
+    lines = [line for found in BLOCKS.findall(text) for line in (found[0] or found[1]).splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines if re.match(r"python \S+\.py", line)]
+    return [line[1:] for line in words]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    lost = [t for t in targets if t and not t.startswith(("http", "mailto:")) and not (page.parent / t).exists()]
+    assert not lost
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_of_scripts_and_flags_that_exist(page):
+    for file, *words in commands(page.read_text()):
+        if file.startswith("mymethod"):
+            file = "o2sac.py"
+        script = stages.load(ROOT / file, ("Args",), "")
+        names = {field.name for field in dataclasses.fields(script.Args)} | {"help", "continue"}
+        flags = [word[2:].split("=")[0].replace("-", "_") for word in words if re.match(r"--[a-z]", word)]
+        unknown = [flag for flag in flags if flag not in names and flag.removeprefix("no_") not in names]
+        assert not unknown, f"{file}: {unknown}"
+
+
+def test_the_python_of_a_page_runs_as_it_is_printed(tmp_path, monkeypatch, run_script):
+    """docs/policies.md, from the project's folder; its export is made first, at another place."""
+    text = (ROOT / "docs" / "policies.md").read_text()
+    code, _, err = run_script(
+        export, ROOT / "datasets/policies/hopper-medium-demo__iql.pt", "--out", tmp_path / "iql.onnx"
+    )
+    assert code == 0, err
+    monkeypatch.chdir(ROOT)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(block.replace('"iql.onnx"', repr(str(tmp_path / "iql.onnx"))), names)
+    assert names["actions"][0] == pytest.approx(names["action"], abs=1e-4)
