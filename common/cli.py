@@ -113,6 +113,10 @@ class OnlineArgs(RunArgs):
     capture_video: bool = False
     """film an episode of the final policy (needs `pip install moviepy`)"""
 
+    def offline_changes(self, task: tasks.Task) -> dict:
+        """Arguments of the offline algorithm that are others where this script is what it is trained for."""
+        return {}
+
     def check(self) -> None:
         if self.capture_video:
             check_video()

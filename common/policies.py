@@ -11,6 +11,7 @@ gaussian          - `net` gives the mean before its tanh (A outputs), `log_std` 
 deterministic     - `net` gives the action before its tanh (A outputs)
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ FORMAT = "o2rl-policy-2"
 KINDS = ("squashed_gaussian", "gaussian", "deterministic")
 # hidden_layers: the network's, as `common.nn.mlp` takes them; state_mean, state_std: what raw observations are
 # standardised by; examples: raw observations "obs" and the "actions" that belong to them, which every load compares;
-# data: what it was trained on; made_with: what else its maker recorded. A `critic` is there where one was learned.
+# data: what it was trained on; made_with: what else its maker recorded. A `critic` is there where one was learned, and
+# a `learner` where training can go on: its arguments "args", all its networks "agent", and its optimisers by name.
 FIELDS = {"kind": str, "obs_dim": int, "action_dim": int, "hidden_layers": list, "state_mean": torch.Tensor,
           "state_std": torch.Tensor, "algorithm": str, "env_id": str, "simulator": str, "seed": int, "steps": int,
           "score": float, "examples": dict, "data": dict, "made_with": dict, "actor": dict}  # fmt: skip
@@ -128,18 +130,27 @@ def description_of(data, args) -> dict:
 
 
 def save_online(run, policy: dict, actor: nn.Module, best) -> None:
-    """policy.pt and best.pt of a fine-tuning run that started from `policy`, and where they come from in it."""
+    """policy.pt and best.pt of a fine-tuning run that started from `policy`, and where they come from in it.
+
+    An `actor` that is more than one network says by `exported()` which fields of the file are others then.
+    """
     same = {k: policy[k] for k in ("kind", "obs_dim", "action_dim", "state_mean", "state_std", "simulator", "examples",
                                    "made_with")}  # fmt: skip
     last, last_score = run.logged.evaluations("finetune")[-1]
     kept = {"policy": (last_score, f"online, step {last:,}", actor.state_dict()),
             "best": (best.score, best.origin, best.weights)}  # fmt: skip
     for name, (score, origin, weights) in kept.items():
-        save_policy(
-            run.dir / f"{name}.pt", **same, algorithm=script_name(run.args), env_id=run.data["name"],
-            seed=run.args.seed, steps=last, origin=origin, score=score, data=run.data,
-            hidden_layers=hidden_of(actor.net), actor=weights,
+        fields = same | dict(
+            algorithm=script_name(run.args), env_id=run.data["name"], seed=run.args.seed, steps=last, origin=origin,
+            score=score, data=run.data,
         )  # fmt: skip
+        if hasattr(actor, "exported"):
+            whole = copy.deepcopy(actor)
+            whole.load_state_dict(weights)
+            fields |= whole.exported()
+        else:
+            fields |= dict(hidden_layers=hidden_of(actor.net), actor=weights)
+        save_policy(run.dir / f"{name}.pt", **fields)
 
 
 # ---------------------------------------------------------------------------------------------- reading

@@ -11,7 +11,7 @@ from common.checkpoint import seed_everything
 from common.evaluation import make_evaluator
 from common.nn import hidden_of
 from common.policies import description_of, examples_of, read, save_policy
-from common.run import Run, dataset_label, script_name
+from common.run import Run, dataset_label, plain, script_name
 
 import torch
 
@@ -69,17 +69,19 @@ def trained(run: Run, algorithm: str, data: datasets.Dataset, Agent, Optimizers,
         evaluate=lambda: evaluator(agent.act, data.obs.device), phases=getattr(args, "policy_freq", 1),
     )  # fmt: skip
     critics = {}
-    if hasattr(agent, "critic"):
+    if hasattr(agent, "critic") and getattr(agent.critic, "n", 2) == 2:  # twins, which others can take over
         critics = {"critic": {
             "layer_norm": agent.critic.layer_norm,
             "hidden_layers": getattr(args, "critic_layers", None) or args.hidden_layers,
             "critic": agent.critic.state_dict(), "critic_target": agent.critic_target.state_dict(),
         }}  # fmt: skip
+    learner = {"args": plain(args), "agent": agent.state_dict()}
+    learner |= {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     save_policy(
         path, kind=agent.kind, obs_dim=obs_dim, action_dim=action_dim, hidden_layers=hidden_of(agent.actor.net),
         state_mean=mean, state_std=std, algorithm=algorithm, env_id=data.task.data, simulator=data.task.simulator,
         seed=args.seed, steps=args.steps, score=run.scores(algorithm)[-1], actor=agent.actor.state_dict(),
-        made_with=run.made_with, **about, **critics,
+        made_with=run.made_with, learner=learner, **about, **critics,
     )  # fmt: skip
     return path
 

@@ -56,7 +56,11 @@ def start_run(args_class, offline) -> tuple:
         print(f"{run.dir} is finished already, nothing is trained: this is its result")
     print(data.describe())
     agreement.report_simulator_check(data)
-    estimate(run, offline.seconds(args, data) | timing.seconds(args, data, offline.hidden_layers(args)))
+    estimate(
+        run,
+        offline.seconds(args, data)
+        | timing.seconds(args, data, offline.hidden_layers(args), offline.learner(args, data)),
+    )
     return args, run, data
 
 

@@ -8,8 +8,10 @@
     ABLATIONS                arguments whose --no-… leaves a part of the method out; a stage's has the stage's name
     FINETUNING_ARGS          what only the last stage reads: runs that differ in nothing else share the stages before
     main()                   the whole run
+    GOES_ON                  that it starts from the offline algorithm's critics and optimisers, too (`learner`)
+    FROM_SCRATCH             that it starts from nothing
 
-The last two lists may be missing. A copy of a script under another name is found by its file.
+The last two lists and flags may be missing. A copy of a script under another name is found by its file.
 """
 
 import importlib

@@ -9,8 +9,11 @@ from common.policies import Policy
 from common.stages import declared, stages_of
 
 
-def untrained(args, data, hidden_layers: int | list = 2) -> tuple:
-    """Agent and optimisers of the script of these arguments, from a random policy of the size of `data`'s."""
+def untrained(args, data, hidden_layers: int | list = 2, more: dict | None = None) -> tuple:
+    """Agent and optimisers of the script of these arguments, from a random policy of the size of `data`'s.
+
+    `more`: other fields of that policy.
+    """
     script, obs_dim, action_dim = declared(args), data.obs.shape[1], data.actions.shape[1]
     actor = Policy(script.KIND, obs_dim, action_dim, hidden_layers)
     critic = {f"net.{name}": x for name, x in ensemble_mlp(2, obs_dim + action_dim, 2, 1).state_dict().items()}
@@ -18,18 +21,18 @@ def untrained(args, data, hidden_layers: int | list = 2) -> tuple:
         kind=script.KIND, obs_dim=obs_dim, action_dim=action_dim, hidden_layers=hidden_of(actor.net),
         actor=actor.state_dict(),
         critic=dict(layer_norm=False, hidden_layers=2, critic=critic, critic_target=critic),
-    )  # fmt: skip
+    ) | (more or {})  # fmt: skip
     agent = script.Agent(args, policy).to(data.obs.device)
     return agent, script.Optimizers(args, agent)
 
 
-def seconds(args, data, hidden_layers: int | list = 2) -> dict[str, float]:
+def seconds(args, data, hidden_layers: int | list = 2, more: dict | None = None) -> dict[str, float]:
     """Seconds of each stage of the script of these arguments; evaluations are left out."""
     plain, data, device = dataclasses.replace(args, compile=False), data.head(10_000), data.obs.device
     found = {}
     for stage in stages_of(args):
         if n := stage.number(args):
-            step = stage.example(plain, data, *untrained(plain, data, hidden_layers))
+            step = stage.example(plain, data, *untrained(plain, data, hidden_layers, more))
             found[stage.name] = n * steps.seconds_per_step(step, device)
     last = stages_of(args)[-1]
     found[last.name] += getattr(args, last.steps) * seconds_per_env_step(data.task)

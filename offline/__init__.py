@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -10,10 +11,14 @@ from common import cli, tasks
 from common.datasets import Dataset
 from common.evaluation import Evaluator, make_evaluator
 from common.foreign import load_policy, our_policy
+from common.identity import script_of
 from common.policies import player, save_policy
+from common.run import plain
 from common.stages import declared, find, load
 from common.steps import seconds_per_step
 from common.transfer import transfer
+
+import torch
 
 ALGORITHMS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")))
 NEEDED = ("Args", "PRESETS", "FAMILIES", "Agent", "Optimizers", "training_step", "train")
@@ -38,29 +43,60 @@ def algorithm_args(args):
     script = algorithm(args.offline)
     task = tasks.resolve(args.env_id, args.dataset_path)
     chosen = cli.chosen(script.PRESETS, script.FAMILIES, args.preset, task)
-    chosen |= {key: getattr(args, key) for key in SHARED}
+    changes = args.offline_changes(task)
+    chosen |= {key: getattr(args, key) for key in SHARED} | changes
+    parts = [Path(args.offline).stem]
+    if changes:  # a run of its own
+        parts.append(script_of(args).stem)
     if args.offline_steps is not None:
-        chosen |= dict(steps=args.offline_steps, exp_name=f"{Path(args.offline).stem}-{args.offline_steps}")
+        chosen |= dict(steps=args.offline_steps)
+        parts.append(str(args.offline_steps))
+    if len(parts) > 1:
+        chosen |= dict(exp_name="-".join(parts))
     return script, cli.complete(script.Args(**chosen))
 
 
 def shipped(args) -> Path | None:
     """The policy of `--offline NAME` that ships with the repository for `--env-id`; None where there is none.
 
-    It stands in for training one, unless the data or the number of steps are the user's own.
+    It stands in for training one, unless the data or the number of steps are the user's own, or critics are needed too:
+    a policy that ships is its actor alone.
     """
     path = tasks.SHIPPED / "policies" / f"{args.env_id}__{args.offline}.pt"
-    own = args.dataset_path or args.offline_steps is not None
+    own = args.dataset_path or args.offline_steps is not None or goes_on(args)
     return path if not own and args.offline in ALGORITHMS and path.exists() else None
+
+
+def goes_on(args) -> bool:
+    """Whether the script goes on with all that the offline algorithm learned, and not with its policy alone."""
+    return getattr(declared(args), "GOES_ON", False)
 
 
 def check(args, data: Dataset) -> None:
     """Refuse what `policy` would only stumble over, before anything is written. Raises UserError."""
+    if getattr(declared(args), "FROM_SCRATCH", False):
+        return
     if is_algorithm(args.offline) and not shipped(args):
         algorithm_args(args)
     else:
         found = load_policy(shipped(args) or Path(args.offline), data, args.trust_checkpoint, args.normalize_from)
         check_critic(args, found)
+        check_learner(args, found)
+
+
+def check_learner(args, found: dict) -> None:
+    """Refuse a policy without what the script goes on with. Raises UserError."""
+    if not goes_on(args):
+        return
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing is loaded: shapes alone are compared
+            declared(args).Agent(args, found)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise cli.UserError(
+            f"{args.offline} does not hold what {args.exp_name} goes on with ({str(error).splitlines()[-1].strip()}); "
+            f"give the policy.pt that the script in offline/ wrote which {args.exp_name} starts from"
+        ) from error
 
 
 def check_critic(args, found: dict) -> None:
@@ -88,6 +124,7 @@ def policy(args, run, data: Dataset) -> tuple[dict, Evaluator]:
     else:
         found = load_policy(path, data, args.trust_checkpoint, args.normalize_from)
     check_critic(args, found)
+    check_learner(args, found)
     data.standardise(found["state_mean"], found["state_std"])  # as the policy was trained
     data.transform_rewards(args.reward_scale, args.reward_shift)
     evaluator = make_evaluator(args, data, found["state_mean"], found["state_std"])
@@ -117,4 +154,21 @@ def seconds(args, data: Dataset) -> dict[str, float]:
     data, chosen = data.head(10_000), dataclasses.replace(chosen, compile=False)
     agent = script.Agent(chosen, data.obs.shape[1], data.actions.shape[1]).to(data.obs.device)
     step = script.training_step(chosen, data, agent, script.Optimizers(chosen, agent))
-    return {"offline": chosen.steps * seconds_per_step(step, data.obs.device)}
+    return {"offline": getattr(args, "members", 1) * chosen.steps * seconds_per_step(step, data.obs.device)}
+
+
+def learner(args, data: Dataset) -> dict:
+    """What a script that `goes_on` needs of a policy to be timed: networks of the right shape, trained or not."""
+    if not goes_on(args):
+        return {}
+    if not is_algorithm(args.offline):
+        return load_policy(args.offline, data)
+    script, chosen = algorithm_args(args)
+    agent = script.Agent(chosen, data.obs.shape[1], data.actions.shape[1]).to(data.obs.device)
+    return {"learner": {"args": plain(chosen), "agent": agent.state_dict()}}
+
+
+def trained(args, data: Dataset) -> dict:
+    """The policy of the algorithm that `--offline` names, trained first if there is none; `data` stays as it is."""
+    script, chosen = algorithm_args(args)
+    return load_policy(script.train(chosen, copy.copy(data)), data)

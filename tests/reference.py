@@ -92,3 +92,23 @@ def same(grads, loss, parameters, rtol=2e-4):
         torch.testing.assert_close(
             grad.double(), want.double(), rtol=rtol, atol=1e-5 * max(1.0, want.abs().max().item())
         )
+
+
+class Outputs(torch.nn.Module):
+    """Stands in for a network: gives the same outputs whatever it is asked, call by call, then again from the first.
+
+    A test can so feed the numbers of a worked example to a script's losses. The first of them is its parameter.
+    """
+
+    def __init__(self, *outputs):
+        super().__init__()
+        self.outputs = [torch.as_tensor(output, dtype=torch.float64).requires_grad_(i == 0)
+                        for i, output in enumerate(outputs)]  # fmt: skip
+        self.calls = 0
+
+    def parameters(self, recurse=True):
+        return iter(self.outputs[:1])
+
+    def forward(self, *_):
+        self.calls += 1
+        return self.outputs[(self.calls - 1) % len(self.outputs)]
