@@ -162,9 +162,10 @@ class Agent(nn.Module):
         left, n = [member["learner"]["agent"] for member in members], len(members)
         self.actor = Actor(obs_dim, action_dim, shape["hidden_layers"], n)
         self.critic = Critic(obs_dim, action_dim, shape["critic_layers"], n)
-        for name, parameter in self.actor.named_parameters():  # a linear layer's (outputs, inputs), or (outputs,)
-            stacked = torch.stack([agent[f"actor.{name}"] for agent in left])
-            parameter.data = stacked.transpose(1, 2).contiguous() if stacked.ndim == 3 else stacked[:, None]
+        stacked = {name: torch.stack([agent[f"actor.{name}"] for agent in left]) for name in self.actor.state_dict()}
+        self.actor.load_state_dict(  # a linear layer's weights are (outputs, inputs), its biases (outputs,)
+            {name: x.transpose(1, 2) if x.ndim == 3 else x[:, None] for name, x in stacked.items()}
+        )
         self.critic.load_state_dict(
             {name: torch.cat([agent[f"critic.{name}"] for agent in left]) for name in self.critic.state_dict()}
         )
