@@ -6,10 +6,10 @@ BIN = .venv/bin
 demo: .venv/installed  ## O2SAC from a TD3+BC policy at its plateau, both of which ship, beside the naive switch
 	$(BIN)/python o2sac.py --preset demo
 
-test: .venv/installed  ## tests, side by side; those of a file share runs and stay together
+test: .venv/developed  ## tests, side by side; those of a file share runs and stay together
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
-lint: .venv/installed
+lint: .venv/developed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -21,4 +21,8 @@ bench: .venv/installed  ## steps per second of every stage on this machine
 	$(BIN)/pip install --upgrade pip
 	$(BIN)/pip install -r requirements.txt
 	$(BIN)/pip install --no-deps d4rl==1.1
+	touch $@
+
+.venv/developed: .venv/installed requirements-experiments.txt requirements-dev.txt
+	$(BIN)/pip install -r requirements.txt -r requirements-experiments.txt -r requirements-dev.txt
 	touch $@
