@@ -44,7 +44,7 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(eval_every=2_500),
+    "antmaze": dict(eval_episodes=20, final_episodes=100, best_margin=2.0),
 }
 
 
@@ -491,12 +491,12 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
         scalars = {"charts/episodic_return": float(np.mean(finished))} if finished else {}
         if env_step // args.eval_every > (env_step - per_rollout) // args.eval_every or env_step == total:
-            score = evaluator(agent.act, device)
+            found = evaluator.scalars(agent.act, device, final=env_step == total)
+            improved = best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)
+            scores = {f"charts/{name}": value for name, value in found.items()}
             losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-            scalars |= {"charts/score": score, "charts/SPS": loop.rate, "charts/beta": beta,
-                        "charts/best_score": max(score, best.score), "losses/reference_advantage": auxiliary.item(),
-                        **losses}  # fmt: skip
-            improved = best.update(score, agent.actor, f"online, step {env_step:,}")
+            scalars |= {**scores, "charts/SPS": loop.rate, "charts/beta": beta, "charts/best_score": best.score,
+                        "losses/reference_advantage": auxiliary.item(), **losses}  # fmt: skip
             if improved and args.reference == "best":
                 agent.move_reference()
         interval = args.reference_interval
@@ -534,7 +534,7 @@ def main() -> None:
     data, held_out = data.hold_out(args.holdout, STATES)
     agent = Agent(args, policy).to(data.obs.device)
     probe, optimizers = value_probe(agent, held_out), Optimizers(args, agent)
-    best = BestPolicy(policy["score"], agent.actor, "offline policy")
+    best = BestPolicy(policy["score"], agent.actor, "offline policy", run.last_returns, args.best_margin)
 
     if args.reevaluate:
         train(run, REEVALUATE, data, agent, optimizers, probe)

@@ -47,7 +47,7 @@ PRESETS = {
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
     "antmaze": dict(reward_shift=-1.0, critic_layer_norm=False, align_steps=1_000_000, online_steps=200_000,
-                    eval_every=5_000),
+                    eval_every=5_000, eval_episodes=20, final_episodes=100, best_margin=2.0),
 }  # fmt: skip
 
 
@@ -443,11 +443,12 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
             if outplayed.add(episodic_return) and args.reference == "adaptive":
                 agent.move_reference()
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
-            score = evaluator(agent.act, device)
+            found = evaluator.scalars(agent.act, device, final=env_step == args.online_steps)
+            improved = best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)
+            scores = {f"charts/{name}": value for name, value in found.items()}
             losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-            run.log("finetune", env_step, {"charts/score": score, "charts/best_score": max(score, best.score),
-                    "charts/SPS": loop.rate, **schedule.scalars(), **losses})  # fmt: skip
-            improved = best.update(score, agent.actor, f"online, step {env_step:,}")
+            run.log("finetune", env_step, {**scores, "charts/best_score": best.score, "charts/SPS": loop.rate,
+                    **schedule.scalars(), **losses})  # fmt: skip
             if improved and args.reference == "best":
                 agent.move_reference()
         if args.reference == "interval" and env_step % args.reference_interval == 0:
@@ -477,7 +478,7 @@ def main() -> None:
     data, held_out = data.hold_out(args.holdout, STATES)
     agent = Agent(args, policy).to(data.obs.device)
     probe, optimizers = critic_probe(args, agent, held_out), Optimizers(args, agent)
-    best = BestPolicy(policy["score"], agent.actor, "offline policy")
+    best = BestPolicy(policy["score"], agent.actor, "offline policy", run.last_returns, args.best_margin)
 
     if args.reevaluate:
         train(run, REEVALUATE, data, agent, optimizers, probe)
@@ -485,7 +486,7 @@ def main() -> None:
         train(run, ALIGN, data, agent, optimizers, probe, evaluator)
         agent.critic_target.load_state_dict(agent.critic.state_dict())
         agent.actor_target.load_state_dict(agent.actor.state_dict())
-    improved = best.update(run.last_score, agent.actor, "aligned policy")
+    improved = best.update(run.last_score, agent.actor, "aligned policy", run.last_returns)
     if improved or args.reference == "adaptive":  # else π_off stays the reference
         agent.move_reference()
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)

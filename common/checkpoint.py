@@ -106,22 +106,31 @@ def seed_everything(seed: int) -> None:
 
 
 class BestPolicy:
-    """The best policy so far: its score, where it comes from in words, and a copy of its weights."""
+    """The best policy so far: its score, where it comes from in words, and a copy of its weights.
 
-    def __init__(self, score: float, policy: torch.nn.Module, origin: str):
-        self.score = -math.inf
-        self.update(score, policy, origin)
+    With a `margin` a policy is better where its returns are higher by so many standard errors, compared start by start:
+    all were played from the same ones, some from more of them. Without, any higher score is.
+    """
 
-    def update(self, score: float, policy: torch.nn.Module, origin: str) -> bool:
-        """Take `policy` over where it scores better; whether it did."""
+    def __init__(self, score: float, policy: torch.nn.Module, origin: str, returns=(), margin: float = 0.0):
+        self.score, self.margin = -math.inf, margin
+        self.update(score, policy, origin, returns)
+
+    def update(self, score: float, policy: torch.nn.Module, origin: str, returns=()) -> bool:
+        """Take `policy` over where it is better; whether it was."""
         better = score > self.score
+        if self.margin and self.score > -math.inf:
+            n = min(len(returns), len(self.returns))
+            gain = np.subtract(returns[:n], self.returns[:n])
+            better = bool(gain.mean() > self.margin * gain.std(ddof=1) / n**0.5)
         if better:
-            self.score, self.origin = score, origin
+            self.score, self.origin, self.returns = score, origin, [float(value) for value in returns]
             self.weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
         return better
 
     def state_dict(self) -> dict:
-        return {"score": self.score, "origin": self.origin, "weights": self.weights}
+        return {"score": self.score, "origin": self.origin, "weights": self.weights, "returns": self.returns}
 
     def load_state_dict(self, state: dict) -> None:
         self.score, self.origin, self.weights = state["score"], state["origin"], state["weights"]
+        self.returns = state["returns"]

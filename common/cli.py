@@ -70,6 +70,9 @@ class RunArgs:
     """and this is added to them then"""
     eval_episodes: Annotated[int, at_least(1)] = 10
     """episodes of an evaluation, played side by side"""
+    final_episodes: Annotated[int | None, at_least(1)] = None
+    """episodes of the evaluations at the start and the end of training, which begin with those of every other one;
+    None: as many as of the others"""
     eval_workers: Annotated[int | None, at_least(0)] = None
     """processes that share these episodes; None: on a GPU as many as there are cores to play them, on a CPU none"""
 
@@ -105,6 +108,9 @@ class OnlineArgs(RunArgs):
     """share of the dataset that is kept out of fine-tuning, in whole episodes, to measure the critic on (probe/…)"""
     probe_every: Annotated[int, at_least(1)] = 1_000
     """environment steps between those measurements (O2PPO: every rollout); before, they come with every logged mean"""
+    best_margin: Annotated[float, at_least(0)] = 0.0
+    """standard errors by which an evaluation has to beat that of the best policy so far, start by start, to take its
+    place, and with --reference best that of π_ref; 0: any higher score does (the paper)"""
     trust_checkpoint: bool = False
     """load a policy that is a program (TorchScript, ONNX with loops); all others are read without running anything"""
     normalize_from: str = ""

@@ -19,7 +19,7 @@ from common.cli import UserError
 from common.envs import unscaled_env
 from common.formats import read_hdf5, read_minari
 from common.owner import own
-from common.tasks import DEMO, SHIPPED, Task, d4rl_url, resolve
+from common.tasks import DEMO, DEMOS, SHIPPED, Task, d4rl_url, resolve
 from common.views import qlearning_view, timeouts_put_right
 
 
@@ -163,8 +163,8 @@ def load(env_id: str, dataset_path: str = "", device: torch.device | str = "cpu"
 
 def find_file(env_id: str) -> Path:
     """The HDF5 file of `env_id`: shipped, in $D4RL_DATASET_DIR, in ~/.d4rl/datasets, or downloaded to the latter."""
-    if env_id == DEMO:
-        return SHIPPED / f"{DEMO}.hdf5"
+    if env_id in DEMOS:
+        return SHIPPED / f"{env_id}.hdf5"
     url = d4rl_url(env_id)
     name = url.rsplit("/", 1)[1]
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()

@@ -26,12 +26,17 @@ class Evaluator:
     With `workers`, that many processes share the episodes, each with a copy of the policy: only weights and returns
     pass between them, no single step. Policies act on a CPU and on one thread wherever they are played, so that the
     number of workers changes no bit of a return.
+
+    `final` evaluations may have more episodes: those of every other one and further ones. `last` are the returns of the
+    last evaluation, (its episodes,).
     """
 
     def __init__(self, task: Task, mean: torch.Tensor, std: torch.Tensor, episodes: int = 10, seed: int = 10_000,
-                 workers: int = 0):  # fmt: skip
+                 workers: int = 0, final: int | None = None):  # fmt: skip
         # The seeds start far from the training environment's, so that no evaluation start state is ever trained on.
         self.seeds = list(range(seed, seed + episodes))
+        self.final_seeds = list(range(seed, seed + max(episodes, final or 0)))
+        self.last = np.zeros(0)
         self.task, self.mean, self.std = task, mean.cpu().numpy(), std.cpu().numpy()
         self.envs: list[gym.Env] = []
         self.workers = min(workers, episodes)
@@ -40,22 +45,26 @@ class Evaluator:
         self.count, self.seconds = 0, 0.0  # evaluations so far, and the time that they took
 
     def returns(self, policy, device: torch.device | str, seeds=None) -> np.ndarray:
-        """Undiscounted return of one episode per seed, (episodes,). `policy` maps (B, S) on `device` to (B, A).
+        """Undiscounted return of one episode per seed, (episodes,). `policy` maps (B, S) on `device` to (B, A)."""
+        return self.outcomes(policy, device, seeds)[0]
+
+    def outcomes(self, policy, device: torch.device | str, seeds=None) -> np.ndarray:
+        """Returns, and whether episodes were a success in any step, NaN where no step says so: (2, episodes).
 
         Workers need a `policy` that is a method of a module, which they get whole; any other is played here, on
-        `device`. `seeds`: as many others than those of every evaluation.
+        `device`. `seeds`: others than those of every evaluation.
         """
         seeds = seeds or self.seeds
         whole = isinstance(getattr(policy, "__self__", None), torch.nn.Module)
         if whole and torch.device(device).type != "cpu":
             policy, device = getattr(copy.deepcopy(policy.__self__).cpu(), policy.__name__), "cpu"
         if self.pool is None or not whole:
-            self.envs = self.envs or [make_env(self.task, evaluation=True) for _ in seeds]
+            self.envs += [make_env(self.task, evaluation=True) for _ in seeds[len(self.envs) :]]
             return play(self.envs, seeds, range(len(seeds)), self.mean, self.std, policy, device)
         packed = pickle.dumps((self.task, seeds, self.mean, self.std, policy))  # once, not once for every worker
         shares = np.array_split(range(len(seeds)), self.workers)
         try:
-            return np.concatenate(list(self.pool.map(play_share, [packed] * len(shares), shares)))
+            return np.concatenate(list(self.pool.map(play_share, [packed] * len(shares), shares)), axis=1)
         except BrokenExecutor as error:
             raise UserError("an evaluation process died, killed or out of memory; try --eval-workers 0") from error
 
@@ -75,16 +84,21 @@ class Evaluator:
         low, high = self.reference
         return float(100 * (np.mean(returns) - low) / (high - low))
 
-    def __call__(self, policy, device: torch.device | str) -> float:
+    def scalars(self, policy, device: torch.device | str, final: bool = False) -> dict[str, float]:
+        """The "score" of an evaluation, and its rate of "success" where the environment knows what that is."""
         start = time.perf_counter()
-        score = self.score(self.returns(policy, device))
+        self.last, successes = self.outcomes(policy, device, self.final_seeds if final else None)
         self.count, self.seconds = self.count + 1, self.seconds + time.perf_counter() - start
-        return score
+        rate = {} if np.isnan(successes).any() else {"success": float(successes.mean())}
+        return {"score": self.score(self.last)} | rate
+
+    def __call__(self, policy, device: torch.device | str, final: bool = False) -> float:
+        return self.scalars(policy, device, final)["score"]
 
 
 @torch.no_grad()
 def play(envs: list[gym.Env], seeds, share, mean: np.ndarray, std: np.ndarray, policy, device) -> np.ndarray:
-    """One episode for each of `seeds` that `share` (n,) counts out, all acted on at once: their returns (n,).
+    """One episode for each of `seeds` that `share` (n,) counts out, all acted on at once: their outcomes (2, n).
 
     A policy always acts on a row for each of `seeds`, those of others being zero: the order in which a product is
     summed may depend on the number of rows, on their place in memory and on the number of threads.
@@ -92,7 +106,7 @@ def play(envs: list[gym.Env], seeds, share, mean: np.ndarray, std: np.ndarray, p
     envs = dict(zip(share, envs, strict=False))
     starts = {i: env.reset(seed=int(seeds[i]))[0] for i, env in envs.items()}
     obs = np.zeros((len(seeds), len(mean)))
-    total, running = np.zeros(len(seeds)), np.zeros(len(seeds), bool)
+    total, running, success = np.zeros(len(seeds)), np.zeros(len(seeds), bool), np.full(len(seeds), np.nan)
     for i, start in starts.items():
         obs[i], running[i] = start, True
     threads = torch.get_num_threads()
@@ -102,12 +116,13 @@ def play(envs: list[gym.Env], seeds, share, mean: np.ndarray, std: np.ndarray, p
             x = ((obs - mean) / std).astype(np.float32)  # at once for all, as `Standardised` does for one
             actions = policy(torch.tensor(x, device=device)).cpu().numpy()
             for i in np.flatnonzero(running):  # a vector environment would step those that are done, too
-                obs[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+                obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
                 total[i] += reward
+                success[i] = np.fmax(success[i], info.get("success", info.get("is_success", np.nan)))
                 running[i] = not (terminated or truncated)
     finally:
         torch.set_num_threads(threads)
-    return total[list(envs)]
+    return np.stack([total, success])[:, list(envs)]
 
 
 def make_evaluator(args, data, mean: torch.Tensor, std: torch.Tensor) -> Evaluator:
@@ -119,7 +134,7 @@ def make_evaluator(args, data, mean: torch.Tensor, std: torch.Tensor) -> Evaluat
     workers = args.eval_workers
     if workers is None:
         workers = min(args.eval_episodes, torch.get_num_threads()) if data.obs.is_cuda else 0
-    return Evaluator(data.task, mean, std, args.eval_episodes, workers=workers)
+    return Evaluator(data.task, mean, std, args.eval_episodes, workers=workers, final=args.final_episodes)
 
 
 # ---------------------------------------------------------------------------------------------- workers
@@ -144,7 +159,7 @@ worker_envs: list[gym.Env] = []  # of a worker, kept from one evaluation to the 
 
 
 def play_share(packed: bytes, share: np.ndarray) -> np.ndarray:
-    """In a worker: the returns of the episodes that `share` counts out."""
+    """In a worker: the outcomes of the episodes that `share` counts out."""
     task, seeds, *how = pickle.loads(packed)
     while len(worker_envs) < len(share):
         worker_envs.append(make_env(task, evaluation=True))

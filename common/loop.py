@@ -69,9 +69,9 @@ def train(run, stage: str, make_step, steps: int, state: dict, *, device, compil
     """Train a stage for `steps` steps in all, resuming where an earlier start of the same command stopped.
 
     `state` names all that training changes. `make_step()`, called once that is restored, gives the step; it returns
-    named scalar tensors, logged as their means over `log_every` steps. `evaluate()` returns a score every
-    `evaluate_every` steps; `probe()` scalars that are logged at the start and with those means; `phases`: see
-    `Stepper`.
+    named scalar tensors, logged as their means over `log_every` steps. `evaluate(last)` returns a "score" and what
+    comes with it every `evaluate_every` steps, `last` being true after all; `probe()` scalars that are logged at the
+    start and with those means; `phases`: see `Stepper`.
     """
     stepper = Stepper(None, device, graph=compile, phases=phases)
     loop = Loop(run, stage, steps, state | {"stepper": stepper}, device)
@@ -92,7 +92,7 @@ def train(run, stage: str, make_step, steps: int, state: dict, *, device, compil
             scalars = {f"{stage}/{name}": value for name, value in stepper.means().items()}
             scalars |= probe() if probe else {}
         if evaluate and (step % evaluate_every == 0 or step == steps):
-            scalars[f"{stage}/score"] = evaluate()
+            scalars |= {f"{stage}/{name}": value for name, value in evaluate(step == steps).items()}
         if scalars:
             run.log(stage, step, scalars)
 

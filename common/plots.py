@@ -10,7 +10,7 @@ import numpy as np
 from common.checkpoint import aside
 from common.log import read_rows
 from common.run import script_name
-from common.tasks import SHIPPED
+from common.tasks import DEMO, SHIPPED
 
 UNITS = {"finetune": "environment", "kl": "nats", "mse": "action²"}  # of steps, else gradient steps; of constraints
 
@@ -38,8 +38,8 @@ def draw(path: Path, paint, *args, height: float = 8.0) -> None:
 def naive_switch(args) -> list[np.ndarray]:
     """Steps and scores (2, N) of the naive switch, a seed each: the demos show it beside their own curve.
 
-    They ship as datasets/demo_naive_<script>.csv with the columns seed, step, score and, where the script's demo is not
-    always on the same data, env_id.
+    They ship as datasets/demo_naive_<script>.csv with the columns seed, step, score and, for data other than the first
+    demo's, env_id.
     """
     path = SHIPPED / f"demo_naive_{script_name(args)}.csv"
     if args.preset != "demo" or args.dataset_path or not path.exists():
@@ -47,7 +47,7 @@ def naive_switch(args) -> list[np.ndarray]:
     seeds = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            if row.get("env_id", args.env_id) == args.env_id:
+            if row.get("env_id", DEMO) == args.env_id:
                 seeds.setdefault(row["seed"], []).append((float(row["step"]), float(row["score"])))
     return [np.array(points).T for points in seeds.values()]
 

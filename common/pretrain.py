@@ -66,7 +66,8 @@ def trained(run: Run, algorithm: str, data: datasets.Dataset, Agent, Optimizers,
         run, algorithm, lambda: training_step(args, data, agent, optimizers), args.steps,
         {"agent": agent, **optimizers},
         device=data.obs.device, compile=args.compile, log_every=args.log_every, evaluate_every=args.eval_every,
-        evaluate=lambda: evaluator(agent.act, data.obs.device), phases=getattr(args, "policy_freq", 1),
+        evaluate=lambda last: evaluator.scalars(agent.act, data.obs.device, last),
+        phases=getattr(args, "policy_freq", 1),
     )  # fmt: skip
     critics = {}
     if hasattr(agent, "critic") and getattr(agent.critic, "n", 2) == 2:  # twins, which others can take over

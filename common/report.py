@@ -103,6 +103,7 @@ def measured(run: Run, policy: dict, agent, best, data, evaluator) -> dict:
     player.actor.load_state_dict(best.weights)
     fresh = [evaluator.score(r) for r in evaluator.fresh_returns(player.act, data.obs.device)]
     scores = run.scores("finetune")
+    successes = [row["charts/success"] for row in run.logged.rows if "charts/success" in row]
     best_step, best_online = max(run.logged.evaluations("finetune"), key=lambda evaluation: evaluation[1])
     return {
         **before, "evaluated": list(before), "start": list(before.values())[-1], "best_online": best_online,
@@ -113,7 +114,9 @@ def measured(run: Run, policy: dict, agent, best, data, evaluator) -> dict:
         "data": run.data, "simulator": data.task.simulator, "source": data.source,
         "offline_algorithm": policy["algorithm"], "offline_steps": policy["steps"] or None,
         "offline_data": policy["data"] or None, "seed": run.args.seed, "preset": run.args.preset,
-        "eval_episodes": run.args.eval_episodes, "evaluations": len(scores), "seconds": run.seconds,
+        "eval_episodes": run.args.eval_episodes, "final_episodes": len(evaluator.final_seeds),
+        "last_success": successes[-1] if successes else None,
+        "evaluations": len(scores), "seconds": run.seconds,
         "seconds_per_evaluation": evaluator.seconds / evaluator.count, "hardware": hardware(data.obs.device),
         "made_with": run.made_with,
     }  # fmt: skip
@@ -146,4 +149,11 @@ def show(run: Run, result: dict) -> None:
     table.add_row(f"best.pt on {result['fresh_episodes']} fresh starts", fresh)
     Console(markup=False).print(table)
     episodes = f"{run.args.eval_episodes} episodes an evaluation"
+    if result.get("final_episodes", 0) > run.args.eval_episodes:
+        episodes += f", {result['final_episodes']} at the start and at the end"
+    if run.args.best_margin:
+        margin = f"{run.args.best_margin:g} standard errors"
+        print(f"A policy counts as the best where its evaluation is more than {margin} above that of the best before.")
+    if result.get("last_success") is not None:
+        print(f"success in {result['last_success']:.0%} of the last evaluation's episodes.")
     print(f"1 seed, {episodes}; {result['scale']}.\n{run.dir}/curve.png shows the whole run.")

@@ -110,7 +110,7 @@ class Run:
         self.args, self.name = args, name
         self.dir = Path(args.run_dir) / name
         self.seconds: dict[str, float] = {}  # training time of each stage
-        self.last_score = math.nan
+        self.last_score, self.last_returns = math.nan, []  # of the last evaluation; the returns of its episodes
         self.measure = data.task.measure if data else "return"
         self.made_with = {"versions": versions(), "code": code_of(script_of(args)), "data": fingerprint(data)}
         self._earlier()  # refused before anything is written, and before waiting
@@ -191,7 +191,8 @@ class Run:
         save_tensors(
             self.dir / f"{stage}.pt",
             {"step": step, "done": done, "state": tensors, "rng": rng_state(), "rows": len(self.logged.rows),
-             "seconds": self.seconds.get(stage, 0.0), "last_score": self.last_score},
+             "seconds": self.seconds.get(stage, 0.0), "last_score": self.last_score,
+             "last_returns": self.last_returns},
         )  # fmt: skip
 
     def restore(self, stage: str, state: dict, device: torch.device) -> tuple[int, bool]:
@@ -212,4 +213,5 @@ class Run:
             self.logged.rows = self.logged.rows[: saved["rows"]]
             tqdm.write(f"{stage}: continuing at step {saved['step']:,}")
         self.seconds[stage], self.last_score = saved["seconds"], saved["last_score"]
+        self.last_returns = saved["last_returns"]
         return saved["step"], saved["done"]

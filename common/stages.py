@@ -91,10 +91,16 @@ class Schedules:
 def train(run, stage: Stage, data, agent, optimizers, probe=None, evaluator=None) -> None:
     """Train `agent` in a stage on the dataset, from where an earlier start of the same command stopped."""
     args, device = run.args, data.obs.device
+
+    def evaluate(last: bool) -> dict[str, float]:
+        scalars = evaluator.scalars(agent.act, device, last)
+        run.last_returns = evaluator.last.tolist()
+        return scalars
+
     loop.train(
         run, stage.name, lambda: stage.make_step(args, data, agent, optimizers), getattr(args, stage.steps),
         {"agent": agent, **optimizers}, device=device, compile=args.compile, log_every=args.log_every, probe=probe,
-        evaluate=(lambda: evaluator(agent.act, device)) if stage.eval_every else None,
+        evaluate=evaluate if stage.eval_every else None,
         evaluate_every=getattr(args, stage.eval_every) if stage.eval_every else 0,
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ MAZE_STEPS = {"umaze": 700, "medium": 1_000, "large": 1_000}  # of an episode
 MAZE_DATA = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
 MAZE_IDS = [f"antmaze-{data}-v2" for data in MAZE_DATA]
 D4RL_IDS = [*ROBOT_IDS, *MAZE_IDS]
-DEMO = "hopper-medium-demo"
+DEMO, MAZE_DEMO = DEMOS = ("hopper-medium-demo", "antmaze-umaze-demo")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def resolve(env_id: str, dataset_path: str = "") -> Task:
             if task.family == "gymnasium" and not dataset_path:
                 raise UserError(f"--env-id {env_id} is an environment; give the data to start from with --dataset-path")
             return task
-    known = [*D4RL_IDS, DEMO, *(gym.registry if dataset_path else ())]
+    known = [*D4RL_IDS, *DEMOS, *(gym.registry if dataset_path else ())]
     near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)
     hint = f"; the nearest names are: {', '.join(near)}" if near else f"; try {DEMO}"
     raise UserError(f"--env-id {env_id!r} is not known{hint}")
@@ -137,7 +137,7 @@ def antmaze(env_id: str, data: str) -> Task | None:
             f"--env-id {env_id} is not played: in v0 and v1 time-outs stand in the wrong rows and all episodes share "
             f"one goal; take {env_id[:-1]}2, with --dataset-path for an old file, whose time-outs are then put right"
         )
-    if env_id not in MAZE_IDS:
+    if env_id not in (*MAZE_IDS, MAZE_DEMO):
         return None
     data = {Path(d4rl_url(name)).stem: name for name in MAZE_IDS}.get(data, data)
     kind, maze = (data if data in MAZE_IDS else env_id).removesuffix("-v2"), env_id.split("-")[1]

@@ -32,7 +32,7 @@ def transfer(policy: dict, kind: str, data: Dataset, evaluator, run, steps: int 
     rows = torch.arange(0, len(data), max(1, len(data) // 10_000), device=device)
     with torch.no_grad():
         error = (net.mode(data.obs[rows]) - source.mode(data.obs[rows])).abs().mean().item()
-    score = evaluator(net.mode, device)
+    score = evaluator(net.mode, device, final=True)
     print(
         f"transfer: {policy['algorithm']} ({policy['kind'].replace('_', ' ')}) → {kind.replace('_', ' ')}: mean action "
         f"error {error:.2g}, {data.task.measure} {policy['score']:.1f} → {score:.1f}"

@@ -25,7 +25,7 @@ NEEDED = ("Args", "PRESETS", "FAMILIES", "Agent", "Optimizers", "training_step",
 
 # What an online script hands on to the offline one that it calls
 SHARED = ("preset", "env_id", "dataset_path", "seed", "device", "compile", "deterministic", "run_dir",
-          "checkpoint_seconds", "eval_episodes", "eval_workers", "go_on")  # fmt: skip
+          "checkpoint_seconds", "eval_episodes", "final_episodes", "eval_workers", "go_on")  # fmt: skip
 
 
 def is_algorithm(name: str) -> bool:
@@ -128,7 +128,7 @@ def policy(args, run, data: Dataset) -> tuple[dict, Evaluator]:
     data.standardise(found["state_mean"], found["state_std"])  # as the policy was trained
     data.transform_rewards(args.reward_scale, args.reward_shift)
     evaluator = make_evaluator(args, data, found["state_mean"], found["state_std"])
-    stored, found["score"] = found["score"], evaluator(player(found).mode, data.obs.device)
+    stored, found["score"] = found["score"], evaluator(player(found).mode, data.obs.device, final=True)
     said = f"{stored:.1f} when it was saved" if math.isfinite(stored) else "none in its file"
     here = f"{data.task.measure} {found['score']:.1f} here, {said}"
     trained = f", {found['steps']:,} steps" if found["steps"] else ""  # else nobody knows
@@ -137,7 +137,7 @@ def policy(args, run, data: Dataset) -> tuple[dict, Evaluator]:
         found = transfer(found, declared(args).KIND, data, evaluator, run)
         save_policy(handed_on, **found)
     found["progress"] = path.parent / "progress.csv"
-    run.last_score = found["score"]
+    run.last_score, run.last_returns = found["score"], evaluator.last.tolist()
     return found, evaluator
 
 

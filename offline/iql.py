@@ -28,7 +28,9 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_shift=-1.0, expectile=0.9, beta=10.0, eval_every=50_000),
+    "antmaze": dict(
+        reward_shift=-1.0, expectile=0.9, beta=10.0, eval_every=50_000, eval_episodes=20, final_episodes=100
+    ),
 }
 
 

@@ -31,7 +31,16 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_scale=100.0, gamma=0.999, batch_size=256, actor_lr=3e-4, critic_lr=5e-5, eval_every=50_000),
+    "antmaze": dict(
+        reward_scale=100.0,
+        gamma=0.999,
+        batch_size=256,
+        actor_lr=3e-4,
+        critic_lr=5e-5,
+        eval_every=50_000,
+        eval_episodes=20,
+        final_episodes=100,
+    ),
     "antmaze-umaze": dict(actor_bc_coef=0.003, critic_bc_coef=0.002),
     "antmaze-umaze-diverse": dict(actor_bc_coef=0.003, critic_bc_coef=0.001),
     "antmaze-medium-play": dict(actor_bc_coef=0.001, critic_bc_coef=0.0005),

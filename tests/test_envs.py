@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from common import cli, envs, evaluation, steps
+from common.checkpoint import BestPolicy
 from common.policies import Policy
 from common.tasks import DEMO, resolve
 
@@ -171,3 +172,41 @@ def test_what_is_computed_every_third_time_is_averaged_over_those_times_across_i
         rest.run(5 - stop)
         assert rest.means() == {"n": 5.0, "third": 45.0}
     assert whole.means() == {"n": 5.0, "third": 45.0} and whole.means() == {}
+
+
+def test_final_evaluations_have_the_others_episodes_and_more_and_successes_are_counted():
+    class Reaches:
+        """A success in its second step, where the first action is above 0; a return that tells the seed."""
+
+        def reset(self, seed):
+            self.seed, self.n = seed, 0
+            return np.zeros(1), {}
+
+        def step(self, action):
+            self.n += 1
+            there = self.n == 2 and self.seed % 2
+            return np.zeros(1), self.seed / 2, self.n == 3, False, {"success": bool(there)} if self.says else {}
+
+    evaluator = evaluation.Evaluator(HOPPER, torch.zeros(1), torch.ones(1), episodes=3, final=8)
+    evaluator.envs, evaluator.reference = [Reaches() for _ in range(8)], None
+    for Reaches.says in (True, False):
+        few = evaluator.scalars(lambda obs: obs, "cpu")
+        assert evaluator.last.tolist() == [1.5 * seed for seed in range(10_000, 10_003)]
+        many = evaluator.scalars(lambda obs: obs, "cpu", final=True)
+        assert evaluator.last.tolist() == [1.5 * seed for seed in range(10_000, 10_008)]
+        assert (few["score"], many["score"]) == (1.5 * 10_001, 1.5 * 10_003.5)
+        assert few.get("success") == (pytest.approx(1 / 3) if Reaches.says else None)
+        assert many.get("success") == (0.5 if Reaches.says else None)
+
+
+def test_the_best_policy_moves_on_what_is_more_than_chance():
+    def offered(returns, margin, starting=(0, 0, 1, 0)):
+        best = BestPolicy(25.0, torch.nn.Linear(1, 1), "first", starting, margin)
+        return best.update(100 * float(np.mean(returns)), torch.nn.Linear(1, 1), "second", returns)
+
+    # gains 0, 1, 0, 0: mean 0.25 and standard error 0.25
+    assert offered([0, 1, 1, 0], 0.0) and offered([0, 1, 1, 0], 0.99) and not offered([0, 1, 1, 0], 1.0)
+    assert offered([1, 1, 1, 1], 2.0) and offered([1, 1, 1, 1], 2.9) and not offered([1, 1, 1, 1], 3.0)
+    assert not offered([0, 0, 1, 0], 0.0) and not offered([0, 0, 1, 0], 2.0)
+    # start by start: what was played from more starts is judged on those of both
+    assert offered([1, 1, 1, 1], 2.0, (0, 0, 1, 0, 1, 1, 1, 1, 1)) and not offered([0, 0, 1, 0, 1, 1, 1], 2.0)

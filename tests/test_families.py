@@ -1,6 +1,8 @@
 """What a name means: AntMaze's data, and what scripts set otherwise for a family of data."""
 
 import dataclasses
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +10,7 @@ from typing import Annotated
 import h5py
 import numpy as np
 import pytest
+import torch
 
 import o2ppo
 import o2sac
@@ -15,6 +18,7 @@ import o2td3
 from common import agreement, cli, datasets, envs, tasks, views
 from common.bounds import at_least
 from offline import awac, bc, cql, iql, rebrac, td3_bc
+from tests.conftest import kill_at
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "datasets"
 FRAGMENTS = SHARED / "fragments"
@@ -269,3 +273,65 @@ def test_an_offline_algorithm_that_is_called_takes_its_own():
     )
     _, chosen = offline.algorithm_args(args)
     assert (chosen.expectile, chosen.reward_scale, chosen.reward_shift, args.reward_scale) == (0.9, 1, -1, 10)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+TINY_RUN = {
+    "env_id": "antmaze-umaze-demo", "offline": "bc", "offline_steps": 3, "device": "cpu", "batch_size": 32,
+    "eval_episodes": 2, "final_episodes": 3, "reevaluate_steps": 3, "align_steps": 3, "online_steps": 60,
+    "learning_starts": 40, "eval_every": 30, "checkpoint_seconds": 0,
+}  # fmt: skip
+SHORT = "from common import tasks\ntasks.MAZE_STEPS['umaze'] = 35"  # steps of an episode
+
+
+def executed(script, folder, stage="none", step=0):
+    """A run of the script, in a process of its own, that is killed at a step of a stage."""
+    flags = [part for key, value in TINY_RUN.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    program = f"{SHORT}\n{kill_at(script, stage, step, 10)}"
+    command = [sys.executable, "-c", program, *flags, "--no-compile", "--run-dir", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=120)
+    name = f"antmaze-umaze-demo__{script}__bc-3__0"
+    return done, folder / name
+
+
+def test_a_resumed_run_in_a_maze_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path):
+    """It goes on within an episode, whose state and goal are hidden in nothing but its seed and its actions."""
+    whole, folder = executed("o2td3", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    killed, cut = executed("o2td3", tmp_path / "cut", "finetune", 55)
+    assert killed.returncode == -9
+    resumed, _ = executed("o2td3", tmp_path / "cut")
+    assert resumed.returncode == 0 and "finetune: continuing at step 50" in resumed.stdout
+    for name in ("policy.pt", "best.pt", "finetune.pt"):
+        a, b = (torch.load(path / name, weights_only=True) for path in (folder, cut))
+        for key in ("actor",) if name != "finetune.pt" else ("state",):
+            assert_same(a[key], b[key])
+    assert torch.load(folder / "finetune.pt", weights_only=True)["state"]["env"]["actions"].shape == (25, 8)
+
+
+def assert_same(a, b):
+    """Nested dictionaries of tensors and numbers, equal to the last bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_loaded_episode_goes_on_with_its_goal():
+    task = tasks.resolve("antmaze-umaze-v2")
+    first, second = (envs.Episodes(envs.make_env(task), seed=0) for _ in range(2))
+    rng = np.random.default_rng(0)
+    for _ in range(705):  # into the second episode
+        first.step(rng.uniform(-1, 1, 8).astype(np.float32))
+    second.load_state_dict(first.state_dict())
+    assert first.episode == second.episode == 1
+    assert (first.env.unwrapped.goal == second.env.unwrapped.goal).all() and (first.obs == second.obs).all()
+    for _ in range(20):
+        action = rng.uniform(-1, 1, 8).astype(np.float32)
+        assert all(np.array_equal(a, b) for a, b in zip(first.step(action), second.step(action), strict=True))
