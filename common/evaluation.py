@@ -77,6 +77,12 @@ class Evaluator:
         starts = range(FRESH, FRESH + 10 * n, n)
         return np.concatenate([self.returns(policy, device, range(start, start + n)) for start in starts])
 
+    def paths(self, policy, device: torch.device | str) -> list[tuple[np.ndarray, bool]]:
+        """Where an ant went in each episode, its first two observations (steps + 1, 2), and whether it arrived."""
+        envs = [Traced(make_env(self.task, evaluation=True)) for _ in self.seeds]
+        outcomes = play(envs, self.seeds, range(len(envs)), self.mean, self.std, policy, device)
+        return [(np.array(env.path), success == 1) for env, success in zip(envs, outcomes[1], strict=True)]
+
     def score(self, returns: np.ndarray) -> float:
         """The mean return, D4RL's way: 0 is a random policy's, 100 an expert's. Itself where the task knows no such."""
         if self.reference is None:
@@ -94,6 +100,20 @@ class Evaluator:
 
     def __call__(self, policy, device: torch.device | str, final: bool = False) -> float:
         return self.scalars(policy, device, final)["score"]
+
+
+class Traced(gym.Wrapper):
+    """Keeps the first two observations of every step in `path`."""
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.path = [obs[:2]]
+        return obs, info
+
+    def step(self, action):
+        obs, *rest = self.env.step(action)
+        self.path.append(obs[:2])
+        return obs, *rest
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import antmaze
 from common.checkpoint import aside
 from common.log import read_rows
 from common.run import script_name
@@ -186,6 +187,32 @@ def draw_constraint(panel, line: Line, constraints: list[str], weight: str) -> N
     right.set_ylabel(label[0], color="C5")
     right.tick_params(axis="y", colors="C5")
     right.set_ylim(0, 1.1 * line.points(weight)[1].max())
+
+
+# ----------------------------------------------------------------------------------------------- mazes
+
+
+def paths(figure, ways: dict[str, list[tuple[np.ndarray, bool]]], maze: str) -> None:
+    """A panel for each policy: the ways of `Evaluator.paths` through the walls, with a dot where each ended."""
+    from matplotlib.patches import Rectangle
+
+    goal = np.array(antmaze.cells(maze, "g"))[0]
+    walls = antmaze.cells(maze, "#")
+    for panel, (name, found) in zip(np.atleast_1d(figure.subplots(1, len(ways))), ways.items(), strict=True):
+        for x, y in walls:
+            corner = x - antmaze.CELL / 2, y - antmaze.CELL / 2
+            panel.add_patch(Rectangle(corner, antmaze.CELL, antmaze.CELL, color="0.75", linewidth=0))
+        panel.add_patch(Rectangle(goal, 1.5, 1.5, fill=False, color="C2", linewidth=2, label="where goals are drawn"))
+        for way, there in found:
+            colour = "C0" if there else "C3"
+            panel.plot(*way.T, color=colour, linewidth=0.8, alpha=0.7, label="came to its goal" if there else "did not")
+            panel.plot(*way[-1], "o", color=colour, markersize=4)
+        panel.set_title(
+            f"{name}: {sum(there for _, there in found)} of {len(found)} episodes came to their goal", fontsize=10
+        )
+        panel.set_aspect("equal")
+        panel.grid(visible=False)
+        panel.autoscale_view()
 
 
 # ----------------------------------------------------------------------------------------------- several seeds

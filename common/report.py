@@ -14,7 +14,7 @@ from rich.table import Table
 from common import agreement, cli, datasets, envs, plots, seeds, steps, timing
 from common.checkpoint import write_atomic
 from common.log import read_rows
-from common.policies import description_of, save_online
+from common.policies import description_of, module, save_online
 from common.run import Run, read_json, run_name, script_name
 from common.stages import stages_of
 
@@ -85,10 +85,19 @@ def finish(run: Run, policy: dict, agent, best, data, evaluator) -> None:
         result = measured(run, policy, agent, best, data, evaluator)
         write_atomic(path, json.dumps(result, indent=2).encode())
     plots.draw(run.dir / "curve.png", plots.curve, offline_rows(run, policy) + run.logged.rows, result, run.args)
+    if data.task.maze and not (run.dir / "paths.png").exists():
+        draw_paths(run, policy, agent, data, evaluator)
     show(run, result)
     if run.args.capture_video:
         device = data.obs.device
         envs.record_video(data.task, evaluator.mean, evaluator.std, agent.act, device, run.dir / "videos")
+
+
+def draw_paths(run: Run, policy: dict, agent, data, evaluator) -> None:
+    """paths.png: the ways of the evaluation's episodes through the maze, before fine-tuning and after it."""
+    ways = {"offline policy": evaluator.paths(module(policy).cpu().mode, "cpu")}
+    ways["after fine-tuning"] = evaluator.paths(copy.deepcopy(agent).cpu().act, "cpu")
+    plots.draw(run.dir / "paths.png", plots.paths, ways, data.task.maze, height=5.5)
 
 
 def measured(run: Run, policy: dict, agent, best, data, evaluator) -> dict:
@@ -157,3 +166,5 @@ def show(run: Run, result: dict) -> None:
     if result.get("last_success") is not None:
         print(f"success in {result['last_success']:.0%} of the last evaluation's episodes.")
     print(f"1 seed, {episodes}; {result['scale']}.\n{run.dir}/curve.png shows the whole run.")
+    if (run.dir / "paths.png").exists():
+        print(f"{run.dir}/paths.png shows the ways that the evaluation's episodes took.")

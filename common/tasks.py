@@ -92,6 +92,11 @@ class Task:
         return self.spec.id.split("/")[-1].split("-")[0].lower()
 
     @property
+    def maze(self) -> str:
+        """The map of `common.antmaze` on which the first two observations are a place; "" for none."""
+        return self.spec.kwargs.get("maze", "")
+
+    @property
     def max_episode_steps(self) -> int:
         return self.spec.max_episode_steps
 

@@ -291,7 +291,7 @@ def executed(script, folder, stage="none", step=0):
     program = f"{SHORT}\n{kill_at(script, stage, step, 10)}"
     command = [sys.executable, "-c", program, *flags, "--no-compile", "--run-dir", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=120)
-    name = f"antmaze-umaze-demo__{script}__bc-3__0"
+    name = f"antmaze-umaze-demo__{script}__bc__0"
     return done, folder / name
 
 
@@ -316,7 +316,7 @@ def assert_same(a, b):
         assert a.keys() == b.keys()
         for key in a:
             assert_same(a[key], b[key])
-    elif isinstance(a, list):
+    elif isinstance(a, (list, tuple)):
         for x, y in zip(a, b, strict=True):
             assert_same(x, y)
     else:
