@@ -22,6 +22,7 @@ def transfer(policy: dict, kind: str, data: Dataset, evaluator, run, steps: int 
     if policy["kind"] == kind:
         return policy
     seed_everything(run.args.seed)
+    run.last_score = policy["score"]  # part of the stage's checkpoints: a new start has seen no other score
     device, exact = data.obs.device, policy["kind"] != "function"
     source = policies.player(policy)
     net = policies.Policy(kind, policy["obs_dim"], policy["action_dim"], policy["hidden_layers"]).to(device)

@@ -123,12 +123,15 @@ def test_a_function_is_distilled(kind, data, evaluator, run, capsys):
     assert new["score"] == evaluator(policies.module(new).mode, "cpu") and run.logged.rows[-1]["stage"] == "transfer"
 
 
-def test_it_does_not_depend_on_what_was_drawn_before(data, evaluator, tmp_path):
+def test_it_does_not_depend_on_what_was_drawn_or_scored_before(data, evaluator, tmp_path):
     policy, new = checkpoint("deterministic"), []
-    for name in ("a", "b"):
+    for name, score in ("a", math.nan), ("b", 7.0):
         run = Run(pretrain.PretrainArgs(run_dir=str(tmp_path)), name, None)
+        run.last_score = score  # of whatever stage came before
         new.append(transfer(policy, "gaussian", data, evaluator, run, steps=100)["actor"])
         torch.randn(len(name))
+        saved = torch.load(run.dir / "transfer.pt", weights_only=True)
+        assert saved["last_score"] == policy["score"]
     assert all(torch.equal(new[0][key], new[1][key]) for key in new[0])
 
 
