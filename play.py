@@ -68,9 +68,7 @@ def main() -> None:
     policy, task = read(args)
     mean, std, net = policy["state_mean"], policy["state_std"], policies.player(policy)
     evaluator = evaluation.Evaluator(task, mean, std, min(args.episodes, SIDE_BY_SIDE))
-    seeds = range(evaluation.FRESH, evaluation.FRESH + args.episodes)
-    parts = [seeds[i : i + SIDE_BY_SIDE] for i in range(0, len(seeds), SIDE_BY_SIDE)]
-    returns = np.concatenate([evaluator.returns(net.mode, "cpu", part) for part in parts])
+    returns = evaluator.fresh_returns(net.mode, "cpu", args.episodes)
     scores = np.array([evaluator.score(r) for r in returns])
     trained = f", {policy['steps']:,} steps" if policy["steps"] else ""
     print(f"{policy['algorithm']} ({policy['kind'].replace('_', ' ')}{trained}) in {task.simulator}")

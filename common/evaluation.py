@@ -68,14 +68,15 @@ class Evaluator:
         except BrokenExecutor as error:
             raise UserError("an evaluation process died, killed or out of memory; try --eval-workers 0") from error
 
-    def fresh_returns(self, policy, device: torch.device | str) -> np.ndarray:
-        """Returns from start states that no evaluation has seen, ten for every one of those: (10 episodes,).
+    def fresh_returns(self, policy, device: torch.device | str, episodes: int | None = None) -> np.ndarray:
+        """Returns from start states that no evaluation has seen, (episodes,); None: ten for every one of those.
 
         The best of many scores on the same start states is partly luck with these; here it has none.
         """
         n = len(self.seeds)
-        starts = range(FRESH, FRESH + 10 * n, n)
-        return np.concatenate([self.returns(policy, device, range(start, start + n)) for start in starts])
+        end = FRESH + (episodes or 10 * n)
+        parts = [range(start, min(start + n, end)) for start in range(FRESH, end, n)]
+        return np.concatenate([self.returns(policy, device, part) for part in parts])
 
     def paths(self, policy, device: torch.device | str) -> list[tuple[np.ndarray, bool]]:
         """Where an ant went in each episode, its first two observations (steps + 1, 2), and whether it arrived."""
