@@ -46,10 +46,15 @@ def actor64(actor, obs):
 
 
 def critic64(critic, obs, actions):
+    return ensemble64(critic.net, torch.cat([obs.double(), actions.double()], 1))
+
+
+def ensemble64(net, inputs):
+    """The values (n, B) of networks side by side, each by itself."""
     out = []
-    for k in range(2):
-        x = torch.cat([obs.double(), actions.double()], 1)
-        for layer in critic.net:
+    for k in range(len(net[0].weight)):
+        x = inputs.double()
+        for layer in net:
             if isinstance(layer, torch.nn.ReLU):
                 x = torch.relu(x)
             elif isinstance(layer, EnsembleLayerNorm):
@@ -63,6 +68,11 @@ def critic64(critic, obs, actions):
 
 def squashed(mean, std):
     return TransformedDistribution(Normal(mean, std), [TanhTransform(cache_size=1)])
+
+
+def density64(u, mean, std):
+    """log π(tanh(u)|s) (B,) of a squashed Gaussian."""
+    return (Normal(mean, std).log_prob(u) - torch.log(1 - torch.tanh(u) ** 2)).sum(-1)
 
 
 def log_prob64(distribution, actions):

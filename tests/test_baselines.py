@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from baselines import awac, cal_ql, iql, off2on, pex, rlpd, wsrl
+from baselines import aca, awac, cal_ql, iql, off2on, pex, rlpd, wsrl
 from common import cli
 from common.run import Run, run_name
 from tests.conftest import TINY
@@ -16,6 +16,7 @@ FLAGS = {
     iql: [],
     awac: [],
     cal_ql: [],
+    aca: WAIT,
     pex: WAIT,
     rlpd: [*WAIT, "--utd", "2"],
     wsrl: [*WAIT, "--utd", "2"],
