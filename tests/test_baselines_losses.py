@@ -6,26 +6,44 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from baselines import awac, cal_ql, iql, off2on, pex
+from baselines import aca, awac, cal_ql, iql, off2on, pex, rlpd, wsrl
 from common import cli, policies, replay
 from offline import cal_ql as offline_cal_ql
 from offline import awac as offline_awac
+from offline import cql as offline_cql
 from offline import iql as offline_iql
-from tests.reference import A, B, Outputs, Recorder, S, critic64, mlp64, noises, same
+from offline import sac_ml as offline_sac_ml
+from tests.reference import (
+    A, B, Outputs, Recorder, S, actor64, critic64, density64, mlp64, noises, same,
+)  # fmt: skip
 
 
-def agent_of(script, offline_script, **changes):
-    """Arguments and an agent that goes on from an untrained offline one, everything in it different."""
-    torch.manual_seed(3)
-    chosen = offline_script.Args()
-    networks = offline_script.Agent(chosen, S, A)
+def shaken(module):
+    """Every parameter of `module`, moved a little."""
     with torch.no_grad():
-        for parameter in networks.parameters():
+        for parameter in module.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    learner = {"args": vars(chosen), "agent": networks.state_dict()}
+    return module
+
+
+# of the offline scripts, where that is what an online one starts from
+SHAPES = {wsrl: dict(critics=10, layer_norm=True), off2on: dict(hidden_layers=2, critic_layers=2)}
+
+
+def agent_of(script, offline_script=None, members=1, **changes):
+    """Arguments and an agent that goes on from untrained offline ones, everything in it different."""
+    torch.manual_seed(3)
     args = cli.complete(script.Args(compile=False, batch_size=B, **changes))
-    policy = dict(obs_dim=S, action_dim=A, hidden_layers=networks.actor.net, actor=networks.actor.state_dict())
-    return args, script.Agent(args, policy | {"learner": learner})
+    found = []
+    for _ in range(members):
+        policy = dict(obs_dim=S, action_dim=A)
+        if offline_script:
+            chosen = offline_script.Args(**SHAPES.get(script, {}))
+            networks = shaken(offline_script.Agent(chosen, S, A))
+            policy |= dict(hidden_layers=networks.actor.net, actor=networks.actor.state_dict(),
+                           learner={"args": vars(chosen), "agent": networks.state_dict()})  # fmt: skip
+        found.append(policy)
+    return args, script.Agent(args, *found)
 
 
 class Batches:
@@ -45,6 +63,13 @@ def batches_of(data, n=1):
 
 def gaussian64(actor, obs):
     return Normal(torch.tanh(mlp64(actor.net, obs)), actor.log_std.double().exp())
+
+
+def follows(before, agent):
+    """The target critics have moved by 0.005 towards the critics."""
+    for old, new, source in zip(before.critic_target.parameters(), agent.critic_target.parameters(),
+                                agent.critic.parameters(), strict=True):  # fmt: skip
+        torch.testing.assert_close(new, 0.995 * old + 0.005 * source, rtol=1e-5, atol=1e-6)
 
 
 def column(values):
@@ -80,9 +105,7 @@ def test_iql(data):
     weight = torch.exp(3 * u.detach()).clamp(max=100)
     loss = -(weight * gaussian64(agent.actor, obs).log_prob(actions.double()).sum(1)).mean()
     same(optimizers["actor_optimizer"].calls[0], loss, list(agent.actor.parameters()))
-    for old, new, source in zip(before.critic_target.parameters(), agent.critic_target.parameters(),
-                                agent.critic.parameters(), strict=True):  # fmt: skip
-        torch.testing.assert_close(new, 0.995 * old + 0.005 * source, rtol=1e-5, atol=1e-6)
+    follows(before, agent)
 
 
 @pytest.mark.parametrize(("beta", "weights"), [(3, [14.8797317249, 0.223130160148, 1.82211880039]),
@@ -252,15 +275,280 @@ def cal_ql_loss64(values, q, logs, returns, rewards, d, lagrange):
     return loss
 
 
-# ----------------------------------------------------------------------------------------------- PEX, Off2On
+# ----------------------------------------------------------------------------------------------- PEX
 
 
-def test_pex_worked_example():
+def test_pex(data, monkeypatch):
+    args, agent = agent_of(pex, offline_iql, beta=2.0, inv_temperature=1.0)
+    shaken(agent.critic_target), shaken(agent.value)
+    before, optimizers, (batch,) = copy.deepcopy(agent), Recorder(), batches_of(data)
+    obs, actions, rewards, next_obs, terminations = batch
+    (noise,) = noises(monkeypatch, (B, A))
+    draws = torch.rand(B)
+    monkeypatch.setattr(torch, "rand_like", lambda _: draws)
+    pex.finetuning_step(args, Batches(batch), agent, optimizers)()
+
+    v = mlp64(agent.value.net, obs)[:, 0]
+    u = critic64(before.critic_target, obs, actions).min(0).values.detach() - v
+    same(optimizers["value_optimizer"].calls[0], (torch.where(u < 0, 0.3, 0.7) * u**2).mean(),
+         list(agent.value.parameters()))  # fmt: skip
+    y = rewards.double() + 0.99 * (1 - terminations.double()) * mlp64(agent.value.net, next_obs)[:, 0].detach()
+    loss = sum(((q - y) ** 2).mean() for q in critic64(agent.critic, obs, actions))
+    same(optimizers["critic_optimizer"].calls[0], loss, list(agent.critic.parameters()))
+    follows(before, agent)
+
+    # the composition: π_off's mean, or a sample of the new policy where its Q is preferred; the targets have moved
+    composition = agent.actor
+    first, policy = torch.tanh(mlp64(composition.offline.net, obs)), gaussian64(composition.new, obs)
+    second = (policy.mean + policy.stddev * noise).clamp(-1, 1)
+    q_first, q_second = (critic64(agent.critic, obs, a).min(0).values for a in (first, second))
+    new = draws.double() < q_second.exp() / (q_first.exp() + q_second.exp())
+    assert 4 < new.sum() < B - 4
+    played = torch.where(new[:, None], second, first).detach()
+    advantage = critic64(agent.critic_target, obs, played).min(0).values - v
+    loss = -(torch.exp(2 * advantage).clamp(max=100).detach() * policy.log_prob(played).sum(1)).mean()
+    same(optimizers["actor_optimizer"].calls[0], loss, list(composition.new.parameters()))
+    assert not any(p.requires_grad for p in composition.offline.parameters())
+
+
+def test_pex_worked_example(monkeypatch):
     first, second = column([1.2, 0.3, 2]), column([1.05, 0.55, 2])
     composition = pex.Composition(Outputs(first), Outputs(second), Outputs([[1.2, 0.3, 2]]), 10.0, 0.9)
     composition.critic.forward = lambda _, a: a[None]  # Q is the "action" itself here
     p = torch.sigmoid(composition.preference(None, first, second))
     close(p, [0.182425523806, 0.924141819979, 0.5])
+
+    args, agent = agent_of(pex, offline_iql)
+    monkeypatch.setattr(pex, "polyak", lambda *_: None)
+    log_prob, zeros = column([0.4, -0.8, 1.1]).requires_grad_(), column([0, 0, 0])
+    monkeypatch.setattr(pex, "gaussian_log_prob", lambda *_: log_prob)
+    agent.actor.sample, agent.actor.new = lambda _: (None, zeros), Outputs(log_prob)
+    agent.actor.new.outputs, agent.actor.new.forward = [log_prob], lambda _: (log_prob, log_prob)
+    agent.critic, agent.value = Outputs(Q), Outputs([0, 0, 0], [0, 0, 0], [1, 0.2, 2])
+    agent.critic_target = Outputs(Q, [[1.1, 0.7, 1.9]])
+    metrics = pex.finetuning_step(args, Batches((zeros, zeros, R, zeros, D)), agent, Recorder())()
+    close(metrics["actor_loss"], 26.1693399611)
+    close(metrics["advantage_weight"], (torch.e + 100 + 1 / torch.e) / 3)
+
+
+def test_pex_evaluates_as_its_authors_do():
+    """Of 20,000 plays of each of three states so many are the new policy's, a tie going to π_off."""
+    n, q_first, q_second = 20_000, column([1.2, 0.3, 2]), column([1.05, 0.55, 2])
+    composition = pex.Composition(torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity(), 10.0, 0.9)
+    composition.offline.forward = lambda obs: (torch.full((3 * n, 1), -0.5), None)
+    composition.new.forward = lambda obs: (torch.full((3 * n, 1), 0.5), torch.tensor([-20.0]))
+    composition.critic.forward = lambda obs, a: torch.where(
+        a[:, 0] > 0, q_second.repeat_interleave(n), q_first.repeat_interleave(n)
+    )[None]
+    share = (composition.mode(torch.zeros(3 * n, 1))[:, 0] > 0).double().view(3, n).mean(1)
+    assert share.tolist() == pytest.approx([0.0182425523806, 0.992414181998, 0.05], abs=0.006)
+
+
+# ----------------------------------------------------------------------------------------------- RLPD, WSRL
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_rlpd(data, monkeypatch, entropy):
+    args, agent = agent_of(rlpd, utd=1, backup_entropy=entropy)
+    for module in (agent.actor, agent.critic, agent.critic_target):
+        shaken(module)
+    agent.log_alpha.data.fill_(-0.6)
+    before, optimizers, (batch,) = copy.deepcopy(agent), Recorder(), batches_of(data)
+    obs, actions, rewards, next_obs, terminations = batch
+    noise, order = noises(monkeypatch, (B, A), (B, A)), torch.rand(10)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: order)
+    metrics = rlpd.finetuning_step(args, Batches(batch), agent, optimizers)()
+    alpha = agent.log_alpha.double().exp()
+
+    mean, std = actor64(agent.actor, next_obs)
+    u = mean + std * noise[0]
+    two = sorted(range(10), key=lambda i: order[i])[:2]
+    next_v = critic64(before.critic_target, next_obs, torch.tanh(u))[two].min(0).values
+    next_v = next_v - entropy * alpha * density64(u, mean, std)
+    y = (rewards.double() + 0.99 * (1 - terminations.double()) * next_v).detach()
+    loss = ((critic64(agent.critic, obs, actions) - y) ** 2).mean()
+    same(optimizers["critic_optimizer"].calls[0], loss, list(agent.critic.parameters()))
+    assert metrics["critic_loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    follows(before, agent)
+    mean, std = actor64(agent.actor, obs)
+    u = mean + std * noise[1]
+    log_prob = density64(u, mean, std)
+    loss = (alpha.detach() * log_prob - critic64(agent.critic, obs, torch.tanh(u)).mean(0)).mean()
+    same(optimizers["actor_optimizer"].calls[0], loss, list(agent.actor.parameters()))
+    loss = alpha * (-log_prob.mean().detach() + A / 2)
+    same(optimizers["alpha_optimizer"].calls[0], loss, [agent.log_alpha])
+
+
+@pytest.mark.parametrize("best_of", [1, 2])
+def test_wsrl(data, monkeypatch, best_of):
+    args, agent = agent_of(wsrl, offline_cal_ql, utd=1, best_of=best_of)
+    shaken(agent.critic_target)
+    before, optimizers, (batch,) = copy.deepcopy(agent), Recorder(), batches_of(data)
+    obs, actions, rewards, next_obs, terminations = batch
+    noise = noises(monkeypatch, (best_of, B, A), (B, A), (B, A))
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor([7, 2]))
+    wsrl.finetuning_step(args, Batches(batch), agent, optimizers)()
+    alpha = torch.log1p(agent.alpha_parameter.double().exp())
+
+    next_mean, next_std = actor64(agent.actor, next_obs)
+    drawn = [torch.tanh(next_mean + next_std * eps) for eps in noise[0]]
+    values = torch.stack([critic64(before.critic_target, next_obs, a)[[7, 2]].min(0).values for a in drawn])
+    y = (rewards.double() + 0.99 * (1 - terminations.double()) * values.max(0).values).detach()
+    loss = ((critic64(agent.critic, obs, actions) - y) ** 2).mean()
+    same(optimizers["critic_optimizer"].calls[0], loss, list(agent.critic.parameters()))
+    follows(before, agent)
+    mean, std = actor64(agent.actor, obs)
+    u = mean + std * noise[1]
+    lowest = critic64(agent.critic, obs, torch.tanh(u)).min(0).values
+    loss = (alpha.detach() * density64(u, mean, std) - lowest).mean()
+    same(optimizers["actor_optimizer"].calls[0], loss, list(agent.actor.parameters()))
+    entropy = -density64(next_mean + next_std * noise[2], next_mean, next_std).mean().detach()
+    loss = alpha * (entropy + A)
+    same(optimizers["alpha_optimizer"].calls[0], loss, [agent.alpha_parameter])
+
+
+@pytest.mark.parametrize(("script", "entropy"), [(rlpd, True), (rlpd, False), (wsrl, False)])
+def test_rlpd_and_wsrl_worked_example(script, entropy, monkeypatch):
+    changes = dict(critics=3, backup_entropy=entropy) if script is rlpd else {}
+    args = cli.complete(script.Args(compile=False, batch_size=2, utd=1, **changes))
+    mean = torch.zeros(2, 2, dtype=torch.float64).requires_grad_()
+    agent, q, alpha = torch.nn.Module(), [[4.5, 0], [5.5, -0.5], [5, 1]], column(0.5)
+    agent.actor = Outputs(mean)
+    agent.actor.outputs, agent.actor.forward = [mean], lambda _: (mean, mean)
+    agent.critic, agent.critic_target = Outputs(q, [[4, 1], [3, 2], [5, 0]]), Outputs([[5, 1], [4, 1.5], [6, 0.5]])
+    agent.critic.n = 3
+    agent.log_alpha, agent.alpha_parameter = (torch.nn.Parameter(x) for x in (alpha.log(), alpha.expm1().log()))
+    densities = iter([column([-2, 0.4]), column([-1, 0.5]) + mean.sum(1), column([-2, 0.4])])
+    monkeypatch.setattr(script, "sample_actions", lambda *_: (torch.zeros(1, 2, 2), next(densities)))
+    monkeypatch.setattr(script, "polyak", lambda *_: None)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: column([0.1, 0.9, 0.2]))
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor([0, 2]))
+    obs = torch.zeros(2, 1)
+    batch = obs, torch.zeros(2, 2), column([1, -1]), obs, column([0, 1])
+    metrics = script.finetuning_step(args, Batches(batch, action_dim=2), agent, Recorder())()
+    y = column([6.94 if entropy else 5.95, -1])
+    close(metrics["q_target"], y.mean())
+    close(metrics["critic_loss"], 2.84013333333 if entropy else ((column(q) - y) ** 2).mean())
+    close(metrics["actor_loss"], -2.625 if script is rlpd else -1.625)
+    close(metrics["alpha_loss"], 0.625 if script is rlpd else 0.5 * 2.8)  # that example's α is 1
+
+
+# ----------------------------------------------------------------------------------------------- Off2On
+
+
+class TwoSources(Batches):
+    """Known batches in the place of Off2On's buffer: one of all rows, one of data and one of play."""
+
+    def __init__(self, batch, rows, data, play, action_dim=A):
+        super().__init__((batch, rows), action_dim=action_dim)
+        self.start, self.both, self.written = 0, (data, play), []
+
+    def either(self, _):
+        return self.both
+
+    def update(self, *written):
+        self.written.append(written)
+
+
+def test_off2on(data, monkeypatch):
+    n = 3
+    args, agent = agent_of(off2on, offline_cql, members=n)
+    shaken(agent.critic_target)
+    agent.log_alpha.data.fill_(-0.4)
+    before, optimizers = copy.deepcopy(agent), Recorder()
+    batch, rows_off, rows_on = batches_of(data, 3)
+    obs, actions, rewards, next_obs, terminations = batch
+    noise = noises(monkeypatch, (B, A), (B, A))
+    source = TwoSources(batch, torch.arange(B), rows_off, rows_on)
+    off2on.finetuning_step(args, source, agent, optimizers)()
+    alpha = agent.log_alpha.double().exp().item()
+
+    def policy64(states):
+        out = [ensemble64_of(agent.actor.net, states, k) for k in range(n)]
+        means, stds = (torch.stack(x) for x in zip(*out, strict=True))
+        mean = means.mean(0)
+        return mean, ((means**2 + stds**2).mean(0) - mean**2).sqrt()
+
+    def members64(critic, states, a):
+        return critic64(critic, states, a).view(n, 2, -1)  # member by member, twin by twin
+
+    mean, std = policy64(next_obs)
+    u = mean + std * noise[0]
+    next_v = members64(before.critic_target, next_obs, torch.tanh(u)).min(1).values - alpha * density64(u, mean, std)
+    y = (rewards.double() + 0.99 * (1 - terminations.double()) * next_v).detach()
+    loss = ((members64(agent.critic, obs, actions) - y[:, None]) ** 2).mean(-1).sum()
+    same(optimizers["critic_optimizer"].calls[0], loss, list(agent.critic.parameters()))
+    follows(before, agent)
+    mean, std = policy64(obs)
+    u = mean + std * noise[1]
+    log_prob = density64(u, mean, std)
+    loss = (alpha * log_prob - members64(agent.critic, obs, torch.tanh(u)).min(1).values.mean(0)).mean()
+    same(optimizers["actor_optimizer"].calls[0], loss, list(agent.actor.parameters()))
+    loss = -agent.log_alpha.double() * (log_prob - A).mean().detach()
+    same(optimizers["alpha_optimizer"].calls[0], loss, [agent.log_alpha])
+
+    def ratio64(batch):
+        return torch.relu(mlp64(agent.ratio.net, torch.cat(batch[:2], 1))[:, 0])
+
+    w_off, w_on, w = (ratio64(x) for x in (rows_off, rows_on, batch))
+    loss = (-torch.log(2 / (w_off + 1) + 1e-10) - torch.log(2 * w_on / (w_on + 1) + 1e-10)).mean()
+    same(optimizers["ratio_optimizer"].calls[0], loss, list(agent.ratio.parameters()))
+    [(rows, priorities)] = source.written
+    want = (w**0.2 / ((w_off**0.2).mean() + 1e-10)).clamp(0.001, 1000)
+    assert torch.equal(rows, torch.arange(B))
+    torch.testing.assert_close(priorities.double(), want.detach(), rtol=1e-5, atol=1e-6)
+
+
+def ensemble64_of(net, obs, k):
+    """Mean and standard deviation of u that the k-th of the networks side by side gives."""
+    x = obs.double()
+    for layer in net:
+        x = torch.relu(x) if isinstance(layer, torch.nn.ReLU) else x @ layer.weight[k].double() + layer.bias[k].double()
+    return x[:, :A], torch.clamp(x[:, A:] - 1, -20, 2).exp()
+
+
+def test_off2on_worked_example(monkeypatch):
+    args = cli.complete(off2on.Args(compile=False, batch_size=2))
+    q = column([[[1, 2], [1.2, 1.7]], [[0.8, 2.2], [0.9, 2.5]]]).transpose(0, 1)  # member, twin, row
+    q_next = column([[[1.1, 2.1], [1.4, 1.6]], [[0.7, 2.4], [1, 2.9]]]).transpose(0, 1)
+    mean = torch.zeros(2, 2, dtype=torch.float64).requires_grad_()
+    agent = torch.nn.Module()
+    agent.actor = Outputs(mean)
+    agent.actor.outputs, agent.actor.forward = [mean], lambda _: (mean, mean)
+    agent.critic, agent.critic_target = Outputs(q, q + 0.1), Outputs(q_next)
+    agent.ratio = Outputs([0.5, 1.5, 0, 0.9], [2, 0.8, 3, 0], [1.7, 0, 400])  # behind their relu
+    agent.log_alpha = torch.nn.Parameter(column(0.2).log())
+    densities = iter([column([-1.5, 0.7]), column([-0.9, 0.4]) + mean.sum(1)])
+    monkeypatch.setattr(off2on, "sample_actions", lambda *_: (mean, next(densities)))
+    monkeypatch.setattr(off2on, "polyak", lambda *_: None)
+    batch = (torch.zeros(2, 1), mean, column([0.5, -1]), torch.zeros(2, 1), column([0, 1]))
+    source = TwoSources(batch, torch.arange(3), batch, batch, action_dim=2)
+    metrics = off2on.finetuning_step(args, source, agent, Recorder())()
+    close(metrics["q_target"], (1.49 - 1 + 1.787 - 1) / 4)
+    close(metrics["critic_loss"], 20.313769)
+    close(metrics["actor_loss"], -1.5)
+    close(metrics["ratio_loss"], 5.41037694709)
+    close(source.written[0][1], [1.51587852333, 0.001, 4.51842017295])
+
+
+def test_off2on_writes_priorities_back(data):
+    args, agent = agent_of(off2on, offline_cql)
+    buffer, n, drawn = replay.PrioritisedBuffer(data, 400, 7.0), len(data), {}
+    for i in range(300):
+        buffer.add(data.obs[i], data.actions[i], 0.0, data.obs[i], False)
+    before = buffer.priorities.view(-1).clone()
+    sample, either = buffer.sample, buffer.either
+    buffer.sample = lambda size: drawn.setdefault("batch", sample(size))
+    buffer.either = lambda size: drawn.setdefault("either", either(size))
+    metrics = off2on.finetuning_step(args, buffer, agent, Recorder())()
+    (batch, rows), (rows_off, _) = drawn["batch"], drawn["either"]
+    w, w_off = (torch.relu(mlp64(agent.ratio.net, torch.cat(x[:2], 1))[:, 0]) for x in (batch, rows_off))
+    want = before.clone()
+    want[rows] = (w**0.2 / (w_off**0.2).mean()).clamp(0.001, 1000).detach()
+    torch.testing.assert_close(buffer.priorities.view(-1), want, rtol=1e-5, atol=1e-6)
+    close(buffer.sums, buffer.priorities.sum(1))
+    assert buffer.highest == 7  # what a new row gets does not fall
+    close(metrics["play_in_batch"], (rows >= n).double().mean())
 
 
 def test_off2on_mixture_and_new_priorities():
@@ -307,23 +595,43 @@ def test_prioritised_rows_are_those_of_the_running_sum(data):
 # ----------------------------------------------------------------------------------------------- compiled
 
 
-FLAGS = [(iql, offline_iql, {}), (awac, offline_awac, {}), (cal_ql, offline_cal_ql, dict(n_actions=2, best_of=2))]
+METHODS = {
+    iql: (offline_iql, {}), awac: (offline_awac, {}), cal_ql: (offline_cal_ql, dict(n_actions=2, best_of=2)),
+    aca: (offline_sac_ml, {}), pex: (offline_iql, {}), rlpd: (None, dict(utd=1)), wsrl: (offline_cal_ql, dict(utd=1)),
+    off2on: (offline_cql, dict(members=2)),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("script", "offline_script", "changes"), FLAGS, ids=lambda x: getattr(x, "__name__", ""))
-def test_compiled_steps_equal_eager_ones(data, script, offline_script, changes):
+@pytest.mark.parametrize("script", METHODS, ids=lambda script: script.__name__.split(".")[1])
+def test_compiled_steps_equal_eager_ones(data, script, monkeypatch):
+    """They are traced into one graph, backward passes included, which is then run as it is: the code that PyTorch
+    generates from such graphs is tested in test_compile.py and test_offline_losses.py, and takes ten times as long."""
+    compile, (offline_script, changes) = torch.compile, METHODS[script]
+    traced = dict(backend="aot_eager", fullgraph=True, dynamic=False)
+    monkeypatch.setattr(torch, "compile", lambda fn, **_: compile(fn, **traced))
+
     def trained(compile):
         args, agent = agent_of(script, offline_script, **changes)
         vars(args)["compile"] = compile
         torch.manual_seed(0)
-        buffer = replay.ReplayBuffer(data, 10, "all")
-        if script is cal_ql:
-            buffer = replay.EpisodeBuffer(data, 10, "all", data.rewards)
-        step = script.finetuning_step(args, buffer, agent, script.Optimizers(args, agent))
+        scheduled = [{"prior": torch.tensor(0.7)}] if script is aca else []
+        buffer = BUFFERS.get(script, lambda data: replay.ReplayBuffer(data, 10, "all"))(data)
+        step = script.finetuning_step(args, buffer, agent, script.Optimizers(args, agent), *scheduled)
         for _ in range(4):
             step()
-        return agent.state_dict()
+        return agent.state_dict() | {f"buffer/{name}": x for name, x in buffer.state_dict().items() if name != "length"}
 
     eager, fast = trained(False), trained(True)
     for name in eager:
         torch.testing.assert_close(fast[name], eager[name], rtol=1e-3, atol=2e-4, msg=lambda t, n=name: f"{n}: {t}")
+
+
+def played(data):
+    """Off2On's buffer with some rows of play."""
+    buffer = replay.PrioritisedBuffer(data, 10, 3.0)
+    for i in range(5):
+        buffer.add(data.obs[i], data.actions[i], 0.0, data.obs[i], False)
+    return buffer
+
+
+BUFFERS = {cal_ql: lambda data: replay.EpisodeBuffer(data, 10, "all", data.rewards), off2on: played}
