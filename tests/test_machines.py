@@ -20,9 +20,11 @@ SCRIPTS = [
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_threads_are_told_to_wait_quietly_before_pytorch_is_loaded(script, tmp_path):
-    (tmp_path / "torch.py").write_text("import os; print(os.environ['OMP_WAIT_POLICY']); os._exit(0)")
-    for own, expected in ({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"):
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | own
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    says = f"import os; print(*[os.environ.get(name) for name in {names}], flush=True); os._exit(0)"
+    (tmp_path / "torch.py").write_text(says)
+    for own, expected in ({}, "PASSIVE 1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"):
+        environment = {k: v for k, v in os.environ.items() if k not in names} | own
         command = [sys.executable, ROOT / script]
         done = subprocess.run(command, env=environment | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
         assert done.stdout == expected + "\n", done.stderr
