@@ -23,7 +23,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 import offline
-from common import cli, datasets, envs, report, steps
+from common import cli, datasets, envs, regime, report, steps
 from common.bounds import above, at_least, between, even
 from common.checkpoint import BestPolicy, seed_everything
 from common.loop import Loop
@@ -329,14 +329,15 @@ def main() -> None:
     device = data.obs.device
 
     others = [offline.trained(member, data) for member in seeds(args)[1:]]
-    policy, evaluator = offline.policy(args, run, data)
+    policy, evaluator = offline.policy(args, run, data, alone=False)
     seed_everything(args.seed)
-    data, held_out = data.hold_out(args.holdout, STATES)
     agent = Agent(args, policy, *others).to(device)
-    probe = critic_probe(agent, held_out)
-    optimizers = Optimizers(args, agent)
     offline_score = policy["score"] = run.last_score = evaluator(agent.act, device)
     print(f"the {args.members} policies as one: {data.task.measure} {offline_score:.1f}")
+    regime.announce(run, data, evaluator, agent.act)
+    data, held_out = data.hold_out(args.holdout, STATES)
+    probe = critic_probe(agent, held_out)
+    optimizers = Optimizers(args, agent)
     best = BestPolicy(offline_score, agent.actor, "offline policies")
 
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)

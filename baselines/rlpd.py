@@ -18,7 +18,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 import offline
-from common import cli, datasets, envs, report, steps
+from common import cli, datasets, envs, regime, report, steps
 from common.bounds import at_least, between, even
 from common.checkpoint import BestPolicy, seed_everything
 from common.evaluation import make_evaluator
@@ -287,6 +287,7 @@ def main() -> None:
     policy = at_random(run, data)
     agent = Agent(args, policy).to(device)
     evaluator = make_evaluator(args, data, policy["state_mean"], policy["state_std"])
+    regime.announce(run, data, evaluator, agent.act)
     data.transform_rewards(args.reward_scale, args.reward_shift)
     data, held_out = data.hold_out(args.holdout, STATES)
     probe = critic_probe(agent, held_out)

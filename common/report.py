@@ -125,7 +125,7 @@ def measured(run: Run, policy: dict, agent, best, data, evaluator) -> dict:
         "offline_data": policy["data"] or None, "seed": run.args.seed, "preset": run.args.preset,
         "eval_episodes": run.args.eval_episodes, "final_episodes": len(evaluator.final_seeds),
         "last_success": successes[-1] if successes else None,
-        "evaluations": len(scores), "seconds": run.seconds,
+        "regime": run.regime, "evaluations": len(scores), "seconds": run.seconds,
         "seconds_per_evaluation": evaluator.seconds / evaluator.count, "hardware": hardware(data.obs.device),
         "made_with": run.made_with,
     }  # fmt: skip

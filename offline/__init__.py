@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-from common import cli, tasks
+from common import cli, regime, tasks
 from common.datasets import Dataset
 from common.evaluation import Evaluator, make_evaluator
 from common.foreign import load_policy, our_policy
@@ -104,11 +104,12 @@ def check_critic(args, found: dict) -> None:
         raise cli.UserError(f"{args.offline} has no critic, which --no-reevaluate needs; leave that flag out")
 
 
-def policy(args, run, data: Dataset) -> tuple[dict, Evaluator]:
+def policy(args, run, data: Dataset, alone: bool = True) -> tuple[dict, Evaluator]:
     """The policy that `--offline` names, as one of the script's kind, and an evaluator. Standardises `data`.
 
     An algorithm that was not trained yet is trained first; a policy of another kind is handed on by `transfer`, once.
-    Its `score` is what the evaluator measures, and is printed beside the one in its file.
+    Its `score` is what the evaluator measures, and is printed beside the one in its file; `alone`: the run starts from
+    it and from no other, so that it is compared with the data as well.
     """
     if path := shipped(args):
         print(f"{args.offline} ships with the repository for {args.env_id}; --offline-steps N trains one of your own")
@@ -133,6 +134,8 @@ def policy(args, run, data: Dataset) -> tuple[dict, Evaluator]:
     here = f"{data.task.measure} {found['score']:.1f} here, {said}"
     trained = f", {found['steps']:,} steps" if found["steps"] else ""  # else nobody knows
     print(f"offline policy: {found['algorithm']}{trained}; {here}")
+    if alone:
+        regime.announce(run, data, evaluator, player(found).mode)
     if found["kind"] != declared(args).KIND:
         found = transfer(found, declared(args).KIND, data, evaluator, run)
         save_policy(handed_on, **found)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from baselines import aca, awac, cal_ql, iql, off2on, pex, rlpd, wsrl
-from common import cli
+from common import cli, regime
 from common.run import Run, run_name
 from tests.conftest import TINY
 
@@ -54,8 +54,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, run_script, tmp
     left = {path.name for path in (tmp_path / "whole" / name).iterdir()}
     assert {"args.json", "progress.csv", "result.json", "curve.png", "finetune.pt"} <= left
     assert "last online" in out and "estimated time" in out and "finetune  : 100%" in err
+    assert out.count("regime: ") == 1
     result = json.loads((tmp_path / "whole" / name / "result.json").read_text())
     assert result["evaluations"] == 3 and result["best_fresh"] is not None
+    assert result["regime"]["regime"] in regime.WORDS and result["regime"]["episodes"] == 2
 
     save = Run.save
 

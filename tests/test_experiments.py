@@ -18,7 +18,8 @@ from experiments.harness import Spec
 from offline import td3_bc
 
 TINY = ("--reevaluate-steps", "10", "--align-steps", "10", "--online-steps", "60",
-        "--learning-starts", "20", "--eval-every", "30", "--eval-episodes", "1", "--no-compile")  # fmt: skip
+        "--learning-starts", "20", "--eval-every", "30", "--eval-episodes", "1", "--no-compile",
+        "--regime-episodes", "0")  # fmt: skip
 
 
 def made_up_run(folder, offline, rows):

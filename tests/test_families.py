@@ -279,8 +279,8 @@ def test_an_offline_algorithm_that_is_called_takes_its_own():
 
 TINY_RUN = {
     "env_id": "antmaze-umaze-demo", "offline": "bc", "offline_steps": 3, "device": "cpu", "batch_size": 32,
-    "eval_episodes": 2, "final_episodes": 3, "reevaluate_steps": 3, "align_steps": 3, "online_steps": 60,
-    "learning_starts": 40, "eval_every": 30, "checkpoint_seconds": 0,
+    "eval_episodes": 2, "final_episodes": 3, "regime_episodes": 2, "reevaluate_steps": 3, "align_steps": 3,
+    "online_steps": 60, "learning_starts": 40, "eval_every": 30, "checkpoint_seconds": 0,
 }  # fmt: skip
 SHORT = "from common import tasks\ntasks.MAZE_STEPS['umaze'] = 35"  # steps of an episode
 

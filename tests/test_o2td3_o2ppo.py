@@ -26,8 +26,9 @@ SMALL = {
     "o2td3": [*COMMON, *TINY, "--align-steps", "12", "--online-steps", "120", "--learning-starts", "60",
               "--eval-every", "40", "--align-eval-every", "6"],
     "o2ppo": [*COMMON, "--device", "cpu", "--no-compile", "--checkpoint-seconds", "0", "--eval-episodes", "2",
-              "--online-steps", "192", "--rollout-steps", "64", "--minibatch-size", "16", "--num-envs", "4",
-              "--update-epochs", "2", "--eval-every", "64", "--reevaluate-batch-size", "32", "--scale-rewards", "True"],
+              "--regime-episodes", "2", "--online-steps", "192", "--rollout-steps", "64", "--minibatch-size", "16",
+              "--num-envs", "4", "--update-epochs", "2", "--eval-every", "64",
+              "--reevaluate-batch-size", "32", "--scale-rewards", "True"],
 }  # fmt: skip
 NAMES = {"o2td3": "hopper-medium-demo__o2td3__td3_bc__0", "o2ppo": "hopper-medium-demo__o2ppo__iql__0"}
 SCRIPTS = {"o2td3": o2td3, "o2ppo": o2ppo}
