@@ -6,6 +6,7 @@ The file needs nothing of this project: `onnxruntime.InferenceSession("best.onnx
 (B, S) in single precision gives actions (B, A). `--offline best.onnx` takes it back.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,9 @@ def to_onnx(policy: policies.Policy, obs_dim: int, action_dim: int) -> onnx.Mode
     graph, last = Graph(), policy.net[-1]
     graph.add("Sub", policy.state_mean)
     graph.add("Div", policy.state_std)
+    if policy.clip < math.inf:
+        graph.add("Max", -policy.clip)
+        graph.add("Min", policy.clip)
     for layer in policy.net[:-1]:
         before = graph.last
         if isinstance(layer, nn.Linear):

@@ -45,6 +45,7 @@ PRESETS = {
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
     "antmaze": dict(eval_episodes=20, final_episodes=100, best_margin=2.0),
+    "adroit": dict(eval_episodes=100, best_margin=2.0),
 }
 
 

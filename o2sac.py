@@ -51,6 +51,7 @@ FAMILIES = {
     "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, critics=1, critic_layers=5, align_steps=1_000_000,
                     online_steps=200_000, learning_starts=5_000, eval_every=5_000, eval_episodes=20,
                     final_episodes=100, best_margin=2.0),
+    "adroit": dict(online_steps=200_000, eval_every=5_000, eval_episodes=100, best_margin=2.0),
     "antmaze-medium": dict(alpha=0.5, lagrange_init=2.0),
     "antmaze-large": dict(alpha=0.5, lagrange_init=2.0),
 }  # fmt: skip

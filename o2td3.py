@@ -48,6 +48,7 @@ PRESETS = {
 FAMILIES = {
     "antmaze": dict(reward_shift=-1.0, critic_layer_norm=False, align_steps=1_000_000, online_steps=200_000,
                     eval_every=5_000, eval_episodes=20, final_episodes=100, best_margin=2.0),
+    "adroit": dict(online_steps=200_000, eval_every=5_000, eval_episodes=100, best_margin=2.0),
 }  # fmt: skip
 
 

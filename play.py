@@ -8,7 +8,7 @@ policy from elsewhere --env-id does, with its dataset, which such a policy may b
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -67,6 +67,7 @@ def main() -> None:
         cli.check_video()
     policy, task = read(args)
     mean, std, net = policy["state_mean"], policy["state_std"], policies.player(policy)
+    task = replace(task, clip=policy.get("clip", math.inf))
     evaluator = evaluation.Evaluator(task, mean, std, min(args.episodes, SIDE_BY_SIDE))
     returns = evaluator.fresh_returns(net.mode, "cpu", args.episodes)
     scores = np.array([evaluator.score(r) for r in returns])

@@ -18,13 +18,18 @@ CLIPPED = ("hopper", "walker2d")  # show no joint speed above 10
 STALE = ("ant",)  # its reward starts from the position that the step before computed, which is not quite the state's
 
 
-def set_state(env: gym.Env, task: Task, obs: np.ndarray, own: np.ndarray | None = None, root=(0.0, 0.0)) -> bool:
+def set_state(
+    env: gym.Env, task: Task, obs: np.ndarray, own: np.ndarray | None = None, root=(0.0, 0.0), first=None
+) -> bool:
     """Put a MuJoCo environment that was reset into the state of a row that shows `obs` (S,); whether that can be done.
 
     The state is `own` (nq + nv,), the file's, if that shows `obs`: some files log another row's, or the one after the
-    step. Else it is rebuilt from `obs`, which leaves out the root's position: that is taken from `root`.
+    step. Else it is rebuilt from `obs`, which leaves out the root's position: that is taken from `root`. An environment
+    with a scene of its own, the Adroit hand, also needs `first`, both `obs` and `own` of the episode's first row.
     """
     simulator, shown = env.unwrapped, obs[: len(obs) - task.forces].astype(np.float64)
+    if hasattr(simulator, "place"):
+        return own is not None and simulator.place(shown, own, *first)
     if not all(hasattr(simulator, name) for name in ("model", "set_state", "_get_obs")):
         return False
     nq, size = simulator.model.nq, simulator.model.nq + simulator.model.nv
@@ -51,8 +56,9 @@ def simulator_errors(dataset, task: Task, samples: int = 500, seed: int = 0) -> 
     tensors = (dataset.obs, dataset.next_obs, dataset.actions, dataset.rewards, dataset.terminations)
     obs, next_obs, actions, rewards, ends = (x.cpu().numpy() for x in tensors)
     states = dataset.states if dataset.states is not None else [None] * len(dataset)
+    firsts = np.searchsorted(dataset.episode.cpu().numpy(), dataset.episode.cpu().numpy()[rows])
     obs_errors, reward_errors = [], []
-    for row in rows:
+    for row, first in zip(rows, firsts, strict=True):
         env.reset(seed=0)
         before, root, positions = row - 1, (0.0, 0.0), None
         if task.robot in STALE:
@@ -61,7 +67,7 @@ def simulator_errors(dataset, task: Task, samples: int = 500, seed: int = 0) -> 
                 env.step(actions[before])
                 root, positions = env.unwrapped.data.qpos[:2].copy(), env.unwrapped.data.xpos.copy()
                 env.reset(seed=0)
-        if not set_state(env, task, obs[row], states[row], root):
+        if not set_state(env, task, obs[row], states[row], root, (obs[first], states[first])):
             continue
         if positions is not None:
             env.unwrapped.data.xpos[:] = positions

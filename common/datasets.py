@@ -4,6 +4,7 @@ The layout is D4RL's (Fu et al., 2020). A dataset is found by name in four place
 """
 
 import contextlib
+import math
 import os
 import urllib.error
 import urllib.request
@@ -32,7 +33,7 @@ class Dataset:
     episode really ended; episode (N,) numbers the episodes; returns (number of episodes,) undiscounted; task is what
     they belong to, source says where the data come from, notes what was put right in them; ordered is false where rows
     do not follow one another, so that returns and next actions are unknown; states (N, nq + nv) are MuJoCo's qpos and
-    qvel in each row, as the file has them, where it has them.
+    qvel in each row, as the file has them, where it has them; of the Adroit hand's the scene comes behind them.
     """
 
     obs: torch.Tensor
@@ -62,9 +63,10 @@ class Dataset:
         columns = [self.obs, self.actions, self.next_obs, self.rewards[:, None], self.terminations[:, None]]
         self.table = torch.cat(columns, dim=1)
 
-    def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Map every observation to (obs - mean) / std, once."""
-        self.obs, self.next_obs = (self.obs - mean) / std, (self.next_obs - mean) / std
+    def standardise(self, mean: torch.Tensor, std: torch.Tensor, clip: float = math.inf) -> None:
+        """Map every observation to (obs - mean) / std, held within ± clip, once. The task's environments do so, too."""
+        self.obs, self.next_obs = (((obs - mean) / std).clamp(-clip, clip) for obs in (self.obs, self.next_obs))
+        self.task = replace(self.task, clip=clip)
         self.__post_init__()
 
     def transform_rewards(self, scale: float, shift: float) -> None:
@@ -110,13 +112,18 @@ class Dataset:
     def hold_out(self, fraction: float, n: int) -> tuple["Dataset", "Dataset"]:
         """Split off whole episodes, drawn at random but always the same: (the rest, `n` of their transitions).
 
-        They make up `fraction` of all transitions, or one episode if that is more. With `fraction` 0, and where there
-        is one episode only, nothing is split off and the second part is drawn from the first.
+        They make up `fraction` of all transitions, or one episode if that is more; copies of an episode (half of D4RL's
+        cloned data of the hand is made of them) are never on both sides. With `fraction` 0, and where there is one
+        episode only, nothing is split off and the second part is drawn from the first.
         """
         order = torch.randperm(len(self.returns), generator=torch.Generator().manual_seed(0)).to(self.episode.device)
+        first_copy = self.first_copies()
+        order = order.argsort()[first_copy].argsort(stable=True)  # each copy behind the first one
         lengths = torch.bincount(self.episode, minlength=len(order))[order]
         order, lengths = order[lengths > 0], lengths[lengths > 0]
-        taken = order[: max(1, int((lengths.cumsum(0) <= fraction * len(self)).sum()))]
+        _, group = first_copy[order].unique_consecutive(return_inverse=True)
+        together = torch.zeros_like(lengths).index_add(0, group, lengths)  # rows of each episode and its copies
+        taken = order[group < max(1, int((together.cumsum(0) <= fraction * len(self)).sum()))]
         mask = torch.isin(self.episode, taken)
         if fraction == 0 or mask.all():
             rest = held_out = self
@@ -125,6 +132,15 @@ class Dataset:
             rest.returns = self.returns.clone()
             rest.returns[taken] = -torch.inf  # none of the best episodes of what is left
         return rest, held_out.rows(torch.linspace(0, len(held_out) - 1, n, device=mask.device).long())
+
+    def first_copies(self) -> torch.Tensor:
+        """For each episode the first one that begins with the same transition, itself where there is none before it."""
+        numbers = torch.arange(len(self.returns), device=self.episode.device)
+        first_rows = torch.searchsorted(self.episode, numbers).clamp(max=len(self) - 1)
+        bits = self.table[first_rows].view(torch.int32).long()
+        factors = torch.randint(1 << 62, bits.shape[1:], generator=torch.Generator().manual_seed(0)).to(bits.device)
+        _, same = (bits * factors).sum(1).unique(return_inverse=True)  # a hash
+        return torch.full_like(numbers, len(numbers)).scatter_reduce(0, same, numbers, "amin")[same]
 
     def rows(self, chosen) -> "Dataset":
         columns = ("obs", "actions", "next_actions", "rewards", "next_obs", "terminations", "episode")
@@ -145,7 +161,7 @@ def load(env_id: str, dataset_path: str = "", device: torch.device | str = "cpu"
         raw, source = read_hdf5(path)
     check(raw, task, path)
     moved = timeouts_put_right(raw) if task.next_infos else []
-    view, notes = qlearning_view(raw, task.max_episode_steps, whole, task.goes_on)
+    view, notes = qlearning_view(raw, task.max_episode_steps, whole, task.goes_on, task.marked)
     if not len(view["rewards"]):
         raise UserError(f"no transition is left of {path}: every row is the last of its episode")
     if task.reach and (jumps := np.abs(view["next_obs"] - view["obs"])[:, :2].max(1) > task.reach).any():
@@ -218,7 +234,7 @@ def check(raw: dict, task: Task, path) -> None:
             f"{space.shape[0]} dimensions; name the environment that the data come from with --env-id"
         )
     for key, values in raw.items():
-        if key not in ("qpos", "qvel") and not np.isfinite(values).all():
+        if key not in ("qpos", "qvel", "scene") and not np.isfinite(values).all():
             row = int(np.argwhere(~np.isfinite(values))[0][0])
             raise UserError(f"{path} holds NaN or infinite {key} (first in row {row}); repair or remove these rows")
     raw["actions"] = to_unit_range(actions, space.low, space.high)

@@ -33,15 +33,20 @@ class ZeroForces(gym.ObservationWrapper):
 
 
 class Standardised(gym.ObservationWrapper):
-    """Observations as the networks see them: (obs - mean) / std, float32."""
+    """Observations as the networks see them: (obs - mean) / std, held within ± clip, float32."""
 
-    def __init__(self, env: gym.Env, mean: np.ndarray, std: np.ndarray):
+    def __init__(self, env: gym.Env, mean: np.ndarray, std: np.ndarray, clip: float = np.inf):
         super().__init__(env)
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.clip = mean, std, clip
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, mean.shape, np.float32)
 
     def observation(self, observation: np.ndarray) -> np.ndarray:
-        return ((observation - self.mean) / self.std).astype(np.float32)
+        return standardised(observation, self.mean, self.std, self.clip)
+
+
+def standardised(obs: np.ndarray, mean: np.ndarray, std: np.ndarray, clip: float) -> np.ndarray:
+    """(obs - mean) / std, held within ± clip, float32."""
+    return np.minimum(np.maximum((obs - mean) / std, -clip), clip).astype(np.float32)
 
 
 def unscaled_env(task: Task, evaluation: bool = False, **kwargs) -> gym.Env:
@@ -71,13 +76,13 @@ def unscaled_env(task: Task, evaluation: bool = False, **kwargs) -> gym.Env:
 def make_env(task: Task, mean=None, std=None, evaluation: bool = False, **kwargs) -> gym.Env:
     """One environment of a task, for training or for `evaluation`; its actions are [-1, 1], as policies give them.
 
-    Observations are standardised where `mean` and `std` (S,) are given.
+    Observations are standardised where `mean` and `std` (S,) are given, and held within ± the task's `clip` then.
     """
     env = unscaled_env(task, evaluation, **kwargs)
     if not ((env.action_space.low == -1).all() and (env.action_space.high == 1).all()):
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     if mean is not None:
-        env = Standardised(env, np.asarray(mean, np.float64), np.asarray(std, np.float64))
+        env = Standardised(env, np.asarray(mean, np.float64), np.asarray(std, np.float64), task.clip)
     return env
 
 

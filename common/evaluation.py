@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common.cli import UserError
-from common.envs import make_env
+from common.envs import make_env, standardised
 from common.tasks import Task
 
 FRESH = 1 << 60  # seeds from here on are no training episode's, whatever --seed is, and no evaluation's
@@ -38,6 +38,7 @@ class Evaluator:
         self.final_seeds = list(range(seed, seed + max(episodes, final or 0)))
         self.last = np.zeros(0)
         self.task, self.mean, self.std = task, mean.cpu().numpy(), std.cpu().numpy()
+        self.seen = self.mean, self.std, task.clip
         self.envs: list[gym.Env] = []
         self.workers = min(workers, episodes)
         self.pool = start_workers(self.workers) if workers else None
@@ -60,8 +61,8 @@ class Evaluator:
             policy, device = getattr(copy.deepcopy(policy.__self__).cpu(), policy.__name__), "cpu"
         if self.pool is None or not whole:
             self.envs += [make_env(self.task, evaluation=True) for _ in seeds[len(self.envs) :]]
-            return play(self.envs, seeds, range(len(seeds)), self.mean, self.std, policy, device)
-        packed = pickle.dumps((self.task, seeds, self.mean, self.std, policy))  # once, not once for every worker
+            return play(self.envs, seeds, range(len(seeds)), self.seen, policy, device)
+        packed = pickle.dumps((self.task, seeds, self.seen, policy))  # once, not once for every worker
         shares = np.array_split(range(len(seeds)), self.workers)
         try:
             return np.concatenate(list(self.pool.map(play_share, [packed] * len(shares), shares)), axis=1)
@@ -81,7 +82,7 @@ class Evaluator:
     def paths(self, policy, device: torch.device | str) -> list[tuple[np.ndarray, bool]]:
         """Where an ant went in each episode, its first two observations (steps + 1, 2), and whether it arrived."""
         envs = [Traced(make_env(self.task, evaluation=True)) for _ in self.seeds]
-        outcomes = play(envs, self.seeds, range(len(envs)), self.mean, self.std, policy, device)
+        outcomes = play(envs, self.seeds, range(len(envs)), self.seen, policy, device)
         return [(np.array(env.path), success == 1) for env, success in zip(envs, outcomes[1], strict=True)]
 
     def score(self, returns: np.ndarray) -> float:
@@ -118,15 +119,16 @@ class Traced(gym.Wrapper):
 
 
 @torch.no_grad()
-def play(envs: list[gym.Env], seeds, share, mean: np.ndarray, std: np.ndarray, policy, device) -> np.ndarray:
+def play(envs: list[gym.Env], seeds, share, seen: tuple, policy, device) -> np.ndarray:
     """One episode for each of `seeds` that `share` (n,) counts out, all acted on at once: their outcomes (2, n).
 
     A policy always acts on a row for each of `seeds`, those of others being zero: the order in which a product is
-    summed may depend on the number of rows, on their place in memory and on the number of threads.
+    summed may depend on the number of rows, on their place in memory and on the number of threads. `seen`: how policies
+    see observations, mean and std (S,) and where these are cut off.
     """
     envs = dict(zip(share, envs, strict=False))
     starts = {i: env.reset(seed=int(seeds[i]))[0] for i, env in envs.items()}
-    obs = np.zeros((len(seeds), len(mean)))
+    obs = np.zeros((len(seeds), len(seen[0])))
     total, running, success = np.zeros(len(seeds)), np.zeros(len(seeds), bool), np.full(len(seeds), np.nan)
     for i, start in starts.items():
         obs[i], running[i] = start, True
@@ -134,7 +136,7 @@ def play(envs: list[gym.Env], seeds, share, mean: np.ndarray, std: np.ndarray, p
     try:
         torch.set_num_threads(1)
         while running.any():
-            x = ((obs - mean) / std).astype(np.float32)  # at once for all, as `Standardised` does for one
+            x = standardised(obs, *seen)  # at once for all, as `Standardised` does for one
             actions = policy(torch.tensor(x, device=device)).cpu().numpy()
             for i in np.flatnonzero(running):  # a vector environment would step those that are done, too
                 obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.tasks import is_d4rls, minari_dataset
 
 # What is read, and its names in a file: ends have other names in Gymnasium than they had in D4RL. qpos and qvel are
-# MuJoCo's state at each row.
+# MuJoCo's state at each row, scene what of an Adroit model is drawn at each reset.
 NAMES = {
     "observations": ("observations",),
     "actions": ("actions",),
@@ -21,9 +21,10 @@ NAMES = {
     "next_observations": ("next_observations",),
     "qpos": ("infos/qpos",),
     "qvel": ("infos/qvel",),
+    "scene": ("infos/desired_orien", "infos/door_body_pos", "infos/board_pos"),
 }
 NEEDED = ("observations", "actions", "rewards", "terminals")
-VECTORS = ("observations", "actions", "next_observations", "qpos", "qvel")
+VECTORS = ("observations", "actions", "next_observations", "qpos", "qvel", "scene")
 
 
 def read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], str]:

@@ -82,12 +82,12 @@ class D4RLPhysics(MujocoEnv):
         return (_blank, parts, *state) if parts else (made, (cls, *rest), *state)
 
 
-def as_d4rl(env: gymnasium.Env, total_mass: float | None = None, round_actions: bool = True) -> gymnasium.Env:
+def as_d4rl(env: gymnasium.Env, total_mass: float | None = None, round_actions: bool | None = None) -> gymnasium.Env:
     """`env`, a MuJoCo environment of Gymnasium, wrapped or not, changed in place to D4RL's physics. Reset it then.
 
     A second time changes nothing. `total_mass` is asked for only where the model's file does not say `settotalmass`;
-    `round_actions=False` is for environments that had no action normaliser in D4RL. Raises ValueError for models whose
-    old physics cannot be had.
+    `round_actions=False` is for environments that had no action normaliser in D4RL, which a class may say itself by an
+    attribute of that name. Raises ValueError for models whose old physics cannot be had.
     """
     simulator = env.unwrapped
     if isinstance(simulator, D4RLPhysics):
@@ -95,6 +95,8 @@ def as_d4rl(env: gymnasium.Env, total_mass: float | None = None, round_actions: 
     if not isinstance(simulator, MujocoEnv):
         raise ValueError(f"only MuJoCo environments of Gymnasium can get D4RL's physics, and {simulator} is none")
     before = type(simulator)
+    if round_actions is None:
+        round_actions = getattr(before, "round_actions", True)
     simulator.__class__ = _class(before, total_mass or declared_mass(simulator), round_actions)
     try:
         simulator._undo_changes()

@@ -12,6 +12,7 @@ deterministic     - `net` gives the action before its tanh (A outputs)
 """
 
 import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,9 @@ FORMAT = "o2rl-policy-2"
 KINDS = ("squashed_gaussian", "gaussian", "deterministic")
 # hidden_layers: the network's, as `common.nn.mlp` takes them; state_mean, state_std: what raw observations are
 # standardised by; examples: raw observations "obs" and the "actions" that belong to them, which every load compares;
-# data: what it was trained on; made_with: what else its maker recorded. A `critic` is there where one was learned, and
-# a `learner` where training can go on: its arguments "args", all its networks "agent", and its optimisers by name.
+# data: what it was trained on; made_with: what else its maker recorded. `clip` is there where standardised observations
+# are held within ± it, a `critic` where one was learned, and a `learner` where training can go on: its arguments
+# "args", all its networks "agent", and its optimisers by name.
 FIELDS = {"kind": str, "obs_dim": int, "action_dim": int, "hidden_layers": list, "state_mean": torch.Tensor,
           "state_std": torch.Tensor, "algorithm": str, "env_id": str, "simulator": str, "seed": int, "steps": int,
           "score": float, "examples": dict, "data": dict, "made_with": dict, "actor": dict}  # fmt: skip
@@ -51,6 +53,7 @@ class Policy(nn.Module):
             self.log_std = nn.Parameter(torch.zeros(action_dim))
         self.register_buffer("state_mean", torch.zeros(obs_dim), persistent=False)
         self.register_buffer("state_std", torch.ones(obs_dim), persistent=False)
+        self.clip = math.inf
 
     @torch.no_grad()
     def act(self, obs):
@@ -59,7 +62,7 @@ class Policy(nn.Module):
         NumPy's arrays in, NumPy's out; else tensors.
         """
         raw = torch.as_tensor(obs, dtype=self.state_mean.dtype, device=self.state_mean.device)
-        actions = self.mode((raw - self.state_mean) / self.state_std)
+        actions = self.mode(((raw - self.state_mean) / self.state_std).clamp(-self.clip, self.clip))
         return actions.cpu().numpy() if isinstance(obs, np.ndarray) else actions
 
     def mode(self, obs: torch.Tensor) -> torch.Tensor:
@@ -88,7 +91,7 @@ def module(policy: dict) -> Policy:
     """The network of a policy checkpoint, on the device of its weights."""
     net = Policy(policy["kind"], policy["obs_dim"], policy["action_dim"], policy["hidden_layers"])
     net.load_state_dict(policy["actor"])
-    net.state_mean, net.state_std = policy["state_mean"], policy["state_std"]
+    net.state_mean, net.state_std, net.clip = policy["state_mean"], policy["state_std"], policy.get("clip", math.inf)
     return net.to(policy["state_mean"].device).requires_grad_(False)
 
 
@@ -135,7 +138,7 @@ def save_online(run, policy: dict, actor: nn.Module, best) -> None:
     An `actor` that is more than one network says by `exported()` which fields of the file are others then.
     """
     same = {k: policy[k] for k in ("kind", "obs_dim", "action_dim", "state_mean", "state_std", "simulator", "examples",
-                                   "made_with")}  # fmt: skip
+                                   "made_with", "clip") if k in policy}  # fmt: skip
     last, last_score = run.logged.evaluations("finetune")[-1]
     kept = {"policy": (last_score, f"online, step {last:,}", actor.state_dict()),
             "best": (best.score, best.origin, best.weights)}  # fmt: skip
@@ -196,6 +199,9 @@ def check_policy(policy: dict, path: Path) -> None:
     check_tensors(policy["actor"], net.state_dict(), path, "its actor")
     check_tensors({"mean": mean, "std": std}, {"mean": net.state_mean, "std": net.state_std}, path, "its statistics")
     check_tensors(examples, like, path, "its examples")
+    clip = policy.get("clip", math.inf)
+    if type(clip) is not float or not clip > 0:
+        raise UserError(f"{path} holds observations within ± {clip!r:.80}, which is no number above 0; make it again")
     if "critic" in policy:
         check_critic(policy["critic"], obs_dim + action_dim, path)
     error = (exact_actions(policy, obs) - examples["actions"].cpu()).abs()

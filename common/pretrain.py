@@ -1,17 +1,19 @@
 """What every script in offline/ does around its algorithm: run folder, evaluation, policy file, command line."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from common import agreement, cli, datasets, loop, steps
-from common.bounds import at_least
+from common.bounds import above, at_least
 from common.checkpoint import seed_everything
 from common.evaluation import make_evaluator
 from common.nn import hidden_of
 from common.policies import description_of, examples_of, read, save_policy
 from common.run import Run, dataset_label, plain, script_name
+from common.tasks import Task
 
 import torch
 
@@ -24,6 +26,12 @@ class PretrainArgs(cli.RunArgs):
     """steps between evaluations"""
     standardise: bool = True
     """standardise observations with the dataset's mean and std, here and in all that starts from this policy"""
+    clip_observations: Annotated[float | None, above(0)] = None
+    """hold standardised observations within ± this, there as well; None: at 10 for the Adroit hand and for ids of
+    Gymnasium, else nowhere"""
+
+    def constants(self, task: Task) -> dict:
+        return dict(clip_observations=task.usual_clip)
 
 
 def run_name(args) -> str:
@@ -49,10 +57,11 @@ def trained(run: Run, algorithm: str, data: datasets.Dataset, Agent, Optimizers,
     """The policy's path, once it is there."""
     args, path = run.args, run.dir / "policy.pt"
     mean, std = data.statistics()
+    clip = args.clip_observations or math.inf
     about = {} if path.exists() else {"examples": examples_of(data), "data": description_of(data, args)}
     if not args.standardise:
-        mean, std = torch.zeros_like(mean), torch.ones_like(std)
-    data.standardise(mean, std)
+        mean, std, clip = torch.zeros_like(mean), torch.ones_like(std), math.inf
+    data.standardise(mean, std, clip)
     data.transform_rewards(args.reward_scale, args.reward_shift)
     if path.exists():
         print(f"{path} is finished already, nothing is trained")
@@ -82,7 +91,7 @@ def trained(run: Run, algorithm: str, data: datasets.Dataset, Agent, Optimizers,
         path, kind=agent.kind, obs_dim=obs_dim, action_dim=action_dim, hidden_layers=hidden_of(agent.actor.net),
         state_mean=mean, state_std=std, algorithm=algorithm, env_id=data.task.data, simulator=data.task.simulator,
         seed=args.seed, steps=args.steps, score=run.scores(algorithm)[-1], actor=agent.actor.state_dict(),
-        made_with=run.made_with, learner=learner, **about, **critics,
+        made_with=run.made_with, learner=learner, clip=clip, **about, **critics,
     )  # fmt: skip
     return path
 

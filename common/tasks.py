@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import functools
 import importlib.util
+import math
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,9 @@ ROBOT_IDS = [f"{robot}-{quality}-v2" for robot in ROBOTS for quality in QUALITIE
 MAZE_STEPS = {"umaze": 700, "medium": 1_000, "large": 1_000}  # of an episode
 MAZE_DATA = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
 MAZE_IDS = [f"antmaze-{data}-v2" for data in MAZE_DATA]
-D4RL_IDS = [*ROBOT_IDS, *MAZE_IDS]
+HAND_STEPS = {"pen": 100, "door": 200, "hammer": 200, "relocate": 200}  # of an episode
+HAND_IDS = [f"{hand}-{data}-v1" for hand in HAND_STEPS for data in ("human", "cloned", "expert")]
+D4RL_IDS = [*ROBOT_IDS, *MAZE_IDS, *HAND_IDS]
 DEMO, MAZE_DEMO = DEMOS = ("hopper-medium-demo", "antmaze-umaze-demo")
 
 
@@ -33,7 +36,7 @@ DEMO, MAZE_DEMO = DEMOS = ("hopper-medium-demo", "antmaze-umaze-demo")
 class Task:
     """A dataset and the simulator that it belongs to.
 
-    family     - "locomotion", "antmaze", "minari", "gymnasium"
+    family     - "locomotion", "antmaze", "adroit", "minari", "gymnasium"
     env_id     - the name that the user gave
     data       - the dataset's own name, on which the choice of constants rests: the file's, where one was given
     simulator  - the simulator in words; a policy can be used wherever these are the same
@@ -45,9 +48,11 @@ class Task:
     notes      - sentences for the user about what of all that is not as it was stored
     kind       - what it is, from the family to the data: "antmaze-medium-play"; see `matches`
     goes_on    - whether episodes of the data go on after a row that is terminal, so that time-outs alone cut them
+    marked     - whether time-outs in the data are all marked, so that episodes longer than the limit of play are meant
     next_infos - whether the file's qpos and qvel are the state after each row, which the next row shows
     reach      - how far the position, which is what is observed first, can move in a step
     hidden     - whether rewards depend on more than what is observed, so that no row's can be checked
+    clip       - standardised observations are held within ± this, by the environments as by the data
     """
 
     family: str
@@ -62,14 +67,24 @@ class Task:
     notes: tuple[str, ...] = ()
     kind: str = ""
     goes_on: bool = False
+    marked: bool = False
     next_infos: bool = False
     reach: float | None = None
     hidden: bool = False
+    clip: float = math.inf
 
     @property
     def measure(self) -> str:
         """What the number that an evaluation gives is called."""
         return "return" if self.references is None else "score"
+
+    @property
+    def usual_clip(self) -> float | None:
+        """Where a policy that is trained on such data has its standardised observations held; None: nowhere.
+
+        What is constant in the data comes as hundreds and thousands in play: a door that no demonstration opened.
+        """
+        return 10.0 if self.family in ("adroit", "gymnasium") else None
 
     @property
     def expert(self) -> bool:
@@ -125,7 +140,7 @@ def locomotion(env_id: str, data: str) -> Task | None:
     robot = env_id.split("-")[0]
     spec, forces = gym.spec(ROBOTS[robot]), 84 if robot == "ant" else 0
     simulator = f"D4RL's {robot}"
-    return Task("locomotion", env_id, data, simulator, spec, True, forces, reference_returns(robot))
+    return Task("locomotion", env_id, data, simulator, spec, True, forces, reference_returns(f"{robot}-medium-v2"))
 
 
 def antmaze(env_id: str, data: str) -> Task | None:
@@ -152,6 +167,29 @@ def antmaze(env_id: str, data: str) -> Task | None:
     return Task(
         "antmaze", env_id, data, f"D4RL's antmaze-{maze}", spec, True, references=(0.0, 1.0), kind=kind,
         goes_on=True, next_infos=True, reach=1.0, hidden=True,
+    )  # fmt: skip
+
+
+def adroit(env_id: str, data: str) -> Task | None:
+    """D4RL's hand with 24 degrees of freedom: a pen, a door, a hammer, a ball."""
+    hand, _, rest = env_id.partition("-")
+    if hand not in HAND_STEPS or f"{env_id[:-1]}1" not in HAND_IDS:
+        return None
+    if env_id not in HAND_IDS:
+        raise UserError(f"--env-id {env_id} is not played, for v0's simulator is another; take {env_id[:-1]}1")
+    if importlib.util.find_spec("gymnasium_robotics") is None:
+        raise UserError(
+            f"--env-id {env_id} needs the models of gymnasium-robotics; install it with: pip install gymnasium-robotics"
+        )
+    from common.adroit import HANDS
+
+    kind = f"adroit-{(data if data in HAND_IDS else env_id).removesuffix('-v1')}"
+    if not kind.startswith(f"adroit-{hand}-"):
+        raise UserError(f"--env-id {env_id} is another task than that of {data}, whose data these are; name the latter")
+    spec = EnvSpec(f"D4RL/{hand}", HANDS[hand], max_episode_steps=HAND_STEPS[hand])
+    return Task(
+        "adroit", env_id, data, f"D4RL's {hand}", spec, True, references=reference_returns(env_id), kind=kind,
+        marked=True,
     )  # fmt: skip
 
 
@@ -192,7 +230,7 @@ def gymnasium(env_id: str, data: str) -> Task | None:
     return Task("gymnasium", env_id, data, in_words(spec), spec, notes=tuple(notes))
 
 
-FAMILIES = (locomotion, antmaze, minari, gymnasium)
+FAMILIES = (locomotion, antmaze, adroit, minari, gymnasium)
 
 
 # ----------------------------------------------------------------------------------------------- registries
@@ -229,9 +267,7 @@ def is_d4rls(path: Path) -> bool:
     return False
 
 
-def reference_returns(robot: str) -> tuple[float, float] | None:
-    """D4RL's (random, expert) returns of a robot, or None where it has none and scores are plain returns."""
-    if robot not in ROBOTS:
-        return None
-    infos = d4rl_registry()
-    return infos["REF_MIN_SCORE"][f"{robot}-medium-v2"], infos["REF_MAX_SCORE"][f"{robot}-medium-v2"]
+def reference_returns(name: str) -> tuple[float, float] | None:
+    """D4RL's (random, expert) returns for a dataset, or None where it has none and scores are plain returns."""
+    low, high = (d4rl_registry()[f"REF_{end}_SCORE"].get(name) for end in ("MIN", "MAX"))
+    return None if low is None else (low, high)

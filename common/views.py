@@ -10,7 +10,7 @@ import numpy as np
 
 
 def qlearning_view(
-    raw: dict, max_steps: int, whole: bool = False, goes_on: bool = False
+    raw: dict, max_steps: int, whole: bool = False, goes_on: bool = False, marked: bool = False
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The transitions of `raw`, as the columns of a `Dataset`, and a sentence on everything that was put right.
 
@@ -20,7 +20,8 @@ def qlearning_view(
     where the next row does not follow, and after `max_steps` steps. `next_actions` are NaN where the data hold none.
     `ordered` says whether rows follow each other at all: if not, every row is an episode of its own.
 
-    With `goes_on` (AntMaze) an episode goes on after a row that is terminal, and nothing but a time-out ends it.
+    With `goes_on` (AntMaze) an episode goes on after a row that is terminal, and nothing but a time-out ends it. With
+    `marked` (Adroit) its time-outs, where there are any, are all of them: a demonstration may be longer than the limit.
     """
     notes: list[str] = []
     raw, follows = in_order(raw, notes)
@@ -36,7 +37,8 @@ def qlearning_view(
     # Steps since the episode's start, and the flags where the time limit ends it
     starts = np.concatenate([[True], (ended | jumps | resets)[:-1]])
     step = index - np.maximum.accumulate(np.where(starts, index, 0))
-    at_limit = (step % max_steps == max_steps - 1) & (not goes_on)
+    marked = marked and bool(timeouts.any())
+    at_limit = (step % max_steps == max_steps - 1) & (not (goes_on or marked))
     no_deaths = at_limit & terminals & ~timeouts
     unmarked = at_limit & ~(ended | jumps | resets) & (index < n - 1) & (not whole)
     terminals, timeouts = terminals & ~no_deaths, timeouts | no_deaths | unmarked
@@ -57,6 +59,8 @@ def qlearning_view(
         notes.append(f"episodes cut at the {limit}, though nothing marks it: {unmarked.sum():,}")
     if no_deaths.any():
         notes.append(f"terminals at the {limit}, taken for time-outs: {no_deaths.sum():,}")
+    if marked and (longest := int(step.max()) + 1) > max_steps:
+        notes.append(f"episodes of up to {longest:,} steps, beyond the {limit}: their returns are out of reach in play")
     if resets.any():
         notes.append(f"rows that only reset the environment, left out: {resets.sum():,}")
 
@@ -77,7 +81,8 @@ def qlearning_view(
         "ordered": bool(ordered),
     }
     if "qpos" in raw and "qvel" in raw:
-        view["states"] = np.concatenate([raw["qpos"], raw["qvel"]], axis=1)[rows]
+        states = [raw[key] for key in ("qpos", "qvel", "scene") if key in raw]
+        view["states"] = np.concatenate(states, axis=1)[rows]
     return view, notes
 
 

@@ -126,7 +126,7 @@ def policy(args, run, data: Dataset, alone: bool = True) -> tuple[dict, Evaluato
         found = load_policy(path, data, args.trust_checkpoint, args.normalize_from)
     check_critic(args, found)
     check_learner(args, found)
-    data.standardise(found["state_mean"], found["state_std"])  # as the policy was trained
+    data.standardise(found["state_mean"], found["state_std"], found.get("clip", math.inf))  # as the policy was trained
     data.transform_rewards(args.reward_scale, args.reward_shift)
     evaluator = make_evaluator(args, data, found["state_mean"], found["state_std"])
     stored, found["score"] = found["score"], evaluator(player(found).mode, data.obs.device, final=True)

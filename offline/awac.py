@@ -28,6 +28,7 @@ PRESETS = {
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
     "antmaze": dict(reward_shift=-1.0, temperature=0.1, eval_every=50_000, eval_episodes=20, final_episodes=100),
+    "adroit": dict(temperature=0.1, eval_every=50_000, eval_episodes=100),
 }
 
 

@@ -27,6 +27,7 @@ PRESETS = {
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
     "antmaze": dict(eval_every=50_000, eval_episodes=20, final_episodes=100),
+    "adroit": dict(eval_every=50_000, eval_episodes=100),
 }
 
 

@@ -31,6 +31,7 @@ PRESETS = {
 FAMILIES = {
     "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, standardise=False, critic_layers=5, actor_lr=1e-4, alpha=5.0,
                     lagrange=True, min_gap=-200.0, best_of=10, eval_every=50_000, eval_episodes=20, final_episodes=100),
+    "adroit": dict(alpha=1.0, eval_every=50_000, eval_episodes=100),
 }  # fmt: skip
 
 

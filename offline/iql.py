@@ -31,6 +31,7 @@ FAMILIES = {
     "antmaze": dict(
         reward_shift=-1.0, expectile=0.9, beta=10.0, eval_every=50_000, eval_episodes=20, final_episodes=100
     ),
+    "adroit": dict(expectile=0.8, eval_every=50_000, eval_episodes=100),
 }
 
 

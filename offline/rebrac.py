@@ -47,6 +47,19 @@ FAMILIES = {
     "antmaze-medium-diverse": dict(actor_bc_coef=0.001, critic_bc_coef=0.0),
     "antmaze-large-play": dict(actor_bc_coef=0.002, critic_bc_coef=0.001),
     "antmaze-large-diverse": dict(actor_bc_coef=0.002, critic_bc_coef=0.002),
+    "adroit": dict(eval_every=50_000, eval_episodes=100),
+    "adroit-pen-human": dict(actor_bc_coef=0.1, critic_bc_coef=0.5),
+    "adroit-pen-cloned": dict(actor_bc_coef=0.05, critic_bc_coef=0.5),
+    "adroit-pen-expert": dict(actor_bc_coef=0.01, critic_bc_coef=0.01),
+    "adroit-door-human": dict(actor_bc_coef=0.1, critic_bc_coef=0.1),
+    "adroit-door-cloned": dict(actor_bc_coef=0.01, critic_bc_coef=0.1),
+    "adroit-door-expert": dict(actor_bc_coef=0.05, critic_bc_coef=0.01),
+    "adroit-hammer-human": dict(actor_bc_coef=0.01, critic_bc_coef=0.5),
+    "adroit-hammer-cloned": dict(actor_bc_coef=0.1, critic_bc_coef=0.5),
+    "adroit-hammer-expert": dict(actor_bc_coef=0.01, critic_bc_coef=0.01),
+    "adroit-relocate-human": dict(actor_bc_coef=0.1, critic_bc_coef=0.01),
+    "adroit-relocate-cloned": dict(actor_bc_coef=0.1, critic_bc_coef=0.01),
+    "adroit-relocate-expert": dict(actor_bc_coef=0.05, critic_bc_coef=0.01),
 }
 
 # The paper's weights of imitation in actor and critic, tuned for each of these datasets; for no other is there any
@@ -97,7 +110,7 @@ class Args(pretrain.PretrainArgs):
     def constants(self, task: Task) -> dict:
         """The paper's for the dataset."""
         actor, critic = published(task) or (0.01, 0.01)
-        return dict(actor_bc_coef=actor, critic_bc_coef=critic)
+        return super().constants(task) | dict(actor_bc_coef=actor, critic_bc_coef=critic)
 
 
 # ---------------------------------------------------------------------------------------------- networks

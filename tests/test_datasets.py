@@ -30,9 +30,9 @@ def test_standardised_once():
 
 def test_every_name_has_an_address_and_reference_returns():
     urls = tasks.d4rl_registry()["DATASET_URLS"]
-    assert len(tasks.D4RL_IDS) == 30 and all(name in urls for name in tasks.D4RL_IDS)
-    assert tasks.reference_returns("hopper") == (-20.272305, 3234.3)
-    assert tasks.reference_returns("pusher") is None
+    assert len(tasks.D4RL_IDS) == 42 and all(name in urls for name in tasks.D4RL_IDS)
+    assert tasks.reference_returns("hopper-medium-v2") == (-20.272305, 3234.3)
+    assert tasks.reference_returns("pusher-medium-v2") is None
 
 
 def test_ant_has_d4rl_observations():
