@@ -35,6 +35,8 @@ class Args:
     """the dataset's name, which says where to play; none: as the file says"""
     dataset_path: str = ""
     """an HDF5 file in D4RL's layout, with --env-id"""
+    max_episode_steps: Annotated[int | None, at_least(1)] = None
+    """steps after which an episode is cut, for an environment that has no time limit of its own"""
     trust_checkpoint: bool = False
     """play a policy that is a program (TorchScript, ONNX with loops)"""
     normalize_from: str = ""
@@ -45,7 +47,7 @@ def read(args: Args) -> tuple[dict, tasks.Task]:
     """The policy and where it is played. Raises UserError."""
     path = Path(args.policy)
     if args.env_id:
-        data = datasets.load(args.env_id, args.dataset_path)
+        data = datasets.load(args.env_id, args.dataset_path, "cpu", args.max_episode_steps)
         return load_policy(path, data, args.trust_checkpoint, args.normalize_from), data.task
     if not path.is_file():
         raise cli.UserError(f"there is no file {path}")
@@ -53,7 +55,7 @@ def read(args: Args) -> tuple[dict, tasks.Task]:
         raise cli.UserError(f"{path} does not say where it is played; give the dataset of its task with --env-id")
     policy = policies.read(path)
     try:
-        task = tasks.resolve(policy["env_id"])
+        task = tasks.limited(tasks.resolve(policy["env_id"]), args.max_episode_steps)
     except cli.UserError as error:
         raise cli.UserError(f"{path} was trained on {policy['env_id']}; give --env-id, and --dataset-path") from error
     if task.simulator != policy["simulator"]:

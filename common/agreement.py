@@ -30,7 +30,7 @@ def set_state(
     simulator, shown = env.unwrapped, obs[: len(obs) - task.forces].astype(np.float64)
     if hasattr(simulator, "place"):
         return own is not None and simulator.place(shown, own, *first)
-    if not all(hasattr(simulator, name) for name in ("model", "set_state", "_get_obs")):
+    if task.keys or not all(hasattr(simulator, name) for name in ("model", "set_state", "_get_obs")):
         return False
     nq, size = simulator.model.nq, simulator.model.nq + simulator.model.nv
     hidden = size - len(shown)  # root coordinates that are not observed
@@ -99,6 +99,11 @@ def wrong(errors: dict[str, np.ndarray], most: float = 1.0) -> list[str]:
 def report_simulator_check(dataset) -> None:
     """Print the check's result; where the data come from another simulator, warn plainly and say what to do."""
     task = dataset.task
+    if not task.d4rl and not repeats(task):
+        print(
+            f"{task.simulator} does not play the same episode twice from one seed: a run that is interrupted goes on, "
+            "but not exactly as it would have"
+        )
     errors = simulator_errors(dataset, task)
     if not errors:
         print(f"simulator check: the states of {task.simulator} cannot be rebuilt from observations; not checked")
@@ -122,6 +127,21 @@ def report_simulator_check(dataset) -> None:
             f"simulator check: {share:.0%} of the rows show contact forces, which {task.simulator} shows as zeros; "
             "v1 and v2 of the data have none"
         )
+
+
+def repeats(task: Task, steps: int = 200) -> bool:
+    """Whether an episode of random actions comes out the same when it is played again, which resumed runs count on."""
+    env, plays = make_env(task), []
+    for _ in range(2):
+        env.action_space.seed(0)
+        rows, done = [env.reset(seed=0)[0]], False
+        while not done and len(rows) <= steps:
+            obs, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            rows.append(np.append(obs, reward))
+            done = terminated or truncated
+        plays.append(np.concatenate(rows))
+    env.close()
+    return np.array_equal(*plays, equal_nan=True)
 
 
 def remedy(dataset, differing: list[str]) -> str:

@@ -46,6 +46,8 @@ class RunArgs:
     """the dataset: a D4RL name, hopper-medium-demo, or a Minari id; with --dataset-path also any id of Gymnasium"""
     dataset_path: str = ""
     """an HDF5 file in D4RL's layout, used in place of the one that --env-id names, which then says where to play"""
+    max_episode_steps: Annotated[int | None, at_least(1)] = None
+    """steps after which an episode is cut, for an environment that has no time limit of its own"""
     seed: Annotated[int, between(0, 2**32 - 1)] = 0
     """seed of the networks, of all sampling and of the training environments"""
     device: str = "auto"

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from common.checkpoint import aside
 from common.cli import UserError
-from common.envs import unscaled_env
+from common.envs import observed, unscaled_env
 from common.formats import read_hdf5, read_minari
 from common.owner import own
-from common.tasks import DEMO, DEMOS, SHIPPED, Task, d4rl_url, resolve
+from common.tasks import DEMO, DEMOS, SHIPPED, Task, d4rl_url, limited, resolve
 from common.views import qlearning_view, timeouts_put_right
 
 
@@ -107,7 +107,23 @@ class Dataset:
         """What the user should know of the data before anything is trained on them, in lines."""
         episodes = len(self.returns)
         lines = [f"{len(self):,} transitions in {episodes:,} episode{'s' * (episodes != 1)}, {self.source}"]
-        return "\n".join(f"data: {line}" for line in (*lines, *self.task.notes, *self.notes))
+        lines += [*self.task.notes, *self.notes]
+        if self.task.family not in ("locomotion", "antmaze") and (largest := self.largest_return_to_go()) > 1_000:
+            lines.append(
+                f"discounted returns to go (γ 0.99) reach {largest:,.0f}; temperature, λ and advantage weights are "
+                f"meant for some hundreds: consider --reward-scale {10 ** -math.ceil(math.log10(largest / 1_000)):g}"
+            )
+        return "\n".join(f"data: {line}" for line in lines)
+
+    def largest_return_to_go(self, gamma: float = 0.99) -> float:
+        """The largest |r_t + γ r_{t+1} + …| of any row, up to the end of its episode."""
+        episode = self.episode.cpu().numpy()
+        goes_on = np.append(episode[1:] == episode[:-1], False) & (self.terminations.cpu().numpy() == 0)
+        largest = value = 0.0
+        for reward, more in zip(self.rewards.tolist()[::-1], goes_on.tolist()[::-1], strict=True):
+            value = reward + (gamma * value if more else 0.0)
+            largest = max(largest, abs(value))
+        return largest
 
     def hold_out(self, fraction: float, n: int) -> tuple["Dataset", "Dataset"]:
         """Split off whole episodes, drawn at random but always the same: (the rest, `n` of their transitions).
@@ -150,15 +166,20 @@ class Dataset:
         return replace(self, **parts)
 
 
-def load(env_id: str, dataset_path: str = "", device: torch.device | str = "cpu") -> Dataset:
-    """Load the data that `env_id` (or `dataset_path`) names. Raises UserError where that cannot be done."""
-    task = resolve(env_id, dataset_path)
+def load(
+    env_id: str, dataset_path: str = "", device: torch.device | str = "cpu", max_episode_steps: int | None = None
+) -> Dataset:
+    """Load the data that `env_id` (or `dataset_path`) names. Raises UserError where that cannot be done.
+
+    `max_episode_steps`: the time limit of an environment that has none.
+    """
+    task = observed(limited(resolve(env_id, dataset_path), max_episode_steps))
     whole = task.family == "minari" and not dataset_path
     if whole:
-        path, (raw, source) = env_id, read_minari(env_id)
+        path, (raw, source) = env_id, read_minari(env_id, task.keys)
     else:
         path = Path(dataset_path) if dataset_path else find_file(env_id)
-        raw, source = read_hdf5(path)
+        raw, source = read_hdf5(path, task.keys)
     check(raw, task, path)
     moved = timeouts_put_right(raw) if task.next_infos else []
     view, notes = qlearning_view(raw, task.max_episode_steps, whole, task.goes_on, task.marked)

@@ -3,12 +3,14 @@
 import logging
 import sys
 import warnings
+from dataclasses import replace
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
 
+from common import spaces
 from common.cli import UserError
 from common.physics import as_d4rl
 from common.tasks import Task
@@ -63,14 +65,26 @@ def unscaled_env(task: Task, evaluation: bool = False, **kwargs) -> gym.Env:
         env = as_d4rl(env)
     if task.forces:
         env = ZeroForces(env, task.forces)
-    obs, actions = env.observation_space, env.action_space
-    flat = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs, actions))
-    if not (flat and np.isfinite([actions.low, actions.high]).all() and (actions.low < actions.high).all()):
+    fault = spaces.fault_of_observations(env.observation_space) or spaces.fault_of_actions(env.action_space)
+    if fault:
         raise UserError(
-            f"{spec.id} has observations {obs} and actions {actions}; what can be used are vectors of numbers as "
-            "observations and a finite box of actions: wrap it so that it has these, and register it"
+            f"{spec.id} has {fault}, which cannot be used here; wrap it so that it has numbers as observations, in a "
+            "Box or a Dict of such, and a finite box of actions of one dimension, and register it"
         )
-    return env
+    keys = task.keys or spaces.order_of(env)
+    return spaces.Flat(env, keys) if keys or len(env.observation_space.shape) != 1 else env
+
+
+def observed(task: Task) -> Task:
+    """`task` with the order in which the parts of its observations come, and a note on it. Raises UserError."""
+    env = unscaled_env(task)
+    env.close()
+    if not isinstance(env, spaces.Flat) or not env.keys:
+        return task
+    found = spaces.sizes(env.env.observation_space, env.keys)
+    order = ", ".join(f"{key} ({size})" for key, size in found.items())
+    left_out = "" if "achieved_goal" in env.keys or "desired_goal" not in env.keys else "; achieved_goal is in there"
+    return replace(task, keys=env.keys, notes=(*task.notes, f"observations are {order}, in this order{left_out}"))
 
 
 def make_env(task: Task, mean=None, std=None, evaluation: bool = False, **kwargs) -> gym.Env:

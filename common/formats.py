@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 
 from common.errors import UserError
+from common.spaces import joined
 from common.tasks import is_d4rls, minari_dataset
 
 # What is read, and its names in a file: ends have other names in Gymnasium than they had in D4RL. qpos and qvel are
@@ -24,21 +25,26 @@ NAMES = {
     "scene": ("infos/desired_orien", "infos/door_body_pos", "infos/board_pos"),
 }
 NEEDED = ("observations", "actions", "rewards", "terminals")
-VECTORS = ("observations", "actions", "next_observations", "qpos", "qvel", "scene")
+OBSERVATIONS = ("observations", "next_observations")
+VECTORS = (*OBSERVATIONS, "actions", "qpos", "qvel", "scene")
 
 
-def read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], str]:
+def read_hdf5(path: Path, keys: tuple[str, ...] = ()) -> tuple[dict[str, np.ndarray], str]:
     """The arrays of a file in D4RL's layout, and where they come from. Raises UserError for a file that is not one.
 
-    Everything that a file declares is checked before anything of it is read.
+    Everything that a file declares is checked before anything of it is read. Where the environment observes a
+    dictionary, whose parts `keys` are joined in that order, the file may hold them so, or as a group of such parts.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}; give --dataset-path an HDF5 file in D4RL's layout")
     try:
         with h5py.File(path, "r") as file:
-            found = {key: [file[name] for name in names if name in file] for key, names in NAMES.items()}
+            found = {key: [file[name] for name in names if name in file] for key, names in names_in(file, keys).items()}
             check_declared(path, found)
             raw = {key: arrays[0][()] for key, arrays in found.items() if arrays}
+            for key in OBSERVATIONS:
+                if parts := {part: raw.pop(f"{key}/{part}") for part in keys if f"{key}/{part}" in raw}:
+                    raw[key] = joined(parts, keys)
             for key in ("terminals", "timeouts"):  # under both names: an end is an end
                 for array in found[key][1:]:
                     raw[key] = (raw[key].reshape(-1) != 0) | (array[()].reshape(-1) != 0)
@@ -48,6 +54,23 @@ def read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], str]:
         raise UserError(unreadable(path, error)) from error
     except MemoryError as error:
         raise UserError(f"{path} does not fit into the memory of this machine; use fewer rows of it") from error
+
+
+def names_in(file: h5py.File, keys: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """`NAMES`, with the parts of observations that a file has in groups. Raises UserError where one is missing."""
+    names = {}
+    for key, its in NAMES.items():
+        if not (key in OBSERVATIONS and isinstance(file.get(key), h5py.Group)):
+            names[key] = its
+            continue
+        if missing := [part for part in keys if part not in file[key]]:
+            raise UserError(
+                f"{file.filename}: the group {key} lacks {', '.join(missing)}, which the environment observes"
+            )
+        if not keys:
+            raise UserError(f"{file.filename}: {key} is no array of numbers but a group, and no dictionary is observed")
+        names |= {f"{key}/{part}": (f"{key}/{part}",) for part in keys}
+    return names
 
 
 def unreadable(path: Path, error: Exception) -> str:
@@ -64,7 +87,8 @@ def unreadable(path: Path, error: Exception) -> str:
 
 def check_declared(path: Path, found: dict[str, list]) -> None:
     """Refuse a file by what it declares of its arrays. Raises UserError."""
-    missing = [key for key in NEEDED if not found[key]]
+    there = {key.split("/")[0] for key, arrays in found.items() if arrays}
+    missing = [key for key in NEEDED if key not in there]
     if missing:
         raise UserError(
             f"{path} lacks {', '.join(missing)}; a file in D4RL's layout has {', '.join(NEEDED)} and, if episodes were "
@@ -78,14 +102,19 @@ def check_declared(path: Path, found: dict[str, list]) -> None:
                 raise UserError(f"{path}: {name} is no array of numbers; give a file in D4RL's layout")
             shape = array.shape or ()
             rows = (*shape, 0)[0] if rows is None else rows  # of the observations, which come first
-            wide = len(shape) == 2 and shape[0] == rows
-            if not (wide if key in VECTORS else wide and shape[1] == 1 or shape == (rows,)):
-                what = "vector" if key in VECTORS else "number"
+            if "/" in key:  # a part of observations, whatever its shape
+                what, fits = "vector", shape[:1] == (rows,)
+            elif key in VECTORS:
+                what, fits = "vector", len(shape) == 2 and shape[0] == rows
+            else:
+                what, fits = "number", shape in ((rows,), (rows, 1))
+            if not fits:
                 raise UserError(f"{path}: {name} has the shape {shape}, but needs one {what} for each of {rows} rows")
             check_stored(path, name, array)
-    for array in found["next_observations"]:
-        if array.shape != found["observations"][0].shape:
-            raise UserError(f"{path}: next_observations {array.shape} need as many numbers as observations have")
+    for key, arrays in found.items():
+        shapes, like = ([array.shape for array in x] for x in (arrays, found.get(key.removeprefix("next_"), [])))
+        if key.startswith("next_observations") and shapes and shapes != like:
+            raise UserError(f"{path}: {key} {shapes[0]} need as many numbers as observations have")
     if rows < 2:
         raise UserError(f"{path} holds {rows} rows; it takes 2 or more to make a transition")
 
@@ -111,19 +140,21 @@ def check_stored(path: Path, name: str, array: h5py.Dataset) -> None:
                 ) from error
 
 
-def read_minari(env_id: str) -> tuple[dict[str, np.ndarray], str]:
-    """A Minari dataset in D4RL's layout: episodes end to end, with the true next observations."""
+def read_minari(env_id: str, keys: tuple[str, ...] = ()) -> tuple[dict[str, np.ndarray], str]:
+    """A Minari dataset in D4RL's layout: episodes end to end, with the true next observations.
+
+    `keys`: the parts of observations that are dictionaries, in the order in which they are joined.
+    """
     episodes = [episode for episode in minari_dataset(env_id).iterate_episodes() if len(episode)]
     if not episodes:
         raise UserError(f"the Minari dataset {env_id} has no transition; choose another")
-    if not all(isinstance(array, np.ndarray) for array in (episodes[0].observations, episodes[0].actions)):
-        raise UserError(f"{env_id} has observations or actions of a composite kind; only flat vectors can be used")
+    observations = [joined(episode.observations, keys) for episode in episodes]
     timeouts = [episode.truncations.copy() for episode in episodes]
     for timeout, episode in zip(timeouts, episodes, strict=True):
         timeout[-1] |= not episode.terminations[-1]  # an episode that was cut off anywhere else ends there, too
     raw = {
-        "observations": np.concatenate([episode.observations[:-1] for episode in episodes]),
-        "next_observations": np.concatenate([episode.observations[1:] for episode in episodes]),
+        "observations": np.concatenate([obs[:-1] for obs in observations]),
+        "next_observations": np.concatenate([obs[1:] for obs in observations]),
         "actions": np.concatenate([episode.actions for episode in episodes]),
         "rewards": np.concatenate([episode.rewards for episode in episodes]),
         "terminals": np.concatenate([episode.terminations for episode in episodes]),

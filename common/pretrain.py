@@ -102,7 +102,7 @@ def main(Args, presets: dict, families: dict, train: Callable) -> None:
     device = cli.resolve_device(args.device)
     steps.setup(device, args.seed, args.deterministic)
     args = replace(args, compile=args.compile and steps.can_compile(device))
-    data = datasets.load(args.env_id, args.dataset_path, device)
+    data = datasets.load(args.env_id, args.dataset_path, device, args.max_episode_steps)
     print(data.describe())
     agreement.report_simulator_check(data)
     path = train(args, data)

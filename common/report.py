@@ -44,11 +44,12 @@ def start_run(args_class, offline) -> tuple:
     args = cli.parse(args_class, script.PRESETS, script.FAMILIES)
     device = cli.resolve_device(args.device)
     if args.num_seeds > 1:
-        offline.check(args, datasets.load(args.env_id, args.dataset_path))  # downloaded once, and refused once
+        # downloaded once, and refused once
+        offline.check(args, datasets.load(args.env_id, args.dataset_path, "cpu", args.max_episode_steps))
         sys.exit(seeds.train(args, device))
     steps.setup(device, args.seed, args.deterministic)
     args = dataclasses.replace(args, compile=args.compile and steps.can_compile(device))
-    data = datasets.load(args.env_id, args.dataset_path, device)
+    data = datasets.load(args.env_id, args.dataset_path, device, args.max_episode_steps)
     offline.check(args, data)
     run = Run(args, run_name(args), data)
     run.data = description_of(data, args)

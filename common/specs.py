@@ -10,22 +10,12 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from common.errors import UserError
 
-TIME_LIMIT = 1_000  # steps of an episode where an environment names no limit of its own
-
 
 def in_words(spec: EnvSpec) -> str:
     """An environment's id and whatever is not its default."""
     words = [f"{name}={value}" for name, value in spec.kwargs.items()]
     words += [wrapper.name for wrapper in spec.additional_wrappers]
     return spec.id + (f" ({', '.join(words)})" if words else "")
-
-
-def limited(spec: EnvSpec) -> tuple[EnvSpec, list[str]]:
-    """`spec` with a time limit, without which an evaluation might never end."""
-    if spec.max_episode_steps is not None:
-        return spec, []
-    note = f"{spec.id} has no time limit; its episodes are cut after {TIME_LIMIT:,} steps"
-    return dataclasses.replace(spec, max_episode_steps=TIME_LIMIT), [note]
 
 
 def stored_spec(spec: EnvSpec, env_id: str) -> tuple[EnvSpec, list[str]]:
@@ -47,10 +37,12 @@ def stored_spec(spec: EnvSpec, env_id: str) -> tuple[EnvSpec, list[str]]:
         )
     wrappers = [w for w in spec.additional_wrappers if w.kwargs is not None and is_class(w.entry_point, gym.Wrapper)]
     lost = [w.name for w in spec.additional_wrappers if w not in wrappers]
-    spec, notes = limited(dataclasses.replace(spec, additional_wrappers=tuple(wrappers)))
+    spec = dataclasses.replace(spec, additional_wrappers=tuple(wrappers))
     if lost:
-        notes.append(f"the wrapper {', '.join(lost)} of {spec.id} is left out: the dataset does not say how to make it")
-    return spec, notes
+        return spec, [
+            f"the wrapper {', '.join(lost)} of {spec.id} is left out: the dataset does not say how to make it"
+        ]
+    return spec, []
 
 
 def is_class(entry_point, kind: type) -> bool:

@@ -10,14 +10,14 @@ import functools
 import importlib.util
 import math
 import runpy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
 from common.errors import UserError
-from common.specs import in_minari, in_words, limited, minari_dataset, stored_spec
+from common.specs import in_minari, in_words, minari_dataset, stored_spec
 
 SHIPPED = Path(__file__).parent.parent / "datasets"
 ROBOTS = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4", "ant": "Ant-v4"}
@@ -52,6 +52,7 @@ class Task:
     next_infos - whether the file's qpos and qvel are the state after each row, which the next row shows
     reach      - how far the position, which is what is observed first, can move in a step
     hidden     - whether rewards depend on more than what is observed, so that no row's can be checked
+    keys       - the parts of a dictionary of observations that make up a vector, in their order; see common/spaces.py
     clip       - standardised observations are held within ± this, by the environments as by the data
     """
 
@@ -71,6 +72,7 @@ class Task:
     next_infos: bool = False
     reach: float | None = None
     hidden: bool = False
+    keys: tuple[str, ...] = ()
     clip: float = math.inf
 
     @property
@@ -128,6 +130,23 @@ def resolve(env_id: str, dataset_path: str = "") -> Task:
     near = difflib.get_close_matches(env_id, known, n=3, cutoff=0.3)
     hint = f"; the nearest names are: {', '.join(near)}" if near else f"; try {DEMO}"
     raise UserError(f"--env-id {env_id!r} is not known{hint}")
+
+
+def limited(task: Task, max_episode_steps: int | None) -> Task:
+    """`task` with a time limit, its own or else this one; without any an evaluation might never end.
+
+    Raises UserError where there is none, and where there are two.
+    """
+    specs = {name: spec for name in ("spec", "eval_spec") if (spec := getattr(task, name))}
+    without = {name: spec for name, spec in specs.items() if spec.max_episode_steps is None}
+    if without and max_episode_steps is None:
+        raise UserError(f"{in_words(*without.values())} has no time limit; give one with --max-episode-steps")
+    if not without and max_episode_steps not in (None, task.max_episode_steps):
+        raise UserError(
+            f"--max-episode-steps is for environments without a limit, but {task.simulator} has one of "
+            f"{task.max_episode_steps:,} steps"
+        )
+    return replace(task, **{n: replace(spec, max_episode_steps=max_episode_steps) for n, spec in without.items()})
 
 
 # ----------------------------------------------------------------------------------------------- families
@@ -226,8 +245,8 @@ def gymnasium(env_id: str, data: str) -> Task | None:
             raise UserError(f"--env-id {env_id}: the module {module} cannot be imported ({error})") from error
     if name not in gym.registry:
         return None
-    spec, notes = limited(gym.registry[name])
-    return Task("gymnasium", env_id, data, in_words(spec), spec, notes=tuple(notes))
+    spec = gym.registry[name]
+    return Task("gymnasium", env_id, data, in_words(spec), spec)
 
 
 FAMILIES = (locomotion, antmaze, adroit, minari, gymnasium)

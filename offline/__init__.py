@@ -24,8 +24,8 @@ ALGORITHMS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z
 NEEDED = ("Args", "PRESETS", "FAMILIES", "Agent", "Optimizers", "training_step", "train")
 
 # What an online script hands on to the offline one that it calls
-SHARED = ("preset", "env_id", "dataset_path", "seed", "device", "compile", "deterministic", "run_dir",
-          "checkpoint_seconds", "eval_episodes", "final_episodes", "eval_workers", "go_on")  # fmt: skip
+SHARED = ("preset", "env_id", "dataset_path", "max_episode_steps", "seed", "device", "compile", "deterministic",
+          "run_dir", "checkpoint_seconds", "eval_episodes", "final_episodes", "eval_workers", "go_on")  # fmt: skip
 
 
 def is_algorithm(name: str) -> bool:
