@@ -44,6 +44,7 @@ PRESETS = {
         reevaluate_steps=50_000, align_steps=20_000, online_steps=20_000, learning_starts=2_000, utd=4, log_every=1_000,
         align_eval_every=5_000,
     ),
+    "demo adroit": dict(eval_every=2_000),
 }  # fmt: skip
 
 # Other defaults for a family of data, or for a part of one
@@ -121,6 +122,9 @@ class Args(cli.OnlineArgs):
     """asymmetry of λ's loss: weight of violated states (0.7) against satisfied ones (0.3)"""
     log_prob_floor: Annotated[float, finite()] = -50.0
     """log π_ref(a|s) is clamped from below at this"""
+    per_dimension: bool = False
+    """scale τ and that floor, which bound sums over the action's dimensions, to its number of them: τ / 6 for each, as
+    on halfcheetah and walker2d, and the floor / 3, as on hopper"""
     kl_threshold_start: Annotated[float | None, at_least(0)] = None
     """the paper's τ at the first step; None: 0.125, on expert and medium-expert data 0.005"""
     kl_threshold_end: Annotated[float | None, at_least(0)] = None
@@ -351,6 +355,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
     `scheduled` holds what `schedules` names, as scalar tensors.
     """
     threshold = scheduled["kl_threshold"]
+    times_threshold, times_floor = (replay.action_dim / n if args.per_dimension else 1.0 for n in (6, 3))
     actor, critic, critic_target, reference = agent.actor, agent.critic, agent.critic_target, agent.actor_reference
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
     target_entropy = -float(replay.action_dim) if args.target_entropy is None else args.target_entropy
@@ -365,7 +370,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
 
         def divergence(u, log_prob, half):  # f(s, a) = log π(a|s) - log π_ref(a|s)
             reference_log_prob = log_prob_of(u, reference_mean[half], reference_log_std[half])
-            return log_prob - reference_log_prob.clamp(min=args.log_prob_floor)
+            return log_prob - reference_log_prob.clamp(min=times_floor * args.log_prob_floor)
 
         # critic: y = r + γ (1 - d) [ min_i Q̄_i(s', a') - α log π(a'|s') - λ f(s', a') ]
         with torch.no_grad():
@@ -383,7 +388,9 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
 
         # temperature towards the target entropy, multiplier towards E f = τ
         alpha_loss = -agent.log_alpha * (log_prob.detach() + target_entropy).mean()
-        multiplier_loss = lagrange_loss(agent.log_lagrange, threshold - f.detach(), args.lagrange_expectile)
+        multiplier_loss = lagrange_loss(
+            agent.log_lagrange, times_threshold * threshold - f.detach(), args.lagrange_expectile
+        )
 
         metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, "q": q.mean(), "q_target": y.mean(),
                    "alpha": alpha, "entropy": -log_prob.mean(), "kl": f.mean(), "lagrange": lagrange}  # fmt: skip
@@ -469,8 +476,8 @@ STAGES = (REEVALUATE, ALIGN, FINETUNE)
 ABLATIONS = ("reevaluate", "align", "constrain")  # --no-… leaves that part of the method out
 FINETUNING_ARGS = (  # what fine-tuning alone reads: runs that differ in nothing else share the stages before it
     "constrain", "online_steps", "learning_starts", "utd", "kl_threshold_start", "kl_threshold_end",
-    "kl_threshold_steps", "reference", "reference_interval", "reference_window", "reference_margin", "actor_grad_norm",
-    "eval_every", "probe_every",
+    "kl_threshold_steps", "per_dimension", "reference", "reference_interval", "reference_window", "reference_margin",
+    "actor_grad_norm", "eval_every", "probe_every",
 )  # fmt: skip
 
 

@@ -99,6 +99,9 @@ class Args(cli.OnlineArgs):
     """the paper's k: how fast the aligned Q falls with the squared distance from the anchor"""
     align_max_distance: Annotated[float, at_least(0)] = 0.2
     """that distance is clipped at this"""
+    align_radius: Literal["fixed", "uniform"] = "fixed"
+    """length of the noise there: TD3's; or times U(0, 1.5) for each action, so that distances from the anchor vary in
+    any number of dimensions, where TD3's gather near the clip"""
 
     # 3. constrained fine-tuning
     constrain: bool = True
@@ -186,10 +189,10 @@ class Critic(nn.Module):
         return self.net(x.expand(n, *x.shape)).squeeze(-1)
 
 
-def smoothed(actions: torch.Tensor, args: Args) -> torch.Tensor:
-    """TD3's target policy smoothing: clip(a + clip(N(0, 0.2²), ±0.5), ±1), (B, A)."""
+def smoothed(actions: torch.Tensor, args: Args, radius: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """TD3's target policy smoothing: clip(a + clip(N(0, 0.2²), ±0.5), ±1), (B, A); the noise times `radius` (B, 1)."""
     noise = (torch.randn_like(actions) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
-    return (actions + noise).clamp(-1, 1)
+    return (actions + radius * noise).clamp(-1, 1)
 
 
 class Agent(nn.Module):
@@ -294,7 +297,9 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
         new_actions = actor(obs)
         # Q'_i(s, ã) = min{ Q̄(s, ȧ) / (1 + k d²),  Q̄_i(s, ã) },  ã = π(s) + noise,  d = ‖ã - ȧ‖ / √A, clipped
         with torch.no_grad():
-            noisy_actions = smoothed(new_actions, args)
+            # in many dimensions all noise is about equally long; with another radius for each action, distances vary
+            radius = 1.5 * torch.rand_like(new_actions[:, :1]) if args.align_radius == "uniform" else 1.0
+            noisy_actions = smoothed(new_actions, args, radius)
             distance = (noisy_actions - anchors).norm(dim=1) / actions.shape[1] ** 0.5
             shrink = 1 + args.align_distance * distance.clamp(max=args.align_max_distance) ** 2
             # dividing a negative Q would raise it, so there it is multiplied

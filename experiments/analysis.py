@@ -196,7 +196,8 @@ def comparison(
     specs = {(y, seed): settings(y, seed) for y in args.algorithms for seed in range(args.seeds)}
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
     report = Report(args, name, question)
-    titles = [f"{Path(y).stem} from {harness.offline_of(y)}" for y in args.algorithms]
+    starts = {y: next(iter(specs[y, 0].values())).offline for y in args.algorithms}
+    titles = [f"{Path(y).stem} from {start}" for y, start in starts.items()]
     figure, axes = panels(titles)
     names = [setting for runs in specs.values() for setting in runs]
     everything = []

@@ -13,7 +13,7 @@ from common import stages
 from common.cli import UserError
 from common.datasets import load
 from common.identity import code_of
-from experiments import analysis, constraint, harness, q_stability
+from experiments import analysis, constraint, dimension, harness, q_stability
 from experiments.harness import Spec
 from offline import td3_bc
 
@@ -146,7 +146,34 @@ def test_threshold_is_scaled_at_both_ends(script):
         assert ten_times(step) == pytest.approx(10 * at(step))
 
 
-@pytest.mark.parametrize("name", ["matrix", "ablations", "alignment", "constraint", "q_stability", "reference"])
+@pytest.mark.parametrize(
+    ("script", "own"), [("o2sac", {"per_dimension": True}), ("o2td3", {"align_radius": "uniform"}), ("o2ppo", {})]
+)
+def test_arms_of_many_dimensions(script, own):
+    args = dimension.Args(env_id="hopper-medium-demo", offline="bc")
+    arms = {label: vars(harness.parsed(args, spec)) for label, spec in dimension.settings(args, script, 3).items()}
+    paper, scaled = arms.pop("the paper's"), arms.pop("rewards × 0.1")
+    changes = {"reward_scale": 0.1} | ({"alpha": 0.02} if script == "o2sac" else {})
+
+    def differ(arm):
+        return {name: arm[name] for name in paper if arm[name] != paper[name] and name != "exp_name"}
+
+    assert paper["seed"] == 3 and paper["offline"] == "bc" and differ(scaled) == changes
+    assert [differ(arm) for arm in arms.values()] == ([own, own | changes] if own else [])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "matrix",
+        "ablations",
+        "alignment",
+        "constraint",
+        "dimension",
+        "q_stability",
+        "reference",
+    ],
+)
 def test_every_experiment_explains_itself(name, capsys, monkeypatch):
     script = str(harness.ROOT / "experiments" / f"{name}.py")
     monkeypatch.setattr(sys, "argv", [script, "--help"])

@@ -1,6 +1,7 @@
 """Every loss and target of O2SAC and CQL against an independent float64 version, written from the equations."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -111,9 +112,10 @@ def test_alignment(agent, data, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), copied.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("constrain", [True, False])
-def test_finetuning(agent, data, monkeypatch, constrain):
-    args, optimizers = cli.complete(o2sac.Args(compile=False, batch_size=B, utd=2, constrain=constrain)), Recorder()
+@pytest.mark.parametrize(("constrain", "per_dimension"), [(True, False), (False, False), (True, True)])
+def test_finetuning(agent, data, monkeypatch, constrain, per_dimension):
+    args = o2sac.Args(compile=False, batch_size=B, utd=2, constrain=constrain, per_dimension=per_dimension)
+    args, optimizers = cli.complete(args), Recorder()
     buffer = replay.ReplayBuffer(data, 10, "half")
     rows = torch.randint(len(data), (2, B))
     batches = [replay.split(data.table[r], S, A) for r in rows]
@@ -151,7 +153,7 @@ def test_finetuning(agent, data, monkeypatch, constrain):
         want = -(log_prob.detach() - A).mean()
         torch.testing.assert_close(optimizers["alpha_optimizer"].calls[update][0].double(), want, rtol=1e-4, atol=1e-5)
         if update == 0 and constrain:
-            u = 0.4 - f.detach()
+            u = 0.4 * (A / 6 if per_dimension else 1) - f.detach()
             want = lagrange * ((0.7 - (u > 0).double()).abs() * u).mean()
             got = optimizers["lagrange_optimizer"].calls[0][0].double()
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -173,6 +175,11 @@ def test_reference_log_prob_is_floored(agent, data, monkeypatch):
     buffer = replay.ReplayBuffer(data, 10, "all")
     metrics = o2sac.finetuning_step(args, buffer, agent, Recorder(), {"kl_threshold": torch.tensor(1.0)})()
     assert 40 < metrics["kl"] < 60
+    batch, buffer.action_dim = buffer.sample(B), 6  # as if there were three more
+    monkeypatch.setattr(buffer, "sample", lambda _: batch)
+    args = dataclasses.replace(args, per_dimension=True)
+    metrics = o2sac.finetuning_step(args, buffer, agent, Recorder(), {"kl_threshold": torch.tensor(1.0)})()
+    assert 90 < metrics["kl"] < 110
 
 
 def test_the_gradient_of_the_actor_alone_is_clipped(agent, data):

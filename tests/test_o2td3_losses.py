@@ -51,18 +51,23 @@ def test_reevaluation(agent, data, monkeypatch):
         torch.testing.assert_close(new, 0.995 * old + 0.005 * source, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_alignment(agent, data, monkeypatch, sign):
+@pytest.mark.parametrize(("sign", "radius"), [(1, "fixed"), (-1, "fixed"), (1, "uniform")])
+def test_alignment(agent, data, monkeypatch, sign, radius):
     with torch.no_grad():  # once with positive Q, once with negative
         agent.critic_target.net[-1].bias.fill_(sign * 5.0)
-    args, optimizers = o2td3.Args(compile=False, batch_size=B, align_distance=4.0), Recorder()
+    args, optimizers = o2td3.Args(compile=False, batch_size=B, align_distance=4.0, align_radius=radius), Recorder()
     obs, *_ = fixed_rows(monkeypatch, o2td3, data)
     (noise,) = noises(monkeypatch, (B, A))
+    u = torch.rand(B, 1)
+    monkeypatch.setattr(torch, "rand_like", lambda x: u if x.shape == u.shape else None)
     frozen = copy.deepcopy((agent.critic_target, agent.actor_offline))
     o2td3.alignment_step(args, data, agent, optimizers)()
 
     anchor = act64(agent.actor_offline, obs)
     noisy = smoothed64(act64(agent.actor, obs), noise).detach()
+    if radius == "uniform":
+        noisy = act64(agent.actor, obs).detach() + 1.5 * u.double() * (0.2 * noise).clamp(-0.5, 0.5)
+        noisy = noisy.clamp(-1, 1)
     q_anchor = critic64(agent.critic_target, obs, anchor).min(0).values.detach()
     q_noisy = critic64(agent.critic_target, obs, noisy).detach()
     distance = torch.sqrt(((noisy - anchor) ** 2).sum(1)) / math.sqrt(A)
@@ -160,3 +165,15 @@ def test_threshold_schedule():
     threshold = o2td3.schedules(args)["mse_threshold"]
     assert threshold(0) == 0.0025 and threshold(50_000) == pytest.approx((0.0025 + 0.04) / 2)
     assert threshold(100_000) == threshold(300_000) == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("dims", [3, 30])
+def test_distances_spread_in_any_number_of_dimensions_with_a_uniform_radius(dims):
+    """Of noise around the anchor itself: TD3's is 0.2 long in 30 dimensions, give or take a tenth."""
+    anchor = torch.zeros(20_000, dims)
+    args = o2td3.Args()
+    fixed, uniform = (
+        (o2td3.smoothed(anchor, args, radius).norm(dim=1) / dims**0.5) for radius in (1.0, 1.5 * torch.rand(20_000, 1))
+    )
+    assert fixed.std() == pytest.approx({3: 0.075, 30: 0.024}[dims], abs=0.003)
+    assert uniform.mean() == pytest.approx(0.14, abs=0.01) and uniform.std() == pytest.approx(0.09, abs=0.015)
