@@ -5,6 +5,7 @@ import argparse
 import csv
 import dataclasses
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,8 @@ ROOT = Path(__file__).parent.parent
 class Args:
     scale: Literal["demo", "quick", "paper"] = "demo"
     """budgets of every run: the scripts' presets, or the paper's"""
+    run_flags: str = ""
+    """further arguments of every run, as "--online-steps 5000 --eval-every 1000": other budgets than the scale's"""
     seeds: Annotated[int, at_least(1)] = 3
     """seeds 0, 1, … of every setting"""
     env_id: str = "hopper-medium-demo"
@@ -104,7 +107,8 @@ def flags_of(args: Args, seed: int) -> list[str]:
 
 def command_line(args: Args, spec: Spec) -> list[str]:
     file = Path(spec.offline)  # runs are started in the project's folder
-    return [*flags_of(args, spec.seed), "--offline", str(file.absolute() if file.is_file() else file), *spec.flags]
+    return [*flags_of(args, spec.seed), "--offline", str(file.absolute() if file.is_file() else file),
+            *shlex.split(args.run_flags), *spec.flags]  # fmt: skip
 
 
 def parsed(args: Args, spec: Spec):
@@ -121,7 +125,7 @@ def folder(args: Args, spec: Spec) -> Path:
 
 def offline_policy(args: Args, name: str, seed: int) -> Path:
     """Where the policy of an offline algorithm is, or will be."""
-    if path := offline.shipped(argparse.Namespace(**vars(args), offline=name, offline_steps=None)):
+    if path := offline.shipped(argparse.Namespace(**vars(args) | dict(offline=name, offline_steps=None))):
         return path
     script = offline.algorithm(name)
     found = cli.parse(script.Args, script.PRESETS, script.FAMILIES, flags_of(args, seed))

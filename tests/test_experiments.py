@@ -150,15 +150,16 @@ def test_threshold_is_scaled_at_both_ends(script):
     ("script", "own"), [("o2sac", {"per_dimension": True}), ("o2td3", {"align_radius": "uniform"}), ("o2ppo", {})]
 )
 def test_arms_of_many_dimensions(script, own):
-    args = dimension.Args(env_id="hopper-medium-demo", offline="bc")
+    args = dimension.Args(env_id="hopper-medium-demo", offline="bc", run_flags="--eval-every 77")
     arms = {label: vars(harness.parsed(args, spec)) for label, spec in dimension.settings(args, script, 3).items()}
     paper, scaled = arms.pop("the paper's"), arms.pop("rewards × 0.1")
+    assert harness.offline_policy(args, "bc", 3).parts[-2:] == ("hopper-medium-demo__bc__3__demo", "policy.pt")
     changes = {"reward_scale": 0.1} | ({"alpha": 0.02} if script == "o2sac" else {})
 
     def differ(arm):
         return {name: arm[name] for name in paper if arm[name] != paper[name] and name != "exp_name"}
 
-    assert paper["seed"] == 3 and paper["offline"] == "bc" and differ(scaled) == changes
+    assert (paper["seed"], paper["offline"], paper["eval_every"]) == (3, "bc", 77) and differ(scaled) == changes
     assert [differ(arm) for arm in arms.values()] == ([own, own | changes] if own else [])
 
 
