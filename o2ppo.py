@@ -57,8 +57,8 @@ class Args(cli.OnlineArgs):
 
     gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
-    value_layers: Annotated[int, at_least(1)] = 3
-    """hidden layers of 256 tanh units in the value network"""
+    value_hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
+    """widths of the hidden layers in the value network, of tanh units"""
     scale_rewards: bool | None = None
     """divide rewards by the running standard deviation of the discounted return; None: on halfcheetah alone"""
     log_every: Annotated[int, at_least(1)] = 5_000
@@ -76,6 +76,8 @@ class Args(cli.OnlineArgs):
     """transitions in a batch"""
     value_lr: Annotated[float, at_least(0)] = 1e-4
     """learning rate of V there"""
+    critic_hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256)
+    """widths of the hidden layers in each Q with --value-init fqe"""
     fqe_lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of Q with --value-init fqe"""
     tau: Annotated[float, between(0, 1)] = 0.005
@@ -159,7 +161,7 @@ class Args(cli.OnlineArgs):
 class Actor(nn.Module):
     """Gaussian policy: (B, S) -> mean in (-1, 1) and log std, the latter free of the state; (B, A) and (A,)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int | list = 2):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: list | tuple = (256, 256)):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, action_dim)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
@@ -171,7 +173,7 @@ class Actor(nn.Module):
 class Value(nn.Module):
     """V network: (B, S) -> (B,)."""
 
-    def __init__(self, obs_dim: int, hidden_layers: int = 3):
+    def __init__(self, obs_dim: int, hidden_layers: tuple = (256, 256, 256)):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, 1, activation=nn.Tanh)
 
@@ -182,7 +184,7 @@ class Value(nn.Module):
 class Critic(nn.Module):
     """Twin Q networks side by side, for --value-init fqe: (B, S), (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple = (256, 256)):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, layer_norm=True)
 
@@ -203,8 +205,8 @@ class Agent(nn.Module):
             self.actor.log_std.data.clamp_(max=math.log(args.max_std_start))
         self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)
         self.actor_reference = copy.deepcopy(self.actor_offline)
-        self.value = Value(obs_dim, args.value_layers)
-        self.critic = Critic(obs_dim, action_dim)
+        self.value = Value(obs_dim, args.value_hidden)
+        self.critic = Critic(obs_dim, action_dim, args.critic_hidden)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:

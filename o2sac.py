@@ -49,7 +49,7 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, critics=1, critic_layers=5, align_steps=1_000_000,
+    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, critics=1, critic_hidden=(256,) * 5, align_steps=1_000_000,
                     online_steps=200_000, learning_starts=5_000, eval_every=5_000, eval_episodes=20,
                     final_episodes=100, best_margin=2.0),
     "adroit": dict(online_steps=200_000, eval_every=5_000, eval_episodes=100, best_margin=2.0),
@@ -71,8 +71,10 @@ class Args(cli.OnlineArgs):
     """learning rate of the critics"""
     actor_lr: Annotated[float, at_least(0)] = 1e-4
     """learning rate of the actor"""
-    critic_layers: Annotated[int, at_least(1)] = 3
-    """hidden layers of 256 units in each critic"""
+    critic_hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
+    """widths of the hidden layers in each critic"""
+    critic_layer_norm: bool = True
+    """layer normalisation in the critics"""
     critics: Annotated[int, at_least(1)] = 2
     """how many critics there are; the lowest of their values counts"""
     alpha: Annotated[float | None, at_least(0)] = None
@@ -164,7 +166,7 @@ class Args(cli.OnlineArgs):
 class Actor(nn.Module):
     """Squashed Gaussian policy: (B, S) -> mean and log std of u, (B, A) each; the action is tanh(u)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int | list = 3):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: list | tuple = (256, 256, 256)):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, 2 * action_dim)
 
@@ -176,7 +178,7 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """`n` Q networks side by side: (B, S), (B, A) -> (n, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 3, layer_norm: bool = True, n: int = 2):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple = (256, 256, 256), layer_norm=True, n=2):
         super().__init__()
         self.n, self.net = n, ensemble_mlp(n, obs_dim + action_dim, hidden_layers, 1, layer_norm)
 
@@ -206,7 +208,7 @@ class Agent(nn.Module):
         self.actor.load_state_dict(policy["actor"])
         self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)
         self.actor_reference = copy.deepcopy(self.actor_offline)
-        shape = dict(hidden_layers=args.critic_layers, layer_norm=True, n=args.critics)
+        shape = dict(hidden_layers=args.critic_hidden, layer_norm=args.critic_layer_norm, n=args.critics)
         if not args.reevaluate:  # the naive switch: the offline algorithm's critics, in that algorithm's shape
             shape = {key: policy["critic"][key] for key in ("hidden_layers", "layer_norm")}
         self.critic = Critic(obs_dim, action_dim, **shape)

@@ -69,8 +69,8 @@ class Args(cli.OnlineArgs):
     """learning rate of the critics"""
     actor_lr: Annotated[float, at_least(0)] = 1e-4
     """learning rate of the actor"""
-    critic_layers: Annotated[int, at_least(1)] = 2
-    """hidden layers of 256 units in each critic"""
+    critic_hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256)
+    """widths of the hidden layers in each critic"""
     critic_layer_norm: bool = True
     """layer normalisation in the critics (AntMaze: off)"""
     policy_noise: Annotated[float, at_least(0)] = 0.2
@@ -169,7 +169,7 @@ class Args(cli.OnlineArgs):
 class Actor(nn.Module):
     """Deterministic policy: (B, S) -> (B, A) in (-1, 1)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int | list = 2):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: list | tuple = (256, 256)):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, action_dim)
 
@@ -180,7 +180,7 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q networks side by side: (B, S), (B, A) -> (2, B); the first `n` alone give (n, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int = 2, layer_norm: bool = True):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple = (256, 256), layer_norm: bool = True):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, layer_norm)
 
@@ -206,7 +206,7 @@ class Agent(nn.Module):
         self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)
         self.actor_reference = copy.deepcopy(self.actor_offline)
         self.actor_target = copy.deepcopy(self.actor_offline)
-        shape = dict(hidden_layers=args.critic_layers, layer_norm=args.critic_layer_norm)
+        shape = dict(hidden_layers=args.critic_hidden, layer_norm=args.critic_layer_norm)
         if not args.reevaluate:  # the naive switch: the offline algorithm's critic, in that algorithm's shape
             shape = {key: policy["critic"][key] for key in shape}
         self.critic = Critic(obs_dim, action_dim, **shape)

@@ -82,7 +82,7 @@ class Args(cli.OnlineArgs):
 class Actor(nn.Module):
     """Gaussian policy: (B, S) -> mean in (-1, 1) and log std, the latter free of the state; (B, A) and (A,)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int | list):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, action_dim)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
@@ -94,7 +94,7 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q networks side by side: (B, S), (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1)
 
@@ -114,7 +114,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, policy: dict):
         super().__init__()
         obs_dim, action_dim, learner = policy["obs_dim"], policy["action_dim"], policy["learner"]
-        hidden_layers = learner["args"]["hidden_layers"]
+        hidden_layers = learner["args"]["hidden"]
         self.actor = Actor(obs_dim, action_dim, hidden_layers)
         self.critic = Critic(obs_dim, action_dim, hidden_layers)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)

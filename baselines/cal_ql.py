@@ -92,7 +92,7 @@ class Args(cli.OnlineArgs):
 class Actor(nn.Module):
     """Squashed Gaussian policy: (B, S) -> mean and log std of u, (B, A) each; the action is tanh(u)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int | list):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, 2 * action_dim)
 
@@ -104,7 +104,7 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin Q networks side by side: (B, S), (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int, layer_norm: bool):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple, layer_norm: bool):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, layer_norm)
 
@@ -126,8 +126,8 @@ class Agent(nn.Module):
         super().__init__()
         obs_dim, action_dim, learner = policy["obs_dim"], policy["action_dim"], policy["learner"]
         shape = learner["args"]
-        self.actor = Actor(obs_dim, action_dim, shape["hidden_layers"])
-        self.critic = Critic(obs_dim, action_dim, shape["critic_layers"], shape["layer_norm"])
+        self.actor = Actor(obs_dim, action_dim, shape["hidden"])
+        self.critic = Critic(obs_dim, action_dim, shape["critic_hidden"], shape["layer_norm"])
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))
         self.log_multiplier = nn.Parameter(torch.ones(()))

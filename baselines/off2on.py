@@ -77,7 +77,7 @@ class Args(cli.OnlineArgs):
     """environment steps between evaluations"""
 
     def offline_changes(self, task) -> dict:
-        return dict(hidden_layers=2, critic_layers=2)
+        return dict(hidden=(256, 256), critic_hidden=(256, 256))
 
     def check(self) -> None:
         super().check()
@@ -91,7 +91,7 @@ class Args(cli.OnlineArgs):
 class Actor(nn.Module):
     """`n` squashed Gaussian policies as one: (B, S) -> mean and log std of u, (B, A) each; the action is tanh(u)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int, n: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple, n: int):
         super().__init__()
         self.n, self.net = n, ensemble_mlp(n, obs_dim, hidden_layers, 2 * action_dim)
 
@@ -125,7 +125,7 @@ def mixture(means: torch.Tensor, log_stds: torch.Tensor) -> tuple[torch.Tensor, 
 class Critic(nn.Module):
     """The twins of `n` members side by side: (B, S), (B, A) -> (n, 2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int, n: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple, n: int):
         super().__init__()
         self.n, self.net = n, ensemble_mlp(2 * n, obs_dim + action_dim, hidden_layers, 1)
 
@@ -160,8 +160,8 @@ class Agent(nn.Module):
         members = members if len(members) > 1 else members * args.members  # one stands for all where sizes count
         obs_dim, action_dim, shape = members[0]["obs_dim"], members[0]["action_dim"], members[0]["learner"]["args"]
         left, n = [member["learner"]["agent"] for member in members], len(members)
-        self.actor = Actor(obs_dim, action_dim, shape["hidden_layers"], n)
-        self.critic = Critic(obs_dim, action_dim, shape["critic_layers"], n)
+        self.actor = Actor(obs_dim, action_dim, shape["hidden"], n)
+        self.critic = Critic(obs_dim, action_dim, shape["critic_hidden"], n)
         stacked = {name: torch.stack([agent[f"actor.{name}"] for agent in left]) for name in self.actor.state_dict()}
         self.actor.load_state_dict(  # a linear layer's weights are (outputs, inputs), its biases (outputs,)
             {name: x.transpose(1, 2) if x.ndim == 3 else x[:, None] for name, x in stacked.items()}

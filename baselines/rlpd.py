@@ -40,9 +40,9 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_shift=-1.0, hidden_layers=3, targets=1, backup_entropy=False, online_steps=300_000,
+    "antmaze": dict(reward_shift=-1.0, hidden=(256, 256, 256), targets=1, backup_entropy=False, online_steps=300_000,
                     eval_every=5_000),
-    "adroit": dict(hidden_layers=3, backup_entropy=False, online_steps=300_000, eval_every=5_000),
+    "adroit": dict(hidden=(256, 256, 256), backup_entropy=False, online_steps=300_000, eval_every=5_000),
 }  # fmt: skip
 
 
@@ -58,8 +58,8 @@ class Args(cli.OnlineArgs):
     """Polyak factor of the target critics"""
     lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the actor, of the critics and of the temperature"""
-    hidden_layers: Annotated[int, at_least(1)] = 2
-    """hidden layers of 256 units in every network (AntMaze and Adroit: 3)"""
+    hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256)
+    """widths of the hidden layers in every network (AntMaze and Adroit: three)"""
     critics: Annotated[int, at_least(2)] = 10
     """critics in the ensemble"""
     targets: Annotated[int, at_least(1)] = 2
@@ -89,7 +89,7 @@ class Args(cli.OnlineArgs):
 class Actor(nn.Module):
     """Squashed Gaussian policy: (B, S) -> mean and log std of u, (B, A) each; the action is tanh(u)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, 2 * action_dim)
         xavier(self)
@@ -103,7 +103,7 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """`n` Q networks side by side: (B, S), (B, A) -> (n, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int, n: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple, n: int):
         super().__init__()
         self.n, self.net = n, ensemble_mlp(n, obs_dim + action_dim, hidden_layers, 1, layer_norm=True)
         xavier(self)
@@ -134,8 +134,8 @@ class Agent(nn.Module):
     def __init__(self, args: Args, policy: dict):
         super().__init__()
         obs_dim, action_dim = policy["obs_dim"], policy["action_dim"]
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers, args.critics)
+        self.actor = Actor(obs_dim, action_dim, args.hidden)
+        self.critic = Critic(obs_dim, action_dim, args.hidden, args.critics)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.zeros(()))
 

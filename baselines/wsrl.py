@@ -82,7 +82,7 @@ class Args(cli.OnlineArgs):
 class Actor(nn.Module):
     """Squashed Gaussian policy: (B, S) -> mean and log std of u, (B, A) each; the action is tanh(u)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int | list):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, 2 * action_dim)
 
@@ -94,7 +94,7 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """`n` Q networks side by side: (B, S), (B, A) -> (n, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int, n: int, layer_norm: bool):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple, n: int, layer_norm: bool):
         super().__init__()
         self.n, self.net = n, ensemble_mlp(n, obs_dim + action_dim, hidden_layers, 1, layer_norm)
 
@@ -116,8 +116,8 @@ class Agent(nn.Module):
         super().__init__()
         obs_dim, action_dim, learner = policy["obs_dim"], policy["action_dim"], policy["learner"]
         shape, left = learner["args"], dict(learner["agent"])
-        self.actor = Actor(obs_dim, action_dim, shape["hidden_layers"])
-        self.critic = Critic(obs_dim, action_dim, shape["critic_layers"], shape["critics"], shape["layer_norm"])
+        self.actor = Actor(obs_dim, action_dim, shape["hidden"])
+        self.critic = Critic(obs_dim, action_dim, shape["critic_hidden"], shape["critics"], shape["layer_norm"])
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         del left["log_multiplier"]
         alpha = left.pop("log_temperature").exp()

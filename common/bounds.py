@@ -1,4 +1,4 @@
-"""The range of a numeric argument, written beside it: `gamma: Annotated[float, between(0, 1)] = 0.99`."""
+"""The range of a numeric argument, or of several numbers: `gamma: Annotated[float, between(0, 1)] = 0.99`."""
 
 import math
 from collections.abc import Callable
@@ -63,5 +63,6 @@ def check(args) -> None:
     """Refuse a number outside of its bound; None is inside of each. Raises UserError."""
     for name, inside in bounds_of(type(args)).items():
         value = getattr(args, name)
-        if value is not None and not inside.holds(value):
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but has to {inside.words}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not inside.holds(number):
+                raise UserError(f"--{name.replace('_', '-')} is {number}, but has to {inside.words}")

@@ -106,6 +106,9 @@ class OnlineArgs(RunArgs):
     PATH of any policy"""
     offline_steps: Annotated[int | None, at_least(1)] = None
     """gradient steps of the offline algorithm, if it has to be trained; None: its own default or the preset's"""
+    hidden: Annotated[tuple[int, ...] | None, at_least(1)] = None
+    """widths of the policy's hidden layers, as 256 256, where it is trained or distilled for this run; a policy.pt
+    keeps its own; None: as the offline algorithm has them"""
     holdout: Annotated[float, between(0, 0.5)] = 0.01
     """share of the dataset that is kept out of fine-tuning, in whole episodes, to measure the critic on (probe/…)"""
     probe_every: Annotated[int, at_least(1)] = 1_000
@@ -169,10 +172,15 @@ def chosen(presets: dict[str, dict], families: dict[str, dict], preset: str, tas
 def in_words(families: dict[str, dict]) -> str:
     """What --help says of them."""
     lines = [
-        f"{name}: " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in values.items())
+        f"{name}: " + ", ".join(f"--{key.replace('_', '-')} {shown(value)}" for key, value in values.items())
         for name, values in families.items()
     ]  # fmt: skip
     return "\n\nOther defaults for a family of data:\n" + "\n".join(lines) if lines else ""
+
+
+def shown(value) -> str:
+    """A value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def read(args_class: type[Args], description: str | None) -> Args:

@@ -1,6 +1,7 @@
 """Layers and an optimiser for networks this small: two critics cost one matrix product, not two."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,14 +58,22 @@ class Clip(nn.Module):
 SIZED = {"LayerNorm": nn.LayerNorm, "Clip": Clip}
 
 
-def mlp(inputs: int, hidden_layers: int | list[int | str], outputs: int, activation=nn.ReLU) -> nn.Sequential:
+def widths(hidden_layers: int | Sequence[int]) -> list[int]:
+    """The widths of hidden layers; a number stands for so many layers of 256 units."""
+    return [256] * hidden_layers if isinstance(hidden_layers, int) else list(hidden_layers)
+
+
+def mlp(inputs: int, hidden_layers: int | Sequence[int | str], outputs: int, activation=nn.ReLU) -> nn.Sequential:
     """Hidden layers, then Linear: (..., inputs) -> (..., outputs).
 
-    `hidden_layers` lists what comes before the last layer: a number is a linear layer of that width, a name one of
-    `ACTIVATIONS` or `SIZED`. As a number it stands for so many layers of 256 units with `activation`.
+    `hidden_layers` holds their widths, each layer followed by `activation`. With names among them it lists all that
+    comes before the last layer: a number is a linear layer of that width, a name one of `ACTIVATIONS` or `SIZED`.
     """
+    hidden_layers = widths(hidden_layers)
+    if all(isinstance(layer, int) for layer in hidden_layers):
+        hidden_layers = [layer for width in hidden_layers for layer in (width, activation.__name__)]
     layers = []
-    for layer in [256, activation.__name__] * hidden_layers if isinstance(hidden_layers, int) else hidden_layers:
+    for layer in hidden_layers:
         if layer in ACTIVATIONS:
             layers.append(ACTIVATIONS[layer]())
         elif layer in SIZED:
@@ -80,21 +89,28 @@ def hidden_of(net: nn.Sequential) -> list[int | str]:
     return [layer.out_features if isinstance(layer, nn.Linear) else type(layer).__name__ for layer in net[:-1]]
 
 
-def ensemble_mlp(n: int, inputs: int, hidden_layers: int, outputs: int, layer_norm: bool | str = False):
-    """`n` networks side by side, (n, B, inputs) -> (n, B, outputs), 256 units a layer.
+def widths_of(net: nn.Sequential) -> list[int]:
+    """The widths of the hidden layers that `ensemble_mlp` made `net` from."""
+    return [layer.weight.shape[2] for layer in net[:-1] if isinstance(layer, EnsembleLinear)]
+
+
+def ensemble_mlp(
+    n: int, inputs: int, hidden_layers: int | Sequence[int], outputs: int, layer_norm: bool | str = False
+) -> nn.Sequential:
+    """`n` networks side by side, (n, B, inputs) -> (n, B, outputs), with hidden layers of these widths.
 
     `layer_norm`: a LayerNorm before each ReLU; "after": behind it.
     """
     layers = []
-    for _ in range(hidden_layers):
-        layers.append(EnsembleLinear(n, inputs, 256))
+    for width in widths(hidden_layers):
+        layers.append(EnsembleLinear(n, inputs, width))
         if layer_norm == "after":
-            layers += [nn.ReLU(inplace=True), EnsembleLayerNorm(n, 256)]
+            layers += [nn.ReLU(inplace=True), EnsembleLayerNorm(n, width)]
         elif layer_norm:
-            layers += [EnsembleLayerNorm(n, 256), nn.ReLU(inplace=True)]
+            layers += [EnsembleLayerNorm(n, width), nn.ReLU(inplace=True)]
         else:
             layers += [nn.ReLU(inplace=True)]
-        inputs = 256
+        inputs = width
     return nn.Sequential(*layers, EnsembleLinear(n, inputs, outputs))
 
 

@@ -13,6 +13,7 @@ deterministic     - `net` gives the action before its tanh (A outputs)
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from common.checkpoint import save_tensors
 from common.cli import UserError
 from common.identity import fingerprint
 from common.inert import fault_of, read_tensors
-from common.nn import ACTIVATIONS, SIZED, ensemble_mlp, hidden_of, mlp
+from common.nn import ACTIVATIONS, SIZED, ensemble_mlp, hidden_of, mlp, widths
 from common.run import script_name
 
 FORMAT = "o2rl-policy-2"
@@ -45,7 +46,7 @@ class Policy(nn.Module):
     They take standardised observations, as all networks here; `act` takes raw ones.
     """
 
-    def __init__(self, kind: str, obs_dim: int, action_dim: int, hidden_layers: int | list[int | str]):
+    def __init__(self, kind: str, obs_dim: int, action_dim: int, hidden_layers: int | Sequence[int | str]):
         super().__init__()
         self.kind = kind
         self.net = mlp(obs_dim, hidden_layers, action_dim * (2 if kind == "squashed_gaussian" else 1))
@@ -169,8 +170,19 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict:
     policy = read_tensors(Path(path), device)
     if not is_ours(policy):
         raise UserError(f"{path} is no policy of this project")
+    name_widths(policy)
     check_policy(policy, Path(path))
     return policy
+
+
+def name_widths(policy: dict) -> None:
+    """Rename what a learner's arguments were called when each of its layers had 256 units, and they counted them."""
+    learner = policy.get("learner")
+    args = learner.get("args") if isinstance(learner, dict) else None
+    if isinstance(args, dict):
+        for old, new in (("hidden_layers", "hidden"), ("critic_layers", "critic_hidden")):
+            if isinstance(args.get(old), int) and 0 < args[old] <= MOST_LAYERS:
+                args[new] = widths(args.pop(old))
 
 
 def is_ours(checkpoint: object) -> bool:
@@ -216,15 +228,17 @@ def is_layer(layer: object) -> bool:
 
 def check_critic(critic: object, inputs: int, path: Path) -> None:
     """Refuse critics that are not in the shape that they say. Raises UserError."""
-    kinds = {"layer_norm": (bool, str), "hidden_layers": int, "critic": dict, "critic_target": dict}
+    kinds = {"layer_norm": (bool, str), "hidden_layers": (int, list), "critic": dict, "critic_target": dict}
     if not isinstance(critic, dict) or not all(isinstance(critic.get(name), kind) for name, kind in kinds.items()):
         raise UserError(f"{path} has a critic with missing or foreign entries; make it again")
     if critic["layer_norm"] not in (True, False, "after"):
         raise UserError(f"{path} has a critic whose normalisation {critic['layer_norm']!r} is not known; make it again")
-    if not 0 < critic["hidden_layers"] <= MOST_LAYERS:
-        raise UserError(f"{path} describes a critic of {critic['hidden_layers']} layers; make it again")
+    hidden = critic["hidden_layers"]  # widths, or in older files the number of layers of 256 units
+    many = hidden if isinstance(hidden, int) else len(hidden)
+    if not 0 <= many <= MOST_LAYERS or not all(type(x) is int and is_layer(x) for x in widths(hidden)):
+        raise UserError(f"{path} describes a critic that cannot be built ({str(hidden)[:80]}); make it again")
     with torch.device("meta"):
-        net = ensemble_mlp(2, inputs, critic["hidden_layers"], 1, critic["layer_norm"])
+        net = ensemble_mlp(2, inputs, hidden, 1, critic["layer_norm"])
     like = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
     for name in ("critic", "critic_target"):
         check_tensors(critic[name], like, path, f"its {name}")

@@ -10,7 +10,7 @@ from common import agreement, cli, datasets, loop, steps
 from common.bounds import above, at_least
 from common.checkpoint import seed_everything
 from common.evaluation import make_evaluator
-from common.nn import hidden_of
+from common.nn import hidden_of, widths_of
 from common.policies import description_of, examples_of, read, save_policy
 from common.run import Run, dataset_label, plain, script_name
 from common.tasks import Task
@@ -81,8 +81,7 @@ def trained(run: Run, algorithm: str, data: datasets.Dataset, Agent, Optimizers,
     critics = {}
     if hasattr(agent, "critic") and getattr(agent.critic, "n", 2) == 2:  # twins, which others can take over
         critics = {"critic": {
-            "layer_norm": agent.critic.layer_norm,
-            "hidden_layers": getattr(args, "critic_layers", None) or args.hidden_layers,
+            "layer_norm": agent.critic.layer_norm, "hidden_layers": widths_of(agent.critic.net),
             "critic": agent.critic.state_dict(), "critic_target": agent.critic_target.state_dict(),
         }}  # fmt: skip
     learner = {"args": plain(args), "agent": agent.state_dict()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 from common import envs, steps
 from common.nn import ensemble_mlp, hidden_of
@@ -9,7 +10,7 @@ from common.policies import Policy
 from common.stages import declared, stages_of
 
 
-def untrained(args, data, hidden_layers: int | list = 2, more: dict | None = None) -> tuple:
+def untrained(args, data, hidden_layers: int | Sequence[int] = 2, more: dict | None = None) -> tuple:
     """Agent and optimisers of the script of these arguments, from a random policy of the size of `data`'s.
 
     `more`: other fields of that policy.
@@ -26,7 +27,7 @@ def untrained(args, data, hidden_layers: int | list = 2, more: dict | None = Non
     return agent, script.Optimizers(args, agent)
 
 
-def seconds(args, data, hidden_layers: int | list = 2, more: dict | None = None) -> dict[str, float]:
+def seconds(args, data, hidden_layers: int | Sequence[int] = 2, more: dict | None = None) -> dict[str, float]:
     """Seconds of each stage of the script of these arguments; evaluations are left out."""
     plain, data, device = dataclasses.replace(args, compile=False), data.head(10_000), data.obs.device
     found = {}

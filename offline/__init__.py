@@ -12,6 +12,7 @@ from common.datasets import Dataset
 from common.evaluation import Evaluator, make_evaluator
 from common.foreign import load_policy, our_policy
 from common.identity import script_of
+from common.nn import hidden_of, mlp
 from common.policies import player, save_policy
 from common.run import plain
 from common.stages import declared, find, load
@@ -51,6 +52,11 @@ def algorithm_args(args):
     if args.offline_steps is not None:
         chosen |= dict(steps=args.offline_steps)
         parts.append(str(args.offline_steps))
+    if args.hidden is not None:
+        if "hidden" not in {field.name for field in dataclasses.fields(script.Args)}:
+            raise cli.UserError(f"{script.__file__} has no argument hidden, which --hidden sets; leave that flag out")
+        chosen |= dict(hidden=args.hidden)
+        parts.append("x".join(map(str, args.hidden)) or "linear")
     if len(parts) > 1:
         chosen |= dict(exp_name="-".join(parts))
     return script, cli.complete(script.Args(**chosen))
@@ -59,11 +65,11 @@ def algorithm_args(args):
 def shipped(args) -> Path | None:
     """The policy of `--offline NAME` that ships with the repository for `--env-id`; None where there is none.
 
-    It stands in for training one, unless the data or the number of steps are the user's own, or critics are needed too:
-    a policy that ships is its actor alone.
+    It stands in for training one, unless the data, the number of steps or the layers are the user's own, or critics
+    are needed too: a policy that ships is its actor alone.
     """
     path = tasks.SHIPPED / "policies" / f"{args.env_id}__{args.offline}.pt"
-    own = args.dataset_path or args.offline_steps is not None or goes_on(args)
+    own = args.dataset_path or (args.offline_steps, args.hidden) != (None, None) or goes_on(args)
     return path if not own and args.offline in ALGORITHMS and path.exists() else None
 
 
@@ -82,6 +88,7 @@ def check(args, data: Dataset) -> None:
         found = load_policy(shipped(args) or Path(args.offline), data, args.trust_checkpoint, args.normalize_from)
         check_critic(args, found)
         check_learner(args, found)
+        check_hidden(args, found)
 
 
 def check_learner(args, found: dict) -> None:
@@ -97,6 +104,16 @@ def check_learner(args, found: dict) -> None:
             f"{args.offline} does not hold what {args.exp_name} goes on with ({str(error).splitlines()[-1].strip()}); "
             f"give the policy.pt that the script in offline/ wrote which {args.exp_name} starts from"
         ) from error
+
+
+def check_hidden(args, found: dict) -> None:
+    """Have a policy that is no network of ours distilled into layers of --hidden. Raises UserError for any other."""
+    if args.hidden is None or is_algorithm(args.offline):
+        return
+    if found["kind"] != "function":
+        layers = " ".join(map(str, found["hidden_layers"]))
+        raise cli.UserError(f"{args.offline} keeps the layers that it has ({layers}); leave --hidden out")
+    found["hidden_layers"] = hidden_of(mlp(found["obs_dim"], args.hidden, found["action_dim"]))
 
 
 def check_critic(args, found: dict) -> None:
@@ -124,6 +141,7 @@ def policy(args, run, data: Dataset, alone: bool = True) -> tuple[dict, Evaluato
         found = our_policy(handed_on, data)
     else:
         found = load_policy(path, data, args.trust_checkpoint, args.normalize_from)
+        check_hidden(args, found)
     check_critic(args, found)
     check_learner(args, found)
     data.standardise(found["state_mean"], found["state_std"], found.get("clip", math.inf))  # as the policy was trained
@@ -144,9 +162,9 @@ def policy(args, run, data: Dataset, alone: bool = True) -> tuple[dict, Evaluato
     return found, evaluator
 
 
-def hidden_layers(args) -> int | list:
+def hidden_layers(args) -> int | tuple:
     """The layers of the policy that `--offline` names, as far as they can be known before it is there."""
-    return getattr(algorithm_args(args)[1], "hidden_layers", 2) if is_algorithm(args.offline) else 2
+    return getattr(algorithm_args(args)[1], "hidden", 2) if is_algorithm(args.offline) else 2
 
 
 def seconds(args, data: Dataset) -> dict[str, float]:

@@ -44,8 +44,8 @@ class Args(pretrain.PretrainArgs):
     """Polyak factor of the target critics"""
     lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the actor and of the critics"""
-    hidden_layers: Annotated[int, at_least(1)] = 3
-    """hidden layers of 256 units in every network"""
+    hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
+    """widths of the hidden layers in every network"""
     temperature: Annotated[float, above(0)] = 1 / 3
     """the paper's λ: advantages are divided by it (on all locomotion data; on AntMaze, Maze2D and Adroit 0.1)"""
     max_weight: Annotated[float, above(0)] = 100.0
@@ -58,7 +58,7 @@ class Args(pretrain.PretrainArgs):
 class Actor(nn.Module):
     """Gaussian policy: (B, S) -> mean in (-1, 1) and log std, the latter free of the state; (B, A) and (A,)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, action_dim)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
@@ -72,7 +72,7 @@ class Critic(nn.Module):
 
     layer_norm = False
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, self.layer_norm)
 
@@ -94,8 +94,8 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden)
+        self.critic = Critic(obs_dim, action_dim, args.hidden)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:

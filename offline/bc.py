@@ -39,8 +39,8 @@ class Args(pretrain.PretrainArgs):
     """transitions in a batch"""
     lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate"""
-    hidden_layers: Annotated[int, at_least(1)] = 2
-    """hidden layers of 256 units"""
+    hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256)
+    """widths of the hidden layers"""
     top_fraction: Annotated[float, between(0, 1)] = 1.0
     """share of the episodes, those of highest return, that is imitated (0.1: the field's 10% BC)"""
 
@@ -51,7 +51,7 @@ class Args(pretrain.PretrainArgs):
 class Actor(nn.Module):
     """Gaussian policy: (B, S) -> mean in (-1, 1) and log std, the latter free of the state; (B, A) and (A,)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, action_dim)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
@@ -68,7 +68,7 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         return self.actor(obs)[0]

@@ -35,8 +35,9 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, failure_reward=-5.0, standardise=False, critic_layers=5,
-                    hidden_layers=2, alpha=5.0, lagrange=True, min_gap=-200.0, eval_every=50_000),
+    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, failure_reward=-5.0, standardise=False,
+                    critic_hidden=(256,) * 5, hidden=(256, 256), alpha=5.0, lagrange=True, min_gap=-200.0,
+                    eval_every=50_000),
     "adroit": dict(alpha=1.0, min_gap=-200.0, standardise=False),
 }  # fmt: skip
 
@@ -55,10 +56,10 @@ class Args(pretrain.PretrainArgs):
     """learning rate of the actor and of the temperature"""
     critic_lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the critics"""
-    hidden_layers: Annotated[int, at_least(1)] = 3
-    """hidden layers of 256 units in the actor"""
-    critic_layers: Annotated[int, at_least(1)] = 3
-    """hidden layers of 256 units in each critic"""
+    hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
+    """widths of the hidden layers in the actor"""
+    critic_hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
+    """widths of the hidden layers in each critic"""
     critics: Annotated[int, at_least(2)] = 2
     """critics; of more than two, the target takes two at random, with replacement"""
     layer_norm: bool = False
@@ -87,7 +88,7 @@ class Args(pretrain.PretrainArgs):
 class Actor(nn.Module):
     """Squashed Gaussian policy: (B, S) -> mean and log std of u, (B, A) each; the action is tanh(u)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, 2 * action_dim)
         nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
@@ -101,7 +102,7 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """`n` Q networks side by side: (B, S), (B, A) -> (n, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int, n: int = 2, layer_norm: bool = False):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple, n: int = 2, layer_norm: bool = False):
         super().__init__()
         self.n, self.layer_norm = n, layer_norm
         self.net = ensemble_mlp(n, obs_dim + action_dim, hidden_layers, 1, layer_norm)
@@ -130,8 +131,8 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.critic_layers, args.critics, args.layer_norm)
+        self.actor = Actor(obs_dim, action_dim, args.hidden)
+        self.critic = Critic(obs_dim, action_dim, args.critic_hidden, args.critics, args.layer_norm)
         self.critic_target = copy.deepcopy(self.critic)
         self.log_temperature = nn.Parameter(torch.zeros(()))
         self.log_multiplier = nn.Parameter(torch.ones(()))

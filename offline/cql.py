@@ -29,8 +29,9 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, standardise=False, critic_layers=5, actor_lr=1e-4, alpha=5.0,
-                    lagrange=True, min_gap=-200.0, best_of=10, eval_every=50_000, eval_episodes=20, final_episodes=100),
+    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, standardise=False, critic_hidden=(256,) * 5, actor_lr=1e-4,
+                    alpha=5.0, lagrange=True, min_gap=-200.0, best_of=10, eval_every=50_000, eval_episodes=20,
+                    final_episodes=100),
     "adroit": dict(alpha=1.0, eval_every=50_000, eval_episodes=100),
 }  # fmt: skip
 
@@ -49,10 +50,10 @@ class Args(pretrain.PretrainArgs):
     """learning rate of the actor and of the temperature"""
     critic_lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the critics"""
-    hidden_layers: Annotated[int, at_least(1)] = 3
-    """hidden layers of 256 units in the actor"""
-    critic_layers: Annotated[int, at_least(1)] = 3
-    """hidden layers of 256 units in each critic"""
+    hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
+    """widths of the hidden layers in the actor"""
+    critic_hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
+    """widths of the hidden layers in each critic"""
     alpha: Annotated[float, at_least(0)] = 10.0
     """weight of the conservative term"""
     lagrange: bool = False
@@ -73,7 +74,7 @@ class Args(pretrain.PretrainArgs):
 class Actor(nn.Module):
     """Squashed Gaussian policy: (B, S) -> mean and log std of u, (B, A) each; the action is tanh(u)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, 2 * action_dim)
         nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
@@ -89,7 +90,7 @@ class Critic(nn.Module):
 
     layer_norm = False
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, self.layer_norm)
 
@@ -112,8 +113,8 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.critic_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden)
+        self.critic = Critic(obs_dim, action_dim, args.critic_hidden)
         self.critic_target = copy.deepcopy(self.critic)
         self.log_temperature = nn.Parameter(torch.zeros(()))
         self.log_multiplier = nn.Parameter(torch.ones(()))

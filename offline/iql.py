@@ -47,8 +47,8 @@ class Args(pretrain.PretrainArgs):
     """Polyak factor of the target critics"""
     lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the actor (annealed to zero by a cosine), of the critics and of the value"""
-    hidden_layers: Annotated[int, at_least(1)] = 2
-    """hidden layers of 256 units in every network"""
+    hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256)
+    """widths of the hidden layers in every network"""
     expectile: Annotated[float, between(0, 1)] = 0.7
     """the expectile that V regresses on (AntMaze: 0.9)"""
     beta: Annotated[float, at_least(0)] = 3.0
@@ -63,7 +63,7 @@ class Args(pretrain.PretrainArgs):
 class Actor(nn.Module):
     """Gaussian policy: (B, S) -> mean in (-1, 1) and log std, the latter free of the state; (B, A) and (A,)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, action_dim)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
@@ -77,7 +77,7 @@ class Critic(nn.Module):
 
     layer_norm = False
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, self.layer_norm)
 
@@ -89,7 +89,7 @@ class Critic(nn.Module):
 class Value(nn.Module):
     """V network: (B, S) -> (B,)."""
 
-    def __init__(self, obs_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, 1)
 
@@ -105,10 +105,10 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden)
+        self.critic = Critic(obs_dim, action_dim, args.hidden)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.value = Value(obs_dim, args.hidden_layers)
+        self.value = Value(obs_dim, args.hidden)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         return self.actor(obs)[0]

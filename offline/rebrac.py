@@ -94,8 +94,8 @@ class Args(pretrain.PretrainArgs):
     """learning rate of the actor"""
     critic_lr: Annotated[float, at_least(0)] = 1e-3
     """learning rate of the critics"""
-    hidden_layers: Annotated[int, at_least(1)] = 3
-    """hidden layers of 256 units in every network"""
+    hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
+    """widths of the hidden layers in every network"""
     actor_bc_coef: Annotated[float | None, at_least(0)] = None
     """weight of imitation in the actor's loss (the paper's β1); None: the paper's for this dataset, else 0.01"""
     critic_bc_coef: Annotated[float | None, at_least(0)] = None
@@ -119,7 +119,7 @@ class Args(pretrain.PretrainArgs):
 class Actor(nn.Module):
     """Deterministic policy: (B, S) -> (B, A) in (-1, 1)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, action_dim)
 
@@ -132,7 +132,7 @@ class Critic(nn.Module):
 
     layer_norm = "after"
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, self.layer_norm)
 
@@ -149,9 +149,9 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.critic = Critic(obs_dim, action_dim, args.hidden)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:

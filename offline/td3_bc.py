@@ -45,8 +45,8 @@ class Args(pretrain.PretrainArgs):
     """Polyak factor of the targets"""
     lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the actor and of the critics"""
-    hidden_layers: Annotated[int, at_least(1)] = 2
-    """hidden layers of 256 units in every network"""
+    hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256)
+    """widths of the hidden layers in every network"""
     alpha: Annotated[float, at_least(0)] = 2.5
     """weight of Q, which is normalised, against imitation"""
     policy_noise: Annotated[float, at_least(0)] = 0.2
@@ -63,7 +63,7 @@ class Args(pretrain.PretrainArgs):
 class Actor(nn.Module):
     """Deterministic policy: (B, S) -> (B, A) in (-1, 1)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, action_dim)
 
@@ -76,7 +76,7 @@ class Critic(nn.Module):
 
     layer_norm = False
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1, self.layer_norm)
 
@@ -93,9 +93,9 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.critic = Critic(obs_dim, action_dim, args.hidden)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:

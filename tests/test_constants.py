@@ -85,7 +85,7 @@ def test_weights_of_rebrac(robot, quality):
 
 def test_rebrac_is_set_up_as_its_paper_is():
     got = taken(rebrac)
-    assert (got["actor_lr"], got["critic_lr"], got["batch_size"], got["hidden_layers"]) == (1e-3, 1e-3, 1024, 3)
+    assert (got["actor_lr"], got["critic_lr"], got["batch_size"], got["hidden"]) == (1e-3, 1e-3, 1024, (256, 256, 256))
     assert not got["standardise"]
     layers = [type(layer).__name__ for layer in rebrac.Critic(11, 3, 3).net]
     assert layers == ["EnsembleLinear", "ReLU", "EnsembleLayerNorm"] * 3 + ["EnsembleLinear"]

@@ -225,26 +225,26 @@ def test_help_names_what_a_family_sets(capsys):
             cli.parse(script.Args, script.PRESETS, script.FAMILIES, ["--help"])
         text = " ".join(capsys.readouterr().out.split())
         for key, value in script.FAMILIES["antmaze"].items():
-            assert f"--{key.replace('_', '-')} {value}" in text
+            assert f"--{key.replace('_', '-')} {cli.shown(value)}" in text
 
 
 MAZES = {  # of METHOD's tables; medium and large differ from umaze where there are two values
-    o2sac: dict(reward_scale=10, reward_shift=-5, critics=1, critic_layers=5, align_steps=1_000_000,
+    o2sac: dict(reward_scale=10, reward_shift=-5, critics=1, critic_hidden=(256,) * 5, align_steps=1_000_000,
                 online_steps=200_000, learning_starts=5_000, eval_every=5_000, kl_threshold_start=0.125,
                 kl_threshold_end=2.0, utd=10, reevaluate_steps=500_000, alpha=(0.2, 0.5),
                 lagrange_init=(1, 2), gamma=0.99, actor_lr=1e-4),
-    o2td3: dict(reward_scale=1, reward_shift=-1, critic_layers=2, critic_layer_norm=False, align_steps=1_000_000,
+    o2td3: dict(reward_scale=1, reward_shift=-1, critic_hidden=(256, 256), critic_layer_norm=False, align_steps=1_000_000,
                 online_steps=200_000, learning_starts=1_000, eval_every=5_000, mse_threshold_start=0.0025, utd=1,
                 mse_threshold_end=0.04, reevaluate_steps=500_000, lagrange_init=1, gamma=0.99),
-    o2ppo: dict(reward_scale=1, reward_shift=0, value_layers=3, reevaluate_steps=1_000_000, online_steps=250_000,
+    o2ppo: dict(reward_scale=1, reward_shift=0, value_hidden=(256,) * 3, reevaluate_steps=1_000_000, online_steps=250_000,
                 eval_every=2_500, reference_alpha=2, beta_start=1, beta_steps=250_000, update_epochs=10, gamma=0.99,
                 scale_rewards=False),
     cql: dict(reward_scale=10, reward_shift=-5, standardise=False, alpha=5, actor_lr=1e-4, critic_lr=3e-4, gamma=0.99,
-              lagrange=True, target_gap=0.8, min_gap=-200, best_of=10, critic_layers=5, hidden_layers=3),
+              lagrange=True, target_gap=0.8, min_gap=-200, best_of=10, critic_hidden=(256,) * 5, hidden=(256,) * 3),
     iql: dict(reward_scale=1, reward_shift=-1, standardise=True, expectile=0.9, beta=10, lr=3e-4, gamma=0.99),
     td3_bc: dict(reward_scale=1, reward_shift=-1, standardise=True, alpha=2.5, gamma=0.99),
-    rebrac: dict(reward_scale=100, reward_shift=0, standardise=False, gamma=0.999, hidden_layers=3, batch_size=256,
-                 actor_lr=3e-4, critic_lr=5e-5),
+    rebrac: dict(reward_scale=100, reward_shift=0, standardise=False, gamma=0.999, hidden=(256,) * 3,
+                 batch_size=256, actor_lr=3e-4, critic_lr=5e-5),
     awac: dict(reward_scale=1, reward_shift=-1, temperature=0.1, gamma=0.99),
     bc: dict(reward_scale=1, reward_shift=0),
 }  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from common import policies
 from common.checkpoint import save_tensors
 from common.cli import UserError
-from common.nn import Clip, ensemble_mlp, hidden_of, mlp
+from common.nn import Clip, ensemble_mlp, hidden_of, mlp, widths_of
 from tests.test_transfer import A, S, checkpoint
 
 NETWORKS = ([256, "ReLU", 256, "ReLU"], [64, "Tanh", 32, "Tanh"], [16, "LayerNorm", "ELU"], ["Clip", 8, "GELU"], [])
@@ -47,6 +47,10 @@ def test_a_network_and_its_description_are_the_same_thing():
     for hidden_layers in NETWORKS:
         assert hidden_of(mlp(S, hidden_layers, A)) == hidden_layers
     assert hidden_of(mlp(S, 2, A)) == [256, "ReLU", 256, "ReLU"]
+    assert hidden_of(mlp(S, (64, 32), A, torch.nn.Tanh)) == [64, "Tanh", 32, "Tanh"]
+    assert (
+        widths_of(ensemble_mlp(2, S, (64, 32), 1, "after")) == [64, 32] and widths_of(ensemble_mlp(3, S, (), 1)) == []
+    )
     clip = Clip(2)
     clip.low[0], clip.high[1] = -1, 2
     assert clip(torch.tensor([[-3.0, -3.0], [5.0, 5.0]])).tolist() == [[-1.0, -3.0], [5.0, 2.0]]
@@ -105,8 +109,11 @@ CRAFTED = {
     "empty examples": (lambda file: file | {"examples": {key: x[:0] for key, x in file["examples"].items()}},
                        "does not act as it did"),
     "critics that are none": (lambda file: file | {"critic": 3}, "critic with missing"),
-    "critics of many layers": (critic_with(hidden_layers=10_000_000), "10000000 layers"),
+    "critics of many layers": (critic_with(hidden_layers=10_000_000), "critic that cannot be built"),
     "critics of other layers": (critic_with(hidden_layers=3), "its critic net."),
+    "critics of other widths": (critic_with(hidden_layers=[256, 128]), "its critic net."),
+    "critics of endless width": (critic_with(hidden_layers=[10**12]), "critic that cannot be built"),
+    "critics of names": (critic_with(hidden_layers=["ReLU"]), "critic that cannot be built"),
     "critics without norm": (critic_with(layer_norm=False), "its critic net."),
     "no target critics": (critic_with(critic_target={}), "its critic_target net.0.weight is missing"),
 }  # fmt: skip

@@ -55,7 +55,7 @@ def run(tmp_path):
 @pytest.mark.parametrize("script", [cql, iql, td3_bc, bc, awac, rebrac, o2sac, o2td3, o2ppo])
 def test_every_actor_of_a_kind_has_one_layout(script, data):
     if hasattr(script, "training_step"):
-        agent = script.Agent(script.Args(hidden_layers=2), S, A)
+        agent = script.Agent(script.Args(hidden=(256, 256)), S, A)
         kind, actor = agent.kind, agent.actor
     else:
         kind, actor = next((k, v(S, A, 2)) for k, v in ACTORS.items() if v is script.Actor)
