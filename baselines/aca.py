@@ -99,7 +99,7 @@ class Args(cli.OnlineArgs):
 class Actor(nn.Module):
     """Squashed Gaussian policy: (B, S) -> mean and log std of u, (B, A) each; the action is tanh(u)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int | list):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, 2 * action_dim)
 
@@ -111,7 +111,7 @@ class Actor(nn.Module):
 class Remainder(nn.Module):
     """R, what Q holds apart from ℓ, twins side by side: (B, S), (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1)
 
@@ -159,7 +159,7 @@ class Agent(nn.Module):
     def __init__(self, args: Args, policy: dict):
         super().__init__()
         obs_dim, action_dim, learner = policy["obs_dim"], policy["action_dim"], policy["learner"]
-        hidden_layers, left = learner["args"]["hidden_layers"], learner["agent"]
+        hidden_layers, left = learner["args"]["hidden"], learner["agent"]
         self.actor = Actor(obs_dim, action_dim, hidden_layers)
         self.actor.load_state_dict(part(left, "actor."))
         self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)

@@ -50,8 +50,8 @@ class Args(pretrain.PretrainArgs):
     """Polyak factor of the target critics"""
     lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of everything"""
-    hidden_layers: Annotated[int, at_least(1)] = 2
-    """hidden layers of 256 units in every network"""
+    hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256)
+    """widths of the hidden layers in every network"""
     q_weight: Annotated[float, at_least(0)] = 30.0
     """weight of Q, divided by its mean size, against the likelihood of the data's actions in the actor's loss"""
     target_entropy: Annotated[float, finite()] = -1.0
@@ -64,7 +64,7 @@ class Args(pretrain.PretrainArgs):
 class Actor(nn.Module):
     """Squashed Gaussian policy: (B, S) -> mean and log std of u, (B, A) each; the action is tanh(u)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, 2 * action_dim)
         with torch.no_grad():
@@ -80,7 +80,7 @@ class Critic(nn.Module):
 
     layer_norm = False
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim + action_dim, hidden_layers, 1)
 
@@ -92,7 +92,7 @@ class Critic(nn.Module):
 class Baseline(nn.Module):
     """Z, two networks of the state alone side by side: (B, S) -> (2, B)."""
 
-    def __init__(self, obs_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = ensemble_mlp(2, obs_dim, hidden_layers, 1)
 
@@ -119,10 +119,10 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
-        self.critic = Critic(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden)
+        self.critic = Critic(obs_dim, action_dim, args.hidden)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.baseline = Baseline(obs_dim, args.hidden_layers)
+        self.baseline = Baseline(obs_dim, args.hidden)
         self.log_alpha = nn.Parameter(torch.zeros(()))
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:

@@ -231,13 +231,15 @@ def test_help_names_what_a_family_sets(capsys):
 MAZES = {  # of METHOD's tables; medium and large differ from umaze where there are two values
     o2sac: dict(reward_scale=10, reward_shift=-5, critics=1, critic_hidden=(256,) * 5, align_steps=1_000_000,
                 online_steps=200_000, learning_starts=5_000, eval_every=5_000, kl_threshold_start=0.125,
-                kl_threshold_end=2.0, utd=10, reevaluate_steps=500_000, alpha=(0.2, 0.5),
-                lagrange_init=(1, 2), gamma=0.99, actor_lr=1e-4),
-    o2td3: dict(reward_scale=1, reward_shift=-1, critic_hidden=(256, 256), critic_layer_norm=False, align_steps=1_000_000,
-                online_steps=200_000, learning_starts=1_000, eval_every=5_000, mse_threshold_start=0.0025, utd=1,
+                kl_threshold_end=2.0, utd=10, reevaluate_steps=500_000, alpha=[0.2, 0.5],
+                lagrange_init=[1, 2], gamma=0.99, actor_lr=1e-4),
+    o2td3: dict(reward_scale=1, reward_shift=-1, critic_hidden=(256, 256), critic_layer_norm=False,
+                align_steps=1_000_000, online_steps=200_000, learning_starts=1_000,
+                eval_every=5_000, mse_threshold_start=0.0025, utd=1,
                 mse_threshold_end=0.04, reevaluate_steps=500_000, lagrange_init=1, gamma=0.99),
-    o2ppo: dict(reward_scale=1, reward_shift=0, value_hidden=(256,) * 3, reevaluate_steps=1_000_000, online_steps=250_000,
-                eval_every=2_500, reference_alpha=2, beta_start=1, beta_steps=250_000, update_epochs=10, gamma=0.99,
+    o2ppo: dict(reward_scale=1, reward_shift=0, value_hidden=(256,) * 3, reevaluate_steps=1_000_000,
+                online_steps=250_000, eval_every=2_500,
+                reference_alpha=2, beta_start=1, beta_steps=250_000, update_epochs=10, gamma=0.99,
                 scale_rewards=False),
     cql: dict(reward_scale=10, reward_shift=-5, standardise=False, alpha=5, actor_lr=1e-4, critic_lr=3e-4, gamma=0.99,
               lagrange=True, target_gap=0.8, min_gap=-200, best_of=10, critic_hidden=(256,) * 5, hidden=(256,) * 3),
@@ -258,7 +260,7 @@ def test_constants_of_the_mazes(script, data):
     args = dataclasses.asdict(
         cli.parse(script.Args, script.PRESETS, script.FAMILIES, ["--env-id", f"antmaze-{data}-v2"])
     )
-    want = {name: value[not data.startswith("umaze")] if isinstance(value, tuple) else value
+    want = {name: value[not data.startswith("umaze")] if isinstance(value, list) else value
             for name, value in MAZES[script].items()}  # fmt: skip
     if script is rebrac:
         want |= dict(zip(("actor_bc_coef", "critic_bc_coef"), REBRAC[data], strict=True))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import o2sac
+import o2td3
 import offline
 from common import cli, policies
 from common.nn import ensemble_mlp, widths_of
@@ -19,42 +19,62 @@ def runs(tmp_path_factory):
 
 
 def test_widths_reach_every_network_and_its_file(run_script, runs):
-    flags = [*SMALL, *TINY, "--run-dir", runs, "--offline", "cql", "--hidden", "24", "16", "--critic-hidden", "32", "8"]
-    code, _, err = run_script(o2sac, *flags)
+    flags = [
+        *SMALL,
+        *TINY,
+        "--run-dir",
+        runs,
+        "--offline",
+        "td3_bc",
+        "--hidden",
+        "24",
+        "16",
+        "--critic-hidden",
+        "32",
+        "8",
+    ]
+    code, _, err = run_script(o2td3, *flags)
     assert code == 0, err
-    trained = policies.read(runs / "hopper-medium-demo__cql-4-24x16__0" / "policy.pt")
-    tuned = policies.read(runs / "hopper-medium-demo__o2sac__cql__0" / "policy.pt")
+    trained = policies.read(runs / "hopper-medium-demo__td3_bc-4-24x16__0" / "policy.pt")
+    tuned = policies.read(runs / "hopper-medium-demo__o2td3__td3_bc__0" / "policy.pt")
     assert trained["hidden_layers"] == tuned["hidden_layers"] == [24, "ReLU", 16, "ReLU"]
-    assert trained["critic"]["hidden_layers"] == [256, 256, 256]  # --critic-hidden is of the online critics
-    agent = torch.load(runs / "hopper-medium-demo__o2sac__cql__0" / "finetune.pt", weights_only=True)["state"]["agent"]
+    assert trained["critic"]["hidden_layers"] == [
+        24,
+        16,
+    ]  # of all networks there; --critic-hidden is of the online ones
+    agent = torch.load(runs / "hopper-medium-demo__o2td3__td3_bc__0" / "finetune.pt", weights_only=True)["state"][
+        "agent"
+    ]
     critic = ensemble_mlp(2, 14, (32, 8), 1, layer_norm=True)
     critic.load_state_dict({key[11:]: value for key, value in agent.items() if key.startswith("critic.net.")})
 
 
 def test_a_policy_keeps_its_own_widths(run_script, runs, tmp_path):
-    path = runs / "hopper-medium-demo__cql-4-24x16__0" / "policy.pt"
+    path = runs / "hopper-medium-demo__td3_bc-4-24x16__0" / "policy.pt"
     flags = [*SMALL, *TINY, "--run-dir", tmp_path / "runs", "--offline", path]
-    code, _, err = run_script(o2sac, *flags, "--hidden", "8")
+    code, _, err = run_script(o2td3, *flags, "--hidden", "8")
     assert code == 2 and err == f"error: {path} keeps the layers that it has (24 ReLU 16 ReLU); leave --hidden out\n"
     assert not (tmp_path / "runs").exists()
-    code, _, err = run_script(o2sac, *flags, "--no-reevaluate", "--no-align")  # its critics have their own, too
+    code, _, err = run_script(
+        o2td3, *flags, "--no-reevaluate", "--no-align", "--online-steps", "70"
+    )  # its critics have their own, too
     assert code == 0, err
 
 
 def test_a_policy_from_elsewhere_is_distilled_into_them():
-    args, found = o2sac.Args(offline="x.onnx", hidden=(24, 16)), checkpoint("squashed_gaussian") | {"kind": "function"}
+    args, found = o2td3.Args(offline="x.onnx", hidden=(24, 16)), checkpoint("squashed_gaussian") | {"kind": "function"}
     offline.check_hidden(args, found)
     assert found["hidden_layers"] == [24, "ReLU", 16, "ReLU"]
 
 
 def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(cli.UserError, match="^--critic-hidden is 0, but has to be at least 1$"):
-        cli.complete(o2sac.Args(critic_hidden=(256, 0)))
+        cli.complete(o2td3.Args(critic_hidden=(256, 0)))
     path = tmp_path / "mine.py"
     source = (offline.Path(offline.__file__).parent / "bc.py").read_text()
     path.write_text(source.replace("    hidden: ", "    width: ").replace("args.hidden", "args.width"))
     with pytest.raises(cli.UserError, match="mine.py has no argument hidden"):
-        offline.algorithm_args(o2sac.Args(offline=str(path), hidden=(8,)))
+        offline.algorithm_args(o2td3.Args(offline=str(path), hidden=(8,)))
 
 
 def test_a_file_of_the_time_when_layers_were_counted_goes_on():

@@ -48,9 +48,8 @@ def test_a_network_and_its_description_are_the_same_thing():
         assert hidden_of(mlp(S, hidden_layers, A)) == hidden_layers
     assert hidden_of(mlp(S, 2, A)) == [256, "ReLU", 256, "ReLU"]
     assert hidden_of(mlp(S, (64, 32), A, torch.nn.Tanh)) == [64, "Tanh", 32, "Tanh"]
-    assert (
-        widths_of(ensemble_mlp(2, S, (64, 32), 1, "after")) == [64, 32] and widths_of(ensemble_mlp(3, S, (), 1)) == []
-    )
+    assert widths_of(ensemble_mlp(2, S, (64, 32), 1, "after")) == [64, 32]
+    assert widths_of(ensemble_mlp(3, S, (), 1)) == []
     clip = Clip(2)
     clip.low[0], clip.high[1] = -1, 2
     assert clip(torch.tensor([[-3.0, -3.0], [5.0, 5.0]])).tolist() == [[-1.0, -3.0], [5.0, 2.0]]
