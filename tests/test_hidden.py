@@ -19,32 +19,14 @@ def runs(tmp_path_factory):
 
 
 def test_widths_reach_every_network_and_its_file(run_script, runs):
-    flags = [
-        *SMALL,
-        *TINY,
-        "--run-dir",
-        runs,
-        "--offline",
-        "td3_bc",
-        "--hidden",
-        "24",
-        "16",
-        "--critic-hidden",
-        "32",
-        "8",
-    ]
-    code, _, err = run_script(o2td3, *flags)
+    widths = ["--hidden", "24", "16", "--critic-hidden", "32", "8"]
+    code, _, err = run_script(o2td3, *SMALL, *TINY, "--run-dir", runs, "--offline", "td3_bc", *widths)
     assert code == 0, err
     trained = policies.read(runs / "hopper-medium-demo__td3_bc-4-24x16__0" / "policy.pt")
-    tuned = policies.read(runs / "hopper-medium-demo__o2td3__td3_bc__0" / "policy.pt")
-    assert trained["hidden_layers"] == tuned["hidden_layers"] == [24, "ReLU", 16, "ReLU"]
-    assert trained["critic"]["hidden_layers"] == [
-        24,
-        16,
-    ]  # of all networks there; --critic-hidden is of the online ones
-    agent = torch.load(runs / "hopper-medium-demo__o2td3__td3_bc__0" / "finetune.pt", weights_only=True)["state"][
-        "agent"
-    ]
+    folder = runs / "hopper-medium-demo__o2td3__td3_bc__0"
+    assert trained["hidden_layers"] == [24, "ReLU", 16, "ReLU"] == policies.read(folder / "policy.pt")["hidden_layers"]
+    assert trained["critic"]["hidden_layers"] == [24, 16]  # all networks there have the same
+    agent = torch.load(folder / "finetune.pt", weights_only=True)["state"]["agent"]
     critic = ensemble_mlp(2, 14, (32, 8), 1, layer_norm=True)
     critic.load_state_dict({key[11:]: value for key, value in agent.items() if key.startswith("critic.net.")})
 
@@ -55,10 +37,8 @@ def test_a_policy_keeps_its_own_widths(run_script, runs, tmp_path):
     code, _, err = run_script(o2td3, *flags, "--hidden", "8")
     assert code == 2 and err == f"error: {path} keeps the layers that it has (24 ReLU 16 ReLU); leave --hidden out\n"
     assert not (tmp_path / "runs").exists()
-    code, _, err = run_script(
-        o2td3, *flags, "--no-reevaluate", "--no-align", "--online-steps", "70"
-    )  # its critics have their own, too
-    assert code == 0, err
+    code, _, err = run_script(o2td3, *flags, "--no-reevaluate", "--no-align", "--online-steps", "70")
+    assert code == 0, err  # with its critics, which have widths of their own, too
 
 
 def test_a_policy_from_elsewhere_is_distilled_into_them():
