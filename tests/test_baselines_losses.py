@@ -27,7 +27,7 @@ def shaken(module):
 
 
 # of the offline scripts, where that is what an online one starts from
-SHAPES = {wsrl: dict(critics=10, layer_norm=True), off2on: dict(hidden_layers=2, critic_layers=2)}
+SHAPES = {wsrl: dict(critics=10, layer_norm=True), off2on: dict(hidden=(256, 256), critic_hidden=(256, 256))}
 
 
 def agent_of(script, offline_script=None, members=1, **changes):
