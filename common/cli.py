@@ -17,7 +17,7 @@ from typing import Annotated, Literal, TypeVar
 import torch
 import tyro
 
-from common import bounds, tasks
+from common import bounds, tasks, usage
 from common.bounds import above, at_least, between, finite
 from common.errors import Interrupted, UserError
 from common.identity import script_of
@@ -30,10 +30,17 @@ HOW_TO_SCHEDULE = (
 )
 
 
+NOTHING_TYPED = (
+    "say what to run: `python {script} --preset demo` takes minutes on 2 cores, `--env-id {env_id}` has the paper's "
+    "budgets and is for a GPU, and `--help` names all arguments"
+)
+
+
 @dataclass
 class RunArgs:
     """What every script takes, whatever its algorithm. Each is set once: `dataclasses.replace` makes a changed copy."""
 
+    # the run
     preset: Literal["none", "demo", "quick"] = "none"
     """demo: minutes on 2 cores, with hopper-medium-demo; quick: up to about an hour there; none: the paper's budgets"""
     exp_name: str = ""
@@ -60,12 +67,16 @@ class RunArgs:
     """where run folders are made"""
     checkpoint_seconds: Annotated[float, at_least(0)] = 60.0
     """time between checkpoints; an interrupted run continues from the last one"""
+
+    # Weights & Biases
     track: bool = False
     """log to Weights & Biases too (needs `pip install wandb`)"""
     wandb_project_name: str = "o2rl"
     """the project there"""
     wandb_entity: str | None = None
     """the team there"""
+
+    # rewards and evaluation
     reward_scale: Annotated[float, above(0)] = 1.0
     """rewards are multiplied by this in training, those of the data and those of play alike; scores never are"""
     reward_shift: Annotated[float, finite()] = 0.0
@@ -99,6 +110,7 @@ class RunArgs:
 class OnlineArgs(RunArgs):
     """What the fine-tuning scripts take on top of that."""
 
+    # the policy to start from
     num_seeds: Annotated[int, at_least(1)] = 1
     """seeds to run side by side, from --seed on; each has a run folder of its own"""
     offline: str = "cql"
@@ -109,6 +121,13 @@ class OnlineArgs(RunArgs):
     hidden: Annotated[tuple[int, ...] | None, at_least(1)] = None
     """widths of the policy's hidden layers, as 256 256, where it is trained or distilled for this run; a policy.pt
     keeps its own; None: as the offline algorithm has them"""
+    trust_checkpoint: bool = False
+    """load a policy that is a program (TorchScript, ONNX with loops); all others are read without running anything"""
+    normalize_from: str = ""
+    """how a policy from elsewhere saw observations, if its files do not say so: the vecnormalize.pkl of one of
+    Stable-Baselines3, none (raw), 1 (standardised by the dataset), or a share as 0.1 (by its best trajectories)"""
+
+    # measurements
     holdout: Annotated[float, between(0, 0.5)] = 0.01
     """share of the dataset that is kept out of fine-tuning, in whole episodes, to measure the critic on (probe/…)"""
     probe_every: Annotated[int, at_least(1)] = 1_000
@@ -118,11 +137,6 @@ class OnlineArgs(RunArgs):
     best_margin: Annotated[float, at_least(0)] = 0.0
     """standard errors by which an evaluation has to beat that of the best policy so far, start by start, to take its
     place, and with --reference best that of π_ref; 0: any higher score does (the paper)"""
-    trust_checkpoint: bool = False
-    """load a policy that is a program (TorchScript, ONNX with loops); all others are read without running anything"""
-    normalize_from: str = ""
-    """how a policy from elsewhere saw observations, if its files do not say so: the vecnormalize.pkl of one of
-    Stable-Baselines3, none (raw), 1 (standardised by the dataset), or a share as 0.1 (by its best trajectories)"""
     capture_video: bool = False
     """film an episode of the final policy (needs `pip install moviepy`)"""
 
@@ -142,16 +156,22 @@ def parse(
 
     What the user writes therefore always wins over the preset, that over the family of the data (see `chosen`), and all
     of them over `constants` and over the defaults. Without `argv` it is the command line of this process, and the
-    arguments are those of the script that was started.
+    arguments are those of the script that was started. Raises UserError.
     """
-    doc = (sys.modules[args_class.__module__].__doc__ or "") + in_words(families)
-    preset = tyro.cli(args_class, args=argv, description=doc).preset
     started = os.path.abspath(sys.argv[0]) if argv is None and os.path.isfile(sys.argv[0]) else ""
+    if argv is None and not (argv := sys.argv[1:]):
+        raise UserError(NOTHING_TYPED.format(script=sys.argv[0], env_id=args_class().env_id))
+    asks = [word for word in argv if word in ("-h", "--help")]
+    argv = [word for word in argv if word not in asks]
+    preset = tyro.cli(args_class, args=argv).preset
     given = {"script": started, "preset": preset}
-    args = tyro.cli(args_class, args=argv, default=args_class(**given | presets.get(preset, {})), description=doc)
+    args = tyro.cli(args_class, args=argv, default=args_class(**given | presets.get(preset, {})))
     task = tasks.resolve(args.env_id, os.path.expanduser(args.dataset_path))
     defaults = args_class(**chosen(presets, families, preset, task) | given)
-    args = tyro.cli(args_class, args=argv, default=defaults, description=doc)
+    if asks:
+        without = args_class(**chosen({}, families, "none", task))
+        show_help(args_class, defaults, without, without.constants(task), families)
+    args = tyro.cli(args_class, args=argv, default=defaults)
     # Behind an equals sign and in quotes the shell leaves ~, the home folder, as it is
     paths = {name: value for name, value in vars(args).items() if isinstance(value, str) and value.startswith("~")}
     return complete(dataclasses.replace(args, **{name: os.path.expanduser(value) for name, value in paths.items()}))
@@ -169,18 +189,15 @@ def chosen(presets: dict[str, dict], families: dict[str, dict], preset: str, tas
     return functools.reduce(operator.or_, found, {})
 
 
-def in_words(families: dict[str, dict]) -> str:
-    """What --help says of them."""
-    lines = [
-        f"{name}: " + ", ".join(f"--{key.replace('_', '-')} {shown(value)}" for key, value in values.items())
-        for name, values in families.items()
-    ]  # fmt: skip
-    return "\n\nOther defaults for a family of data:\n" + "\n".join(lines) if lines else ""
-
-
-def shown(value) -> str:
-    """A value as it is typed."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def show_help(args_class: type, defaults, without, constants: dict, families: dict[str, dict]) -> None:
+    """Print --help and end the program: with a preset's `defaults`, and what stands there `without` it."""
+    changes = {}
+    for field in dataclasses.fields(args_class):
+        now, before = getattr(defaults, field.name), getattr(without, field.name)
+        if now != before and field.name not in ("preset", "script", "exp_name"):
+            changes[field.name] = now, constants.get(field.name) if before is None else before
+    words = usage.of_preset(defaults.preset, changes) + usage.of_families(families)
+    usage.show(args_class, defaults, changes, (sys.modules[args_class.__module__].__doc__ or "") + words)
 
 
 def read(args_class: type[Args], description: str | None) -> Args:

@@ -20,6 +20,7 @@ import torch
 
 @dataclass
 class PretrainArgs(cli.RunArgs):
+    # offline training
     log_every: Annotated[int, at_least(1)] = 1_000
     """steps between logged means"""
     eval_every: Annotated[int, at_least(1)] = 5_000

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import re
 import sys
 import typing
 
@@ -14,7 +15,7 @@ import o2ppo
 import o2sac
 import o2td3
 from benchmarks import kills, protocol, steps
-from common import bounds, cli, datasets, tasks
+from common import bounds, cli, datasets, tasks, usage
 from common.foreign import load_policy
 from experiments import alignment, harness
 from offline import awac, bc, cql, iql, rebrac, td3_bc
@@ -238,6 +239,41 @@ def test_a_refused_number_leaves_nothing_behind(run_script, tmp_path):
     code, out, err = run_script(o2td3, *flags, "--critic-lr", "nan")
     assert code == 2 and err == "error: --critic-lr is nan, but has to be at least 0\n" and not out
     assert not (tmp_path / "runs").exists()
+
+
+def help_of(script, capsys, *flags) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(script.Args, script.PRESETS, script.FAMILIES, [*flags, "--help"])
+    assert stop.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+def test_help_has_the_sections_of_the_source(capsys):
+    text = help_of(o2sac, capsys)
+    titles = re.findall(r"^\W+ (.+) options \W+$", text, re.M)
+    assert titles[-4:] == ["every stage", "1. re-evaluation", "2. alignment", "3. constrained fine-tuning"]
+    assert "--reevaluate-tau" in text.split("1. re-evaluation options")[1].split("2. alignment options")[0]
+    assert titles.index("the run") == 0 and "sets, and in brackets" not in text
+    assert set(usage.described(o2ppo.Args)) == {field.name for field in dataclasses.fields(o2ppo.Args)}
+
+
+@pytest.mark.parametrize("preset", ["demo", "quick"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_what_a_preset_sets_beside_the_papers_values(script, preset, capsys):
+    text = " ".join(help_of(script, capsys, "--preset", preset).replace("│", " ").split())
+    without = taken(script, env_id=script.PRESETS[preset].get("env_id", "hopper-medium-v2"))
+    for name, value in script.PRESETS[preset].items():
+        flag, before = f"--{name.replace('_', '-')}", without[name]
+        if name != "env_id" and value != before:
+            assert f"{flag} {usage.shown(value)} ({usage.shown(before)})" in text
+            assert f"without the preset {usage.shown(before)}" in text
+
+
+@pytest.mark.parametrize("script", [o2sac, o2td3, o2ppo])
+def test_a_script_without_arguments_says_what_to_type(script, run_script):
+    code, out, err = run_script(script)
+    assert code == 2 and err.startswith("error: say what to run: ") and err.count("\n") == 1 and not out
+    assert "--preset demo" in err and "--env-id hopper-medium-v2" in err and "--help" in err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

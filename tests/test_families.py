@@ -15,7 +15,7 @@ import torch
 import o2ppo
 import o2sac
 import o2td3
-from common import agreement, cli, datasets, envs, tasks, views
+from common import agreement, cli, datasets, envs, tasks, usage, views
 from common.bounds import at_least
 from offline import awac, bc, cql, iql, rebrac, td3_bc
 from tests.conftest import kill_at
@@ -225,7 +225,7 @@ def test_help_names_what_a_family_sets(capsys):
             cli.parse(script.Args, script.PRESETS, script.FAMILIES, ["--help"])
         text = " ".join(capsys.readouterr().out.split())
         for key, value in script.FAMILIES["antmaze"].items():
-            assert f"--{key.replace('_', '-')} {cli.shown(value)}" in text
+            assert f"--{key.replace('_', '-')} {usage.shown(value)}" in text
 
 
 MAZES = {  # of METHOD's tables; medium and large differ from umaze where there are two values
