@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from tqdm import tqdm
 
+from common import steps
 from common.cli import Patient
 from common.errors import Interrupted
 from common.steps import Stepper
@@ -41,7 +42,7 @@ class Loop:
         Whatever the caller does between two blocks belongs to the former: it is saved after that.
         """
         saved = self.began = time.monotonic()
-        with noted_signals() as signals, progress_bar(self.stage, self.total, self.start) as bar:
+        with noted_signals() as signals, progress_bar(self.stage, self.total, self.start) as bar, said_in(bar):
             while self.step < self.total:
                 n = min(size(self.step) if callable(size) else size, self.total - self.step)
                 self.step += n
@@ -110,6 +111,16 @@ def noted_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def said_in(bar: tqdm) -> Iterator[None]:
+    """Until the end, a step that makes its caller wait, as the first one does that is compiled, says so in the bar."""
+    before, steps.say = steps.say, bar.set_postfix_str
+    try:
+        yield
+    finally:
+        steps.say = before
 
 
 def progress_bar(stage: str, total: int, initial: int = 0) -> tqdm:

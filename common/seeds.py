@@ -27,7 +27,7 @@ from common.run import make_folder, own_run, read_json, run_name
 
 COLUMNS = {"best_online": "best online", "last_online": "last online", "mean_of_last_3": "mean of the last 3",
            "best": "best.pt", "best_fresh": "on fresh starts"}  # fmt: skip
-BAR = re.compile(r"(\S+) *: *(\d+%)\|.*?(?:, ((?:score|return) [^]]*))?\]")  # a progress bar
+BAR = re.compile(r"(\S+) *: *(\d+%)\|.*?(?:, ((?:score |return |compiling)[^]]*))?\]")  # a progress bar
 MINUTE = 60.0
 
 
@@ -60,7 +60,7 @@ def train(args, device: torch.device) -> int:
                 time.sleep(0.5)
                 for seed in [seed for seed, process in running.items() if process.poll() is not None]:
                     codes[seed] = running.pop(seed).returncode
-                show({seed: "done" if codes.get(seed) == 0 else last_line(folder) for seed, folder in folders.items()})
+                show({seed: "done" if codes.get(seed) == 0 else now_at(folder) for seed, folder in folders.items()})
         except KeyboardInterrupt:
             for process in running.values():
                 process.terminate()  # each saves its checkpoint
@@ -77,7 +77,7 @@ def train(args, device: torch.device) -> int:
 
 def reason(code: int, folder: Path) -> str:
     """Why a seed's process ended: its last words, or the signal that left it none."""
-    return f"killed ({signal.Signals(-code).name}); the same command continues it" if code < 0 else last_line(folder)
+    return f"killed ({signal.Signals(-code).name}); the same command continues it" if code < 0 else last_words(folder)
 
 
 @contextlib.contextmanager
@@ -130,15 +130,25 @@ def screen():
         yield show
 
 
-def last_line(folder: Path) -> str:
-    """What a run says at the moment: its progress bar, or its last words."""
+def latest(folder: Path) -> list[str]:
+    """The last lines that a run printed, the very last first."""
     try:
         with open(folder / "output.txt", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 2_000))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4_000))
             lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
     except FileNotFoundError:
-        return "waits"
-    return next((line.strip() for line in reversed(lines) if line.strip()), "starts")
+        return ["waits"]
+    return [line.strip() for line in reversed(lines) if line.strip()] or ["starts"]
+
+
+def last_words(folder: Path) -> str:
+    return latest(folder)[0]
+
+
+def now_at(folder: Path) -> str:
+    """What a run is at: its last progress bar, whatever it has said since; before the first one its last words."""
+    lines = latest(folder)
+    return next(filter(BAR.search, lines), lines[0])
 
 
 def brief(line: str) -> str:

@@ -45,6 +45,10 @@ def setup(device: torch.device, seed: int, deterministic: bool = False) -> None:
 compiler_works = True  # until a step could not be compiled
 
 
+def say(words: str) -> None:
+    """Show what a step is waiting for. A progress bar that runs stands in for this."""
+
+
 def compiled(fn, enabled: bool, long_sums: bool = False):
     """`torch.compile(fn)` as one graph, its backward passes included, drawing the same random numbers as eagerly.
 
@@ -66,10 +70,16 @@ def compiled(fn, enabled: bool, long_sums: bool = False):
     }
     fast = torch.compile(fn, fullgraph=True, dynamic=False, options=options, isolate_recompiles=True)
 
+    made = False
+
     def call(*tensors):
         global compiler_works
+        nonlocal made
         if not compiler_works:
             return fn(*tensors)
+        first, made = not made, True
+        if first:
+            say("compiling")
         try:
             return fast(*tensors)
         except torch._dynamo.exc.RecompileError as error:
@@ -85,6 +95,9 @@ def compiled(fn, enabled: bool, long_sums: bool = False):
             reason = lines[0].strip() if lines else f"{type(cause).__name__}: {cause}"
             tqdm.write(f"nothing is compiled, which makes steps slower: {reason}")
             return fn(*tensors)
+        finally:
+            if first:
+                say("")
 
     return call
 

@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 import torch
 
-from common import checkpoint, datasets, inert, loop, owner
+from common import checkpoint, datasets, inert, loop, owner, steps
 from common.cli import Interrupted, UserError
 from tests.test_datasets import Reply
 
@@ -169,3 +169,28 @@ def test_a_progress_bar_that_nobody_reads_costs_no_step(tmp_path, monkeypatch):
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), begin)  # what is left in the stream's buffer goes there
     assert run.saved == [(3, True)]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_step_that_is_compiled_says_so_in_the_progress_bar(tmp_path, monkeypatch, capsys, works):
+    class Failed(Exception):
+        inner_exception = OSError("no compiler")
+
+    def compiling(fn, **_):
+        def fast():
+            shown.append(capsys.readouterr().err.rstrip().endswith("compiling]"))
+            if not works:
+                raise Failed
+            return fn()
+
+        return fast
+
+    shown = []
+    monkeypatch.setattr(torch, "compile", compiling)
+    monkeypatch.setattr(torch._dynamo.exc, "BackendCompilerFailed", Failed)
+    monkeypatch.setattr(steps, "compiler_works", True)
+    step = steps.compiled(lambda: {}, True)
+    for _ in loop.Loop(Recorder(tmp_path), "stage", 3, {}, torch.device("cpu")):
+        step()
+    assert shown == ([True, False, False] if works else [True])
+    assert "compiling" not in capsys.readouterr().err.rsplit("\r")[-1] and steps.say.__module__ == "common.steps"

@@ -66,7 +66,21 @@ def test_a_bar_in_words():
     assert seeds.brief(BAR) == "finetune 37%, score 47.1 (best 53.2)"
     assert seeds.brief("reevaluate:   5%|▌    | 300/6000 [01:01<19:22,  4.9step/s]") == "reevaluate 5%"
     assert seeds.brief(BAR.replace("score", "return")) == "finetune 37%, return 47.1 (best 53.2)"
+    assert seeds.brief(BAR.replace("score 47.1 (best 53.2)", "compiling")) == "finetune 37%, compiling"
     assert seeds.brief("waits") == "waits" and len(seeds.brief("error: " + 100 * "x")) == 60
+
+
+def test_a_seed_is_at_its_stage_whatever_it_printed_since(tmp_path):
+    assert seeds.now_at(tmp_path) == "waits"
+    output = tmp_path / "output.txt"
+    output.write_text("")
+    assert seeds.now_at(tmp_path) == "starts"
+    output.write_text("estimated time: 9 min\n")
+    assert seeds.now_at(tmp_path) == "estimated time: 9 min"
+    output.write_text(
+        f"before\n\rreevaluate: 100%|█| 9/9 [00:01<00:00]\r{BAR}\n\nruns/x/curve.png shows the whole run.\n"
+    )
+    assert seeds.now_at(tmp_path) == BAR and seeds.last_words(tmp_path) == "runs/x/curve.png shows the whole run."
 
 
 def test_without_a_terminal_a_plain_line_a_minute(monkeypatch, capsys):
