@@ -66,7 +66,7 @@ def read(args: Args) -> tuple[dict, tasks.Task]:
 def main() -> None:
     args = cli.read(Args, __doc__)
     if args.video:
-        cli.check_video()
+        cli.check_video("--video")
     policy, task = read(args)
     mean, std, net = policy["state_mean"], policy["state_std"], policies.player(policy)
     task = replace(task, clip=policy.get("clip", math.inf))

@@ -275,10 +275,10 @@ class Patient:
             self.stream.flush()
 
 
-def check_video() -> None:
-    """Refuse `--capture-video` at the start of a run, not at its end, where a package is missing."""
+def check_video(flag: str = "--capture-video") -> None:
+    """Refuse to film at the start of a run, not at its end, where a package is missing. Raises UserError."""
     if importlib.util.find_spec("moviepy") is None:
-        raise UserError("--capture-video needs MoviePy; install it with: pip install moviepy")
+        raise UserError(f"{flag} needs MoviePy; install it with: pip install moviepy")
     if sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # draw without a screen
 

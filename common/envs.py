@@ -185,6 +185,6 @@ def record_video(task: Task, mean, std, policy, device, folder) -> None:
         env.close()
     except Exception as error:  # rendering depends on the machine's graphics stack and fails in many ways
         raise UserError(
-            f"--capture-video failed ({error}), everything else is done and saved; try the environment "
+            f"filming failed ({error}), everything else is done and saved; try the environment "
             "variable MUJOCO_GL=egl, osmesa or glfw"
         ) from error

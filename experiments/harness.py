@@ -183,7 +183,10 @@ def execute(command: list[str], threads: int, retries: int, share: list[tuple[Pa
 
 def schedule(args: Args, jobs: dict) -> list[str]:
     """Run `jobs`, key -> (command, share, keys of jobs that have to be finished before); what failed, a line each."""
-    import ray  # takes seconds
+    try:
+        import ray  # takes seconds
+    except ImportError as error:
+        raise cli.UserError(f"this needs Ray ({error}): pip install -r requirements-experiments.txt") from error
 
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # wherever this was started
     environment = {"env_vars": {"PYTHONPATH": path}}

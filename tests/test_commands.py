@@ -1,7 +1,9 @@
 """The commands on policies and on finished runs: play, export, compare."""
 
+import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 import compare
+import experiments
 import export
 import play
 from common import policies, tasks
@@ -41,6 +44,30 @@ def test_play_says_what_it_needs(run_script, tmp_path):
     (tmp_path / "policy.onnx").touch()
     code, _, err = run_script(play, tmp_path / "policy.onnx")
     assert code == 2 and "does not say where it is played" in err and "--env-id" in err
+
+
+def test_play_films_an_episode(run_script, tmp_path):
+    path = shutil.copy(SHIPPED / "hopper-medium-demo__iql.pt", tmp_path)
+    if importlib.util.find_spec("moviepy") is None:
+        code, out, err = run_script(play, path, "--episodes", "2", "--video")
+        assert code == 2 and err == "error: --video needs MoviePy; install it with: pip install moviepy\n" and not out
+        pytest.skip("moviepy is not installed")
+    code, out, err = run_script(play, path, "--episodes", "2", "--video")
+    if code and "MUJOCO_GL" in err:
+        pytest.skip("nothing can be drawn here")
+    assert code == 0 and f"{tmp_path / 'videos'} holds the video" in out, err
+    [film] = (tmp_path / "videos").glob("*.mp4")
+    assert film.stat().st_size > 1_000
+
+
+@pytest.mark.parametrize("missing", [["rliable"], ["rliable", "scipy"]])
+def test_what_compare_lacks_is_named_with_the_command_that_installs_it(missing, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else found(name))
+    with pytest.raises(SystemExit) as stop:
+        importlib.reload(experiments)
+    words = f"error: this needs {' and '.join(missing)}: pip install -r requirements-experiments.txt\n"
+    assert stop.value.code == 2 and capsys.readouterr().err == words
 
 
 LAYERS = [[8, "ReLU", 8, "Tanh"], [8, "LayerNorm", "ELU", "Clip"], [8, "LeakyReLU", 8, "SiLU", 8, "GELU"]]
