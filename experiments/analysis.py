@@ -32,6 +32,12 @@ def series(path: Path, stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array(points, float).reshape(-1, 2).T)
 
 
+def curve(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The same, with the offline policy's score at step 0 before them."""
+    steps, values = scores(path)
+    return np.concatenate([[0.0], steps]), np.concatenate([[result(path)["offline"]], values])
+
+
 def result(path: Path) -> dict:
     return json.loads((path / "result.json").read_text())
 
@@ -42,19 +48,23 @@ def measure(paths: list[Path]) -> str:
 
 
 def summary(path: Path) -> dict[str, float]:
-    """One run in four numbers, all on the scale of its evaluations.
+    """One run in a few numbers, all but the last on the scale of its evaluations.
 
     final: mean of the last three evaluations; gain: final minus offline; area: mean score over the environment steps
-    (speed); drop: the most that an evaluation fell below the offline policy, 0 if none did (instability).
+    (speed); drop: the most that an evaluation fell below the offline policy, 0 if none did (instability); smooth_drop:
+    the same of the means of three in a row, for the least of many evaluations is partly bad luck; regret: mean of
+    1 - score / 100, clipped to 0…1, over all evaluations and the offline policy's.
     """
-    offline = result(path)["offline"]
-    steps, values = scores(path)
-    steps, curve = np.concatenate([[0.0], steps]), np.concatenate([[offline], values])
+    steps, points = curve(path)
+    offline, values = points[0], points[1:]
+    threes = np.convolve(values, np.full(3, 1 / 3), "valid") if len(values) >= 3 else values
     return {
         "final": float(values[-3:].mean()),
         "gain": float(values[-3:].mean() - offline),
-        "area": float(trapezoid(curve, steps) / steps[-1]),
+        "area": float(trapezoid(points, steps) / steps[-1]),
         "drop": float(max(0.0, offline - values.min())),
+        "smooth_drop": float(max(0.0, offline - threes.min())),
+        "regret": float(1 - np.clip(points / 100, 0, 1).mean()),
     }
 
 

@@ -132,6 +132,16 @@ def offline_policy(args: Args, name: str, seed: int) -> Path:
     return Path(found.run_dir) / pretrain.run_name(found) / "policy.pt"
 
 
+def trained_for(args: Args, spec: Spec) -> tuple[Path, bool] | None:
+    """The policy that is trained for a run, and whether it is the one that `offline_policy` names and not a variant of
+    the run's own; None where none is trained."""
+    found = parsed(args, spec)
+    if not offline.is_algorithm(found.offline) or offline.shipped(found):
+        return None
+    _, chosen = offline.algorithm_args(found)
+    return Path(chosen.run_dir) / pretrain.run_name(chosen) / "policy.pt", chosen.exp_name == Path(found.offline).stem
+
+
 def check_shared(args: Args, spec: Spec) -> None:
     """Raises ValueError if `spec` differs from its base in more than what it may."""
     mine, theirs = (dataclasses.asdict(parsed(args, s)) for s in (spec, spec.base))
@@ -220,9 +230,11 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
     check_code(args, done)
     missing = [spec for spec in everything if spec not in done]
     jobs = {}
-    for name, seed in sorted({(spec.offline, spec.seed) for spec in missing}):
-        if offline.is_algorithm(name) and not offline_policy(args, name, seed).exists():
-            jobs[name, seed] = ([offline.algorithm(name).__file__, *flags_of(args, seed)], [], [])
+    for spec in missing:
+        path, plain = trained_for(args, spec) or (None, False)
+        if plain and not path.exists():  # a variant is trained by the run itself
+            command = [offline.algorithm(spec.offline).__file__, *flags_of(args, spec.seed)]
+            jobs[spec.offline, spec.seed] = (command, [], [])
     for spec in missing:
         share = []
         if spec.base:

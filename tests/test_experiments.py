@@ -173,6 +173,7 @@ def test_arms_of_many_dimensions(script, own):
         "dimension",
         "q_stability",
         "reference",
+        "comparison",
     ],
 )
 def test_every_experiment_explains_itself(name, capsys, monkeypatch):

@@ -1,0 +1,118 @@
+"""The comparison of methods on runs made up so that the answers are known."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import analysis, comparison, harness
+
+
+def made_up_run(folder, offline, scores, returns=(), **result):
+    """A finished run: its scores by environment step, its training episodes' returns."""
+    folder.mkdir(parents=True)
+    rows = [("charts/score", step, score) for step, score in scores.items()]
+    rows += [("charts/episodic_return", step + 1, r) for step, r in enumerate(returns)]
+    lines = [
+        f"finetune,{step},{value}," if name == "charts/score" else f"finetune,{step},,{value}"
+        for name, step, value in rows
+    ]
+    (folder / "progress.csv").write_text("\n".join(["stage,step,charts/score,charts/episodic_return", *lines]) + "\n")
+    fixed = {"references": [0.0, 100.0], "regime": None, "seconds": {"finetune": 120.0}, "source": "made up",
+             "hardware": "none", "eval_episodes": 10, "measure": "score"}  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(fixed | {"offline": offline} | result))
+    return folder
+
+
+def test_a_run_in_numbers(tmp_path):
+    run = made_up_run(tmp_path / "a", 60.0, {10_000: 45, 20_000: 70, 40_000: 90})
+    found = analysis.summary(run)
+    assert found["area"] == pytest.approx(67.5) and found["drop"] == 15 and found["regret"] == pytest.approx(0.3375)
+    assert found["final"] == pytest.approx(205 / 3) and found["smooth_drop"] == 0
+    falling = analysis.summary(made_up_run(tmp_path / "b", 60.0, {1: 30, 2: 50, 3: 40, 4: 20, 5: 120}))
+    assert found["gain"] == pytest.approx(205 / 3 - 60)
+    assert falling["drop"] == 40 and falling["smooth_drop"] == pytest.approx(60 - 110 / 3)
+    assert falling["regret"] == pytest.approx(np.mean([0.4, 0.7, 0.5, 0.6, 0.8, 0]))  # 120 counts as 100
+
+
+def test_training_regret(tmp_path):
+    maze = made_up_run(tmp_path / "a", 60.0, {8: 50}, [0, 1, 1, 0, 1, 1, 1, 1], references=[0.0, 1.0])
+    assert comparison.training_regret(maze) == 0.25
+    assert comparison.training_regret(made_up_run(tmp_path / "b", 60.0, {8: 50}, [0, 1])) is None
+
+
+def test_aggregates(monkeypatch):
+    monkeypatch.setattr(comparison, "REPS", 50)
+    values = {"a": {"x": [1, 2, 3], "y": [4, 5]}, "b": {"x": [6, 7], "y": [8, 9]}, "c": {"x": [1, 1], "y": []}}
+    found = comparison.matrices(values)
+    assert found.keys() == {"a", "b"}  # c lacks a task
+    assert found["a"].tolist() == [[1, 4], [2, 5]] and found["b"].tolist() == [[6, 8], [7, 9]]
+    chances = comparison.probabilities(
+        {"a": np.array([[1.0, 5], [2, 6]]), "b": np.array([[0.0, 5], [0, 6]])}, ["a"], ["b"]
+    )
+    (probability, low, high) = chances["a", "b"]
+    assert probability == pytest.approx((1 + 0.5) / 2)  # always on one task, half with ties on the other
+    assert low <= probability <= high
+    curves = np.broadcast_to(np.arange(5.0), (8, 1, 5)).copy()
+    curves[0] += 1_000  # which an interquartile mean leaves out
+    iqm, low, high = comparison.intervals({"a": curves})["a"]
+    assert iqm.tolist() == [0, 1, 2, 3, 4] and (low <= iqm).all() and (iqm <= high).all()
+
+
+def test_curves_on_a_grid(tmp_path):
+    grid = comparison.on_grid(made_up_run(tmp_path / "a", 0.0, {10_000: 50, 20_000: 100}))
+    np.testing.assert_allclose(grid, np.linspace(0, 100, 21))
+
+
+def test_pairs():
+    found = comparison.pairs(comparison.Args(algorithms=("o2td3", "o2ppo", "iql", "rlpd")))
+    assert found == {
+        "o2td3 from td3_bc": ("o2td3", "td3_bc"), "o2td3 from iql": ("o2td3", "iql"), "o2ppo": ("o2ppo", "iql"),
+        "iql": ("iql", "iql"), "rlpd": ("rlpd", "scratch"),
+    }  # fmt: skip
+
+
+def test_the_whole_page(tmp_path, monkeypatch, run_script):
+    """Runs end at 90 (O2TD3), 50 (IQL) and 20 (RLPD) on one task, and at 10 more on the other."""
+    ends = {"o2td3": 90, "iql": 50, "rlpd": 20}
+
+    def run_all(args, specs):
+        for spec in specs:
+            trained = harness.trained_for(args, spec)
+            if trained:
+                trained[0].parent.mkdir(parents=True, exist_ok=True)
+                torch.save({"seconds": 600.0}, trained[0].parent / f"{spec.offline}.pt")
+            end = ends[spec.script] + 10 * (args.env_id == "walker2d-medium-v2")
+            regime = {"regime": "superior", "policy": 40.0, "data": 30.0}
+            assert spec.flags[:2] == ("--online-steps", "4000")
+            made_up_run(harness.folder(args, spec), 40.0, {1000 * i: end for i in (1, 2, 3, 4)}, regime=regime)
+        return []
+
+    monkeypatch.setattr(harness, "run_all", run_all)
+    monkeypatch.setattr(comparison, "REPS", 50)
+    code, out, err = run_script(
+        comparison, "--algorithms", "o2td3", "iql", "rlpd", "--seeds", "2", "--online-steps", "4000", "--offline-steps",
+        "5", "--env-ids", "hopper-medium-v2", "walker2d-medium-v2", "--run-dir", tmp_path / "runs", "--out",
+        tmp_path / "out", "--curves", tmp_path / "curves",
+    )  # fmt: skip
+    assert code == 0, err
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
+    assert "| o2td3 from iql | 2 | 40.0 | 90.0 [90.0, 90.0] | 83.8 [83.8, 83.8] | 0.0 [0.0, 0.0]" in page
+    assert "| rlpd | 2 | 40.0 | 20.0 [20.0, 20.0] | 22.5 [22.5, 22.5] | 20.0 [20.0, 20.0] | 20.0" in page
+    assert "0.76 [0.76, 0.76] | – | superior 2 | – | 2.0 |" in page  # RLPD's regret; it has no offline minutes
+    assert "| superior 2 | 10.0 | 2.0 |" in page
+    assert lines["o2td3 from td3_bc"].split("|")[2:-1] == [" 1.00 [1.00, 1.00] "] * 2  # against IQL and RLPD
+    assert "| iql | 55.0 [55.0, 55.0] |" in page  # over both tasks
+    assert (tmp_path / "out" / "comparison.png").exists() and (tmp_path / "out" / "comparison_efficiency.png").exists()
+    with open(tmp_path / "curves" / "curves_demo.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 4 * 2 * 5  # tasks, pairs, seeds, points
+    mine = [r for r in rows if (r["dataset"], r["method"], r["seed"]) == ("walker2d-medium-v2", "rlpd", "1")]
+    assert [(int(r["step"]), float(r["score"])) for r in mine] == [(0, 40)] + [(1000 * i, 30) for i in (1, 2, 3, 4)]
+    with open(tmp_path / "curves" / "runs_demo.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16 and {row["offline_seconds"] for row in rows} == {"600.0", ""}
+    assert {row["regime"] for row in rows} == {"superior"} and {float(row["policy_mean"]) for row in rows} == {40}
