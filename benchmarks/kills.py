@@ -53,9 +53,9 @@ class Args:
 
 
 def start(command: list[str], folder: Path, data: Path) -> subprocess.Popen:
-    flags = [*COMMON.split(), "--env-id", tasks.DEMO, "--dataset-path", str(data), "--run-dir", str(folder / "runs")]
-    with open(folder / "output.txt", "ab") as output:
-        return subprocess.Popen([sys.executable, *command, *flags], cwd=ROOT, stdout=output, stderr=output)
+    flags = [*command[1:], *COMMON.split(), "--env-id", tasks.DEMO, "--dataset-path", str(data)]
+    with open(folder / "output.txt", "ab") as output:  # the same words in every folder, for a policy keeps them
+        return subprocess.Popen([sys.executable, ROOT / command[0], *flags], cwd=folder, stdout=output, stderr=output)
 
 
 def contents(folder: Path) -> dict:
