@@ -45,11 +45,14 @@ class Evaluator:
         self.reference = task.references
         self.count, self.seconds = 0, 0.0  # evaluations so far, and the time that they took
 
-    def returns(self, policy, device: torch.device | str, seeds=None) -> np.ndarray:
-        """Undiscounted return of one episode per seed, (episodes,). `policy` maps (B, S) on `device` to (B, A)."""
-        return self.outcomes(policy, device, seeds)[0]
+    def returns(self, policy, device: torch.device | str, seeds=None, observe=None) -> np.ndarray:
+        """Undiscounted return of one episode per seed, (episodes,). `policy` maps (B, S) on `device` to (B, A).
 
-    def outcomes(self, policy, device: torch.device | str, seeds=None) -> np.ndarray:
+        A policy that remembers may `observe` the rewards of each step, (B,) numbers of NumPy's.
+        """
+        return self.outcomes(policy, device, seeds, observe)[0]
+
+    def outcomes(self, policy, device: torch.device | str, seeds=None, observe=None) -> np.ndarray:
         """Returns, and whether episodes were a success in any step, NaN where no step says so: (2, episodes).
 
         Workers need a `policy` that is a method of a module, which they get whole; any other is played here, on
@@ -61,7 +64,7 @@ class Evaluator:
             policy, device = getattr(copy.deepcopy(policy.__self__).cpu(), policy.__name__), "cpu"
         if self.pool is None or not whole:
             self.envs += [make_env(self.task, evaluation=True) for _ in seeds[len(self.envs) :]]
-            return play(self.envs, seeds, range(len(seeds)), self.seen, policy, device)
+            return play(self.envs, seeds, range(len(seeds)), self.seen, policy, device, observe)
         packed = pickle.dumps((self.task, seeds, self.seen, policy))  # once, not once for every worker
         shares = np.array_split(range(len(seeds)), self.workers)
         try:
@@ -119,8 +122,10 @@ class Traced(gym.Wrapper):
 
 
 @torch.no_grad()
-def play(envs: list[gym.Env], seeds, share, seen: tuple, policy, device) -> np.ndarray:
+def play(envs: list[gym.Env], seeds, share, seen: tuple, policy, device, observe=None) -> np.ndarray:
     """One episode for each of `seeds` that `share` (n,) counts out, all acted on at once: their outcomes (2, n).
+
+    `observe` is called with the rewards (seeds,) of each step.
 
     A policy always acts on a row for each of `seeds`, those of others being zero: the order in which a product is
     summed may depend on the number of rows, on their place in memory and on the number of threads. `seen`: how policies
@@ -138,11 +143,14 @@ def play(envs: list[gym.Env], seeds, share, seen: tuple, policy, device) -> np.n
         while running.any():
             x = standardised(obs, *seen)  # at once for all, as `Standardised` does for one
             actions = policy(torch.tensor(x, device=device)).cpu().numpy()
+            rewards = np.zeros(len(seeds))
             for i in np.flatnonzero(running):  # a vector environment would step those that are done, too
-                obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
-                total[i] += reward
+                obs[i], rewards[i], terminated, truncated, info = envs[i].step(actions[i])
+                total[i] += rewards[i]
                 success[i] = np.fmax(success[i], info.get("success", info.get("is_success", np.nan)))
                 running[i] = not (terminated or truncated)
+            if observe:
+                observe(rewards)
     finally:
         torch.set_num_threads(threads)
     return np.stack([total, success])[:, list(envs)]

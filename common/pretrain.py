@@ -45,7 +45,8 @@ def train(args, data: datasets.Dataset, Agent, Optimizers, training_step) -> Pat
     """Train on `data`, which is standardised here, and return the policy's path. A finished run trains nothing.
 
     `Agent(args, obs_dim, action_dim)` has `kind`, `actor`, `act(obs)` (its most likely actions) and, where it learns
-    one, `critic` with `critic_target`; `training_step(args, data, agent, optimizers)` gives the step.
+    one, `critic` with `critic_target`; one that plays otherwise as well has `evaluate(evaluator, device, last)`, which
+    gives the "score" of `act` and what stands beside it. `training_step(args, data, agent, optimizers)` gives the step.
     """
     run, algorithm = Run(args, run_name(args), data, wait=True), script_name(args)
     try:
@@ -72,11 +73,17 @@ def trained(run: Run, algorithm: str, data: datasets.Dataset, Agent, Optimizers,
     agent = Agent(args, obs_dim, action_dim).to(data.obs.device)
     optimizers = Optimizers(args, agent)
     evaluator = make_evaluator(args, data, mean, std)
+
+    def evaluate(last: bool) -> dict[str, float]:
+        if hasattr(agent, "evaluate"):
+            return agent.evaluate(evaluator, data.obs.device, last)
+        return evaluator.scalars(agent.act, data.obs.device, last)
+
     loop.train(
         run, algorithm, lambda: training_step(args, data, agent, optimizers), args.steps,
         {"agent": agent, **optimizers},
         device=data.obs.device, compile=args.compile, log_every=args.log_every, evaluate_every=args.eval_every,
-        evaluate=lambda last: evaluator.scalars(agent.act, data.obs.device, last),
+        evaluate=evaluate,
         phases=getattr(args, "policy_freq", 1),
     )  # fmt: skip
     critics = {}

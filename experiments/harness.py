@@ -75,10 +75,11 @@ class Spec:
     base: "Spec | None" = None
     stages: tuple[str, ...] | None = None
 
-    def variant(self, name: str, *flags: str) -> "Spec":
-        """This run with other arguments in its last stage, under a name of its own."""
+    def variant(self, name: str, *flags: str, stages: tuple[str, ...] | None = None) -> "Spec":
+        """This run with other arguments, under a name of its own; it has those `stages` in common, None: all but the
+        last."""
         exp_name = f"{Path(self.script).stem}-{name}"
-        return Spec(self.script, self.offline, self.seed, ("--exp-name", exp_name, *flags), self)
+        return Spec(self.script, self.offline, self.seed, ("--exp-name", exp_name, *flags), self, stages)
 
     @property
     def shared(self) -> tuple[str, ...]:
