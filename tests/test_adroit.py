@@ -451,6 +451,20 @@ def played(tmp_path_factory):
     return folder
 
 
+def test_a_loaded_episode_goes_on_with_its_scene():
+    first, second = (envs.Episodes(envs.make_env(tasks.resolve("door-human-v1")), seed=0) for _ in range(2))
+    rng = np.random.default_rng(0)
+    for _ in range(230):  # into the second episode
+        first.step(rng.uniform(-1, 1, 28).astype(np.float32))
+    second.load_state_dict(first.state_dict())
+    hands = first.env.unwrapped, second.env.unwrapped
+    assert first.episode == second.episode == 1 and hands[0].scene.any()
+    assert (hands[0].scene == hands[1].scene).all() and (first.obs == second.obs).all()
+    for _ in range(20):
+        action = rng.uniform(-1, 1, 28).astype(np.float32)
+        assert all(np.array_equal(a, b) for a, b in zip(first.step(action), second.step(action), strict=True))
+
+
 @pytest.mark.parametrize("script", MORE)
 def test_a_short_run(script, played, run_script):
     code, out, err = run_script(
