@@ -42,8 +42,10 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_shift=-1.0, width=3.0, prior_steps=200_000, online_steps=200_000, eval_every=5_000),
-}
+    "antmaze": dict(reward_shift=-1.0, width=3.0, prior_steps=200_000, online_steps=200_000, eval_every=5_000,
+                    eval_episodes=20, final_episodes=100, best_margin=2.0),
+    "adroit": dict(online_steps=200_000, eval_every=5_000, eval_episodes=100, best_margin=2.0),
+}  # fmt: skip
 
 
 @dataclass
@@ -308,11 +310,12 @@ def finetune(args: Args, run: Run, data, held_out, agent: Agent, optimizers: Opt
         if episodic_return is not None:
             run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
-            score = evaluator(agent.act, device)
+            found = evaluator.scalars(agent.act, device, final=env_step == args.online_steps)
+            best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)
+            scores = {f"charts/{name}": value for name, value in found.items()}
             losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-            run.log("finetune", env_step, {"charts/score": score, "charts/SPS": loop.rate,
-                    "charts/best_score": max(score, best.score), **schedule.scalars(), **losses})  # fmt: skip
-            best.update(score, agent.actor, f"online, step {env_step:,}")
+            run.log("finetune", env_step, {**scores, "charts/best_score": best.score, "charts/SPS": loop.rate,
+                    **schedule.scalars(), **losses})  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- the whole run
@@ -334,7 +337,7 @@ def main() -> None:
     agent = Agent(args, policy).to(device)
     optimizers = Optimizers(args, agent)
     optimizers["actor_optimizer"].load_state_dict(policy["learner"]["actor_optimizer"])
-    best = BestPolicy(policy["score"], agent.actor, "offline policy")
+    best = BestPolicy(policy["score"], agent.actor, "offline policy", run.last_returns, args.best_margin)
 
     finetune(args, run, data, held_out, agent, optimizers, evaluator, best)
 

@@ -39,9 +39,10 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_shift=-1.0, temperature=0.1, online_steps=200_000, eval_every=5_000),
-    "adroit": dict(temperature=0.1, online_steps=200_000, eval_every=5_000),
-}
+    "antmaze": dict(reward_shift=-1.0, temperature=0.1, online_steps=200_000, eval_every=5_000,
+                    eval_episodes=20, final_episodes=100, best_margin=2.0),
+    "adroit": dict(temperature=0.1, online_steps=200_000, eval_every=5_000, eval_episodes=100, best_margin=2.0),
+}  # fmt: skip
 
 
 @dataclass
@@ -228,11 +229,12 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         if episodic_return is not None:
             run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
-            score = evaluator(agent.act, device)
+            found = evaluator.scalars(agent.act, device, final=env_step == args.online_steps)
+            best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)
+            scores = {f"charts/{name}": value for name, value in found.items()}
             losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-            run.log("finetune", env_step, {"charts/score": score, "charts/SPS": loop.rate,
-                    "charts/best_score": max(score, best.score), **losses})  # fmt: skip
-            best.update(score, agent.actor, f"online, step {env_step:,}")
+            run.log("finetune", env_step, {**scores, "charts/best_score": best.score, "charts/SPS": loop.rate,
+                    **losses})  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- the whole run
@@ -256,7 +258,7 @@ def main() -> None:
     optimizers = Optimizers(args, agent)
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(policy["learner"][name])
-    best = BestPolicy(policy["score"], agent.actor, "offline policy")
+    best = BestPolicy(policy["score"], agent.actor, "offline policy", run.last_returns, args.best_margin)
 
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 

@@ -43,8 +43,9 @@ PRESETS = {
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
     "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, failure_reward=-5.0, alpha=5.0, lagrange=True, min_gap=-200.0,
-                    online_steps=200_000, eval_every=5_000),
-    "adroit": dict(alpha=1.0, min_gap=-200.0, online_steps=200_000, eval_every=5_000),
+                    online_steps=200_000, eval_every=5_000, eval_episodes=20, final_episodes=100, best_margin=2.0),
+    "adroit": dict(alpha=1.0, min_gap=-200.0, online_steps=200_000, eval_every=5_000,
+                    eval_episodes=100, best_margin=2.0),
 }  # fmt: skip
 
 
@@ -292,11 +293,12 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
             run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
             replay.end_episode(functools.partial(follow, args))
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
-            score = evaluator(agent.act, device)
+            found = evaluator.scalars(agent.act, device, final=env_step == args.online_steps)
+            best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)
+            scores = {f"charts/{name}": value for name, value in found.items()}
             losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-            run.log("finetune", env_step, {"charts/score": score, "charts/SPS": loop.rate,
-                    "charts/best_score": max(score, best.score), **losses})  # fmt: skip
-            best.update(score, agent.actor, f"online, step {env_step:,}")
+            run.log("finetune", env_step, {**scores, "charts/best_score": best.score, "charts/SPS": loop.rate,
+                    **losses})  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- the whole run
@@ -320,7 +322,7 @@ def main() -> None:
     optimizers = Optimizers(args, agent)
     for name, optimizer in optimizers.items():
         optimizer.load_state_dict(policy["learner"][name])
-    best = BestPolicy(policy["score"], agent.actor, "offline policy")
+    best = BestPolicy(policy["score"], agent.actor, "offline policy", run.last_returns, args.best_margin)
 
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 

@@ -40,7 +40,13 @@ PRESETS = {
     "demo": dict(env_id="hopper-medium-demo", online_steps=10_000, members=3),
     "quick": dict(online_steps=20_000),
 }
-FAMILIES = {}  # nothing is published for any other than locomotion
+
+# Other defaults for a family of data. Nothing is published for any but locomotion; rewards are as CQL has them there
+FAMILIES = {
+    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, online_steps=200_000, eval_every=5_000,
+                    eval_episodes=20, final_episodes=100, best_margin=2.0),
+    "adroit": dict(online_steps=200_000, eval_every=5_000, eval_episodes=100, best_margin=2.0),
+}  # fmt: skip
 
 
 @dataclass
@@ -303,11 +309,12 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         if episodic_return is not None:
             run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
-            score = evaluator(agent.act, device)
+            found = evaluator.scalars(agent.act, device, final=env_step == args.online_steps)
+            best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)
+            scores = {f"charts/{name}": value for name, value in found.items()}
             losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-            run.log("finetune", env_step, {"charts/score": score, "charts/SPS": loop.rate,
-                    "charts/best_score": max(score, best.score), **losses})  # fmt: skip
-            best.update(score, agent.actor, f"online, step {env_step:,}")
+            run.log("finetune", env_step, {**scores, "charts/best_score": best.score, "charts/SPS": loop.rate,
+                    **losses})  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- the whole run
@@ -332,13 +339,13 @@ def main() -> None:
     policy, evaluator = offline.policy(args, run, data, alone=False)
     seed_everything(args.seed)
     agent = Agent(args, policy, *others).to(device)
-    offline_score = policy["score"] = run.last_score = evaluator(agent.act, device)
+    offline_score = policy["score"] = run.last_score = evaluator(agent.act, device, final=True)
     print(f"the {args.members} policies as one: {data.task.measure} {offline_score:.1f}")
     regime.announce(run, data, evaluator, agent.act)
     data, held_out = data.hold_out(args.holdout, STATES)
     probe = critic_probe(agent, held_out)
     optimizers = Optimizers(args, agent)
-    best = BestPolicy(offline_score, agent.actor, "offline policies")
+    best = BestPolicy(offline_score, agent.actor, "offline policies", evaluator.last, args.best_margin)
 
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 

@@ -42,8 +42,10 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_shift=-1.0, expectile=0.9, online_steps=200_000, eval_every=5_000),
-}
+    "antmaze": dict(reward_shift=-1.0, expectile=0.9, online_steps=200_000, eval_every=5_000,
+                    eval_episodes=20, final_episodes=100, best_margin=2.0),
+    "adroit": dict(online_steps=200_000, eval_every=5_000, eval_episodes=100, best_margin=2.0),
+}  # fmt: skip
 
 
 @dataclass
@@ -302,13 +304,15 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         if episodic_return is not None:
             run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
-            score = evaluator(agent.act, device)
+            found = evaluator.scalars(agent.act, device, final=env_step == args.online_steps)
+            best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)
+            scores = {f"charts/{name}": value for name, value in found.items()}
             losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-            run.log("finetune", env_step, {"charts/score": score, "charts/SPS": loop.rate,
-                    "charts/best_score": max(score, best.score), **losses})  # fmt: skip
+            run.log("finetune", env_step, {**scores, "charts/best_score": best.score, "charts/SPS": loop.rate,
+                    **losses})  # fmt: skip
             if env_step == args.online_steps:
-                run.log("finetune", env_step, {"charts/greedy": evaluator(agent.act_greedily, device)})
-            best.update(score, agent.actor, f"online, step {env_step:,}")
+                greedy = evaluator.scalars(agent.act_greedily, device, final=True)
+                run.log("finetune", env_step, {"charts/greedy": greedy["score"]})
 
 
 # ---------------------------------------------------------------------------------------------- the whole run
@@ -330,7 +334,8 @@ def main() -> None:
     agent = Agent(args, policy).to(device)
     probe = critic_probe(agent, held_out)
     optimizers = Optimizers(args, agent)
-    best = BestPolicy(evaluator(agent.act, device), agent.actor, "before the first step")
+    start = evaluator(agent.act, device, final=True)
+    best = BestPolicy(start, agent.actor, "before the first step", evaluator.last, args.best_margin)
 
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 

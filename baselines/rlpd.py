@@ -41,8 +41,9 @@ PRESETS = {
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
     "antmaze": dict(reward_shift=-1.0, hidden=(256, 256, 256), targets=1, backup_entropy=False, online_steps=300_000,
-                    eval_every=5_000),
-    "adroit": dict(hidden=(256, 256, 256), backup_entropy=False, online_steps=300_000, eval_every=5_000),
+                    eval_every=5_000, eval_episodes=20, final_episodes=100, best_margin=2.0),
+    "adroit": dict(hidden=(256, 256, 256), backup_entropy=False, online_steps=300_000, eval_every=5_000,
+                    eval_episodes=100, best_margin=2.0),
 }  # fmt: skip
 
 
@@ -252,11 +253,12 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         if episodic_return is not None:
             run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
-            score = evaluator(agent.act, device)
+            found = evaluator.scalars(agent.act, device, final=env_step == args.online_steps)
+            best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)
+            scores = {f"charts/{name}": value for name, value in found.items()}
             losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-            run.log("finetune", env_step, {"charts/score": score, "charts/SPS": loop.rate,
-                    "charts/best_score": max(score, best.score), **losses})  # fmt: skip
-            best.update(score, agent.actor, f"online, step {env_step:,}")
+            run.log("finetune", env_step, {**scores, "charts/best_score": best.score, "charts/SPS": loop.rate,
+                    **losses})  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- the whole run
@@ -292,8 +294,8 @@ def main() -> None:
     data, held_out = data.hold_out(args.holdout, STATES)
     probe = critic_probe(agent, held_out)
     optimizers = Optimizers(args, agent)
-    policy["score"] = run.last_score = evaluator(agent.act, device)
-    best = BestPolicy(policy["score"], agent.actor, "before the first step")
+    policy["score"] = run.last_score = evaluator(agent.act, device, final=True)
+    best = BestPolicy(policy["score"], agent.actor, "before the first step", evaluator.last, args.best_margin)
 
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+import o2sac
+
 from baselines import aca, awac, cal_ql, iql, off2on, pex, rlpd, wsrl
 from common import cli, regime
 from common.run import Run, run_name
@@ -88,6 +90,18 @@ def test_it_learns_from_the_first_step_on(script, run_script, tmp_path):
     moments = {key: value for key, value in tensors(saved).items() if "optimizer/exp_avg_sq" in key}
     still = [key for key, moment in moments.items() if not (moment > 0).any() and "multiplier" not in key]
     assert moments and not still
+
+
+@pytest.mark.parametrize("env_id", ["hopper-medium-v2", "antmaze-umaze-v2", "pen-cloned-v1"])
+def test_all_are_evaluated_alike(env_id):
+    if env_id == "pen-cloned-v1":
+        pytest.importorskip("gymnasium_robotics")
+
+    def protocol(script):
+        args = cli.parse(script.Args, script.PRESETS, script.FAMILIES, ["--env-id", env_id])
+        return args.eval_every, args.eval_episodes, args.final_episodes, args.best_margin
+
+    assert {protocol(script) for script in FLAGS} == {protocol(o2sac)}
 
 
 def test_a_policy_alone_is_refused_before_anything_is_written(run_script, tmp_path):
