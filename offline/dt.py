@@ -64,8 +64,8 @@ class Args(pretrain.PretrainArgs):
     """returns are divided by this before the transformer sees them"""
     longest: Annotated[int, at_least(1)] = 1_000
     """time steps that are told apart; later ones count as the last of them"""
-    hidden_layers: Annotated[int, at_least(1)] = 2
-    """hidden layers of 256 units in the policy of one state"""
+    hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256)
+    """widths of the hidden layers in the policy of one state"""
     distil_sequences: Annotated[int, at_least(1)] = 16
     """sequences of the batch, on all of whose steps that policy is fitted"""
     distil_lr: Annotated[float, at_least(0)] = 3e-4
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
 class Actor(nn.Module):
     """The policy of one state: (B, S) -> a (B, A) in (-1, 1)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, action_dim)
 
@@ -161,7 +161,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.obs_dim, self.action_dim = args, obs_dim, action_dim
         self.transformer = Transformer(args, obs_dim, action_dim)
-        self.actor = Actor(obs_dim, action_dim, args.hidden_layers)
+        self.actor = Actor(obs_dim, action_dim, args.hidden)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         return self.actor(obs)
