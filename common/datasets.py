@@ -97,6 +97,8 @@ class Dataset:
         if self.task.references is None:
             return "mean returns, on no scale"
         low, high = self.task.references
+        if self.task.arrives:
+            return "episodes that come to their goal, in percent; not D4RL's task"
         if self.task.family == "minari":
             return f"score by the dataset's own reference returns, {low:,.0f} (0) and {high:,.0f} (100)"
         if self.source.startswith("D4RL"):
@@ -176,7 +178,7 @@ def load(
     task = observed(limited(resolve(env_id, dataset_path), max_episode_steps))
     whole = task.family == "minari" and not dataset_path
     if whole:
-        path, (raw, source) = env_id, read_minari(env_id, task.keys)
+        path, (raw, source) = env_id, read_minari(env_id, task.keys, task.arrives)
     else:
         path = Path(dataset_path) if dataset_path else find_file(env_id)
         raw, source = read_hdf5(path, task.keys)

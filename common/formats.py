@@ -1,5 +1,6 @@
 """Reading files: HDF5 in D4RL's layout and Minari's datasets, both as arrays in D4RL's layout (Fu et al., 2020)."""
 
+import dataclasses
 import errno
 import importlib
 from pathlib import Path
@@ -140,12 +141,15 @@ def check_stored(path: Path, name: str, array: h5py.Dataset) -> None:
                 ) from error
 
 
-def read_minari(env_id: str, keys: tuple[str, ...] = ()) -> tuple[dict[str, np.ndarray], str]:
+def read_minari(env_id: str, keys: tuple[str, ...] = (), arrives: bool = False) -> tuple[dict[str, np.ndarray], str]:
     """A Minari dataset in D4RL's layout: episodes end to end, with the true next observations.
 
-    `keys`: the parts of observations that are dictionaries, in the order in which they are joined.
+    `keys`: the parts of observations that are dictionaries, in the order in which they are joined. `arrives`: episodes
+    are over at their first reward.
     """
     episodes = [episode for episode in minari_dataset(env_id).iterate_episodes() if len(episode)]
+    if arrives:
+        episodes = [until_arrival(episode) for episode in episodes]
     if not episodes:
         raise UserError(f"the Minari dataset {env_id} has no transition; choose another")
     observations = [joined(episode.observations, keys) for episode in episodes]
@@ -161,3 +165,16 @@ def read_minari(env_id: str, keys: tuple[str, ...] = ()) -> tuple[dict[str, np.n
         "timeouts": np.concatenate(timeouts),
     }
     return raw, f"Minari {env_id}"
+
+
+def until_arrival(episode):
+    """A Minari episode to its first reward, which ends it. The goal of its first observation may be that of the episode
+    before (https://github.com/Farama-Foundation/Minari/issues/265), so it is taken from the second one."""
+    paid = np.flatnonzero(episode.rewards > 0)
+    n = paid[0] + 1 if len(paid) else len(episode)
+    observations = {key: part[: n + 1].copy() for key, part in episode.observations.items()}
+    observations["desired_goal"][0] = observations["desired_goal"][1]
+    terminations = episode.terminations[:n].copy()
+    terminations[-1] |= len(paid) > 0
+    flows = {name: getattr(episode, name)[:n] for name in ("actions", "rewards", "truncations")}
+    return dataclasses.replace(episode, observations=observations, terminations=terminations, **flows)

@@ -54,6 +54,7 @@ class Task:
     hidden     - whether rewards depend on more than what is observed, so that no row's can be checked
     keys       - the parts of a dictionary of observations that make up a vector, in their order; see common/spaces.py
     clip       - standardised observations are held within ± this, by the environments as by the data
+    arrives    - whether an episode of the data is over at its first reward, whatever comes after it there
     """
 
     family: str
@@ -74,6 +75,7 @@ class Task:
     hidden: bool = False
     keys: tuple[str, ...] = ()
     clip: float = math.inf
+    arrives: bool = False
 
     @property
     def measure(self) -> str:
@@ -223,6 +225,8 @@ def minari(env_id: str, data: str) -> Task | None:
             "create the dataset again with env=…"
         )
     spec, notes = stored_spec(dataset.env_spec, env_id)
+    if env_id.startswith("D4RL/antmaze/"):
+        return minari_maze(env_id, data, spec, notes)
     # Minari's own accessor for it would make the environment, from whatever the dataset says
     stored, eval_spec = getattr(dataset, "_eval_env_spec", None), None
     if stored is not None and stored != dataset.env_spec:
@@ -233,6 +237,18 @@ def minari(env_id: str, data: str) -> Task | None:
     if None in references or references[0] == references[1]:
         references = None
     return Task("minari", env_id, data, in_words(spec), spec, False, 0, references, eval_spec, tuple(notes))
+
+
+def minari_maze(env_id: str, data: str, spec: EnvSpec, notes: list[str]) -> Task:
+    """Gymnasium's ant in a maze whose goal it observes, made a task of D4RL's kind: to come there once.
+
+    As it is stored it goes on at the goal, paid for every step, to its time limit. Its evaluation environment is left
+    out: umaze's is the mirror image of the maze of the data (https://github.com/Farama-Foundation/Minari/issues/304).
+    """
+    spec = replace(spec, kwargs=spec.kwargs | dict(continuing_task=False, reset_target=False))
+    kind = "antmaze-" + env_id.removeprefix("D4RL/antmaze/").rpartition("-")[0]
+    notes = (*notes, "an episode ends where the ant first comes to its goal, in play as in the data")
+    return Task("minari", env_id, data, spec.id, spec, references=(0.0, 1.0), notes=notes, kind=kind, arrives=True)
 
 
 def gymnasium(env_id: str, data: str) -> Task | None:

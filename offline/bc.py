@@ -21,8 +21,9 @@ from torch import nn
 
 PRESETS = {
     "demo": dict(env_id="hopper-medium-demo", steps=10_000, log_every=1_000, eval_every=5_000, compile=False),
+    "demo antmaze": dict(env_id="antmaze-umaze-demo", steps=3_000, eval_every=3_000),  # to be improved on
     "quick": dict(steps=50_000, eval_every=10_000),
-}
+}  # fmt: skip
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {

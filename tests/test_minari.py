@@ -3,6 +3,7 @@
 import json
 
 import gymnasium as gym
+import h5py
 import minari
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from minari.data_collector import EpisodeBuffer
 
-from common import agreement, datasets, envs, evaluation, tasks
+import o2sac
+from common import agreement, cli, datasets, envs, evaluation, tasks
 from common.cli import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -31,9 +33,13 @@ def store(tmp_path, monkeypatch):
                 following, reward, *_ = played.step(actions[-1])
                 obs.append(following)
                 rewards.append(float(reward))
+            if isinstance(obs[0], dict):
+                obs = {key: np.array([step[key] for step in obs]) for key in obs[0]}
+            else:
+                obs = np.array(obs)
             last = [False] * (steps - 1) + [True]
             buffers.append(EpisodeBuffer(
-                id=episode, observations=np.array(obs), actions=np.array(actions), rewards=rewards,
+                id=episode, observations=obs, actions=np.array(actions), rewards=rewards,
                 terminations=last if ends else [False] * steps, truncations=[False] * steps,
             ))  # fmt: skip
         about = dict(algorithm_name="random", author="o2rl", author_email="a@b.c", code_permalink="-", description="-")
@@ -158,3 +164,34 @@ def test_no_such_dataset(store, monkeypatch):
     monkeypatch.setattr(minari, "load_dataset", unreachable)
     with pytest.raises(UserError, match="minari download toy/none-v0"):
         datasets.load("toy/none-v0")
+
+
+def test_an_ant_in_a_maze_has_a_goal_to_come_to_once(store, capsys):
+    pytest.importorskip("gymnasium_robotics")
+    gym.register_envs(__import__("gymnasium_robotics"))
+    played = gym.make("AntMaze_UMaze-v4")
+    mirrored = gym.make(
+        "AntMaze_UMaze-v4", maze_map=[[1] * 5, [1, "g", 0, 0, 1], [1, 1, 1, 0, 1], [1, "r", 0, 0, 1], [1] * 5]
+    )
+    store("D4RL/antmaze/umaze-diverse-v1", played, episodes=4, steps=8, eval_env=mirrored)
+    path = minari.storage.get_dataset_path("D4RL/antmaze/umaze-diverse-v1") / "data" / "main_data.hdf5"
+    with h5py.File(path, "r+") as file:
+        file["episode_1/rewards"][3:] = 1.0  # it arrives, and is paid for every step from then on
+        for i in range(4):
+            file[f"episode_{i}/observations/desired_goal"][1:] = [i, 7.0]
+    data = datasets.load("D4RL/antmaze/umaze-diverse-v1")
+    task = data.task
+    assert task.matches("antmaze-umaze") and task.references == (0, 1) and task.eval_spec is None
+    assert task.keys == ("achieved_goal", "observation", "desired_goal") and data.obs.shape[1] == 31
+    assert torch.bincount(data.episode).tolist() == [8, 4, 8, 8]
+    assert data.returns.tolist() == [0, 1, 0, 0]
+    assert data.terminations.nonzero().flatten().tolist() == [11] and data.rewards.sum() == 1
+    assert (data.obs[:, -2:] == torch.stack([data.episode.float(), torch.full((28,), 7.0)], dim=1)).all()
+    args = cli.complete(o2sac.Args(env_id="D4RL/antmaze/umaze-diverse-v1"))
+    env = envs.make_env(task)
+    assert env.unwrapped.maze.maze_map == played.unwrapped.maze.maze_map
+    env.reset(seed=0)
+    env.unwrapped.goal = env.unwrapped.data.qpos[:2].copy()  # there already
+    _, reward, terminated, _, _ = env.step(env.action_space.sample())
+    assert reward == 1 and terminated
+    assert args.alpha == 0.2 and "come to their goal" in data.scale()
