@@ -32,6 +32,7 @@ class PretrainArgs(cli.RunArgs):
     Gymnasium, else nowhere"""
 
     def constants(self, task: Task) -> dict:
+        """What a script's own has to hold as well."""
         return dict(clip_observations=task.usual_clip)
 
 

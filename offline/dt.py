@@ -74,7 +74,8 @@ class Args(pretrain.PretrainArgs):
     def constants(self, task: Task) -> dict:
         """The paper's for each robot."""
         expert = task.references[1] if task.references else None
-        return dict(target_return={"hopper": 3600.0, "halfcheetah": 6000.0, "walker2d": 5000.0}.get(task.robot, expert))
+        returns = {"hopper": 3600.0, "halfcheetah": 6000.0, "walker2d": 5000.0}
+        return super().constants(task) | dict(target_return=returns.get(task.robot, expert))
 
     def check(self) -> None:
         if self.target_return is None:

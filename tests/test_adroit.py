@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import offline
 import o2ppo
 import o2sac
 import o2td3
@@ -100,6 +101,14 @@ def test_constants(script):
             want = CONSTANTS[script] | dict(reward_scale=1, reward_shift=0, eval_episodes=100)
             want |= dict(actor_bc_coef=actor, critic_bc_coef=critic) if script is rebrac else {}
             assert {name: args[name] for name in want} == want
+
+
+@pytest.mark.parametrize("name", offline.ALGORITHMS)
+def test_every_offline_algorithm_holds_standardised_observations(name):
+    script = offline.algorithm(name)
+    for env_id, clip in (("pen-human-v1", 10), ("hopper-medium-v2", None)):
+        args = cli.parse(script.Args, script.PRESETS, script.FAMILIES, ["--env-id", env_id])
+        assert args.clip_observations == clip
 
 
 # ------------------------------------------------------------------------------------------------ rewards and ends
