@@ -19,7 +19,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = {"final": "mean of the last 3", "gain": "gain over offline", "area": "area (speed)", "drop": "largest drop"}
+COLUMNS = {
+    "final": "mean of the last 3",
+    "gain": "gain over offline",
+    "area": "area (speed)",
+    "drop": "largest drop (less is better)",
+}
 
 
 @dataclass
@@ -79,9 +84,8 @@ def main() -> None:
         ends = [np.array([run["final"] for run in found]) for found in runs.values()]
         print(f"probability that a run of {names[0]} ends higher: {analysis.improvement(*ends):.2f}")
         analysis.draw_curves(panel, groups)
-        panel.set_ylabel(f"{measure}, higher is better")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.suptitle("lines: means over seeds; bands: their range; dotted: the offline policies", fontsize=9)
+    figure.suptitle(analysis.CURVES, fontsize=9)
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     with aside(Path(args.out)) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

@@ -25,6 +25,7 @@ from common.bounds import above, at_least, between, even
 from common.checkpoint import BestPolicy, seed_everything
 from common.loop import Loop
 from common.nn import Adam, clip_grad_norm, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak, tanh_log_det
+from common.policies import go_on
 from common.probe import STATES, Probe, fixed_noise
 from common.replay import ReplayBuffer
 from common.run import Run
@@ -336,7 +337,7 @@ def main() -> None:
     data, held_out = data.hold_out(args.holdout, STATES)
     agent = Agent(args, policy).to(device)
     optimizers = Optimizers(args, agent)
-    optimizers["actor_optimizer"].load_state_dict(policy["learner"]["actor_optimizer"])
+    go_on(optimizers, policy, "actor_optimizer")
     best = BestPolicy(policy["score"], agent.actor, "offline policy", run.last_returns, args.best_margin)
 
     finetune(args, run, data, held_out, agent, optimizers, evaluator, best)

@@ -27,6 +27,7 @@ from common.bounds import at_least, between, even, finite
 from common.checkpoint import BestPolicy, seed_everything
 from common.loop import Loop
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak, tanh_log_det
+from common.policies import go_on
 from common.probe import STATES, Probe, fixed_noise
 from common.replay import EpisodeBuffer, returns_to_go
 from common.run import Run
@@ -320,8 +321,7 @@ def main() -> None:
     agent = Agent(args, policy).to(device)
     probe = critic_probe(agent, held_out)
     optimizers = Optimizers(args, agent)
-    for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(policy["learner"][name])
+    go_on(optimizers, policy)
     best = BestPolicy(policy["score"], agent.actor, "offline policy", run.last_returns, args.best_margin)
 
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)

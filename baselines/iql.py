@@ -25,6 +25,7 @@ from common.bounds import above, at_least, between, even
 from common.checkpoint import BestPolicy, seed_everything
 from common.loop import Loop
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak
+from common.policies import go_on
 from common.probe import STATES, Probe, fixed_noise
 from common.replay import ReplayBuffer
 from common.run import Run
@@ -275,8 +276,7 @@ def main() -> None:
     agent = Agent(args, policy).to(device)
     probe = critic_probe(agent, held_out)
     optimizers = Optimizers(args, agent)
-    for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(policy["learner"][name])
+    go_on(optimizers, policy)
     best = BestPolicy(policy["score"], agent.actor, "offline policy", run.last_returns, args.best_margin)
 
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common import antmaze
 from common.checkpoint import aside
 from common.log import read_rows
 from common.run import script_name
@@ -37,7 +36,7 @@ def draw(path: Path, paint, *args, height: float = 8.0) -> None:
 
 
 def naive_switch(args) -> list[np.ndarray]:
-    """Steps and scores (2, N) of the naive switch, a seed each: the demos show it beside their own curve.
+    """Steps and scores (2, N) of the naive switch, a seed each: the demos show it beside their own, of the same budget.
 
     They ship as datasets/demo_naive_<script>.csv with the columns seed, step, score and, for data other than the first
     demo's, env_id.
@@ -50,13 +49,17 @@ def naive_switch(args) -> list[np.ndarray]:
         for row in csv.DictReader(file):
             if row.get("env_id", DEMO) == args.env_id:
                 seeds.setdefault(row["seed"], []).append((float(row["step"]), float(row["score"])))
-    return [np.array(points).T for points in seeds.values()]
+    found = [np.array(points).T for points in seeds.values()]
+    return [points for points in found if 0.9 * args.online_steps < points[0, -1] <= args.online_steps]
 
 
 def write_title(figure, seeds: str, result: dict, args) -> None:
+    played = f", played in {result['simulator']}" if "simulator" in result else ""
+    episodes = f"{args.eval_episodes} episodes" if args.eval_episodes > 1 else "1 episode"
     figure.suptitle(
-        f"{args.exp_name} from {result['offline_algorithm']} on {result['dataset']}\n{seeds}; an evaluation is "
-        f"{args.eval_episodes} episodes of the most likely actions, always from the same start states",
+        f"{args.exp_name} from {result['offline_algorithm']} on {result['dataset']}{played}\n{seeds}, "
+        f"{args.online_steps:,} environment steps of fine-tuning\nan evaluation: {episodes} of the most likely "
+        "actions, always from the same start states",
         fontsize=10, x=0.01, ha="left", parse_math=False,  # a name between two dollar signs is no formula
     )  # fmt: skip
 
@@ -75,6 +78,13 @@ def draw_mean(panel, seeds: list[np.ndarray], name: str, colour: str, at=lambda 
     of = f"mean ± std of {len(seeds)} seeds" if len(seeds) > 1 else "1 seed"
     plot(panel, x, mean, color=colour, label=f"{name} ({of})")
     panel.fill_between(x, mean - std, mean + std, color=colour, alpha=0.12, linewidth=0)
+
+
+def round_numbers(last: float) -> np.ndarray:
+    """Some five round numbers from 0 to `last`."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(5, integer=True).tick_values(0, last)
 
 
 def score_label(result: dict) -> str:
@@ -113,8 +123,9 @@ class Line:
             for stage in self.stages[1:]:
                 panel.axvline(self.left[stage], color="0.6", linewidth=0.8)
         names = [f"{stage}\n{self.last[stage]:,}\n{UNITS.get(stage, 'gradient')} steps" for stage in self.stages]
-        steps = np.linspace(0, self.last["finetune"], 6).round().astype(int)[1:-1]
+        steps = [int(step) for step in round_numbers(self.last["finetune"]) if 0 < step < self.last["finetune"]]
         panels[-1].set_xticks([self.left[stage] + self.width[stage] / 2 for stage in self.stages], names)
+        panels[-1].xaxis.remove_overlapping_locs = False  # a number of steps may stand above a name
         panels[-1].set_xticks([self.at(step) for step in steps], [f"{step:,}" for step in steps], minor=True)
         panels[-1].tick_params(axis="x", which="major", pad=18)
         panels[-1].set_xlim(0, self.end)
@@ -159,17 +170,18 @@ def draw_scores(panel, line: Line, result: dict, args) -> None:
 
 def draw_values(panel, line: Line) -> None:
     """Q or V at states that no stage trains on, and before them on the offline algorithm's batches."""
-    names = {"q_policy": ("C1", "Q of the policy's actions"), "q_data": ("C2", "Q of the data's"), "v": ("C1", "V")}
-    for name, (colour, label) in names.items():
+    names = {"q_data": ("C2", "-", "Q of the data's actions"), "q_policy": ("C1", "--", "Q of the policy's"),
+             "v": ("C1", "-", "V")}  # fmt: skip
+    for name, (colour, style, label) in names.items():
         x, mean = line.points(f"probe/{name}")
-        plot(panel, x, mean, color=colour, label=f"{label}, held-out states")
+        plot(panel, x, mean, style, color=colour, label=f"{label} (held-out states: mean, 10 to 90%)")
         low, high = (line.points(f"probe/{name}_{end}")[1] for end in ("low", "high"))
         panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     if line.stages[0] != "reevaluate":
         for name, colour in (("q", "C2"), ("v", "C1")):
             label = f"{name.upper()} of the offline algorithm"
-            plot(panel, *line.points(f"{line.stages[0]}/{name}"), "--", color=colour, label=label)
-    panel.set_ylabel("discounted return ahead\nmean, 10% to 90%")
+            plot(panel, *line.points(f"{line.stages[0]}/{name}"), ":", color=colour, label=label)
+    panel.set_ylabel("discounted return ahead,\nas the critic sees it\n(it should not jump)")
 
 
 def draw_constraint(panel, line: Line, constraints: list[str], weight: str) -> None:
@@ -177,14 +189,14 @@ def draw_constraint(panel, line: Line, constraints: list[str], weight: str) -> N
     for name in constraints:
         plot(panel, *line.points(f"losses/{name}"), color="C4", label="f: divergence from π_ref")
         plot(panel, *line.points(f"charts/{name}_threshold"), "k-.", label="τ: its threshold")
-        panel.set_ylabel(f"f, τ ({UNITS[name]})\nabove τ, λ grows")
+        panel.set_ylabel(f"divergence from π_ref\n({UNITS[name]}); λ grows\nwhere f is above τ")
     if not constraints:
         plot(panel, *line.points("losses/approx_kl"), color="C4", label="divergence of an update")
-        panel.set_ylabel("divergence\n(nats)")
+        panel.set_ylabel("how far an update\nmoves the policy (nats)")
     right, label = panel.twinx(), "λ: weight of f" if constraints else "β: weight of π_ref"
     right.grid(visible=False)
     plot(right, *line.points(weight), color="C5", label=label)
-    right.set_ylabel(label[0], color="C5")
+    right.set_ylabel(label, color="C5")
     right.tick_params(axis="y", colors="C5")
     right.set_ylim(0, 1.1 * line.points(weight)[1].max())
 
@@ -194,6 +206,7 @@ def draw_constraint(panel, line: Line, constraints: list[str], weight: str) -> N
 
 def paths(figure, ways: dict[str, list[tuple[np.ndarray, bool]]], maze: str) -> None:
     """A panel for each policy: the ways of `Evaluator.paths` through the walls, with a dot where each ended."""
+    from common import antmaze  # a simulator, which no other picture needs
     from matplotlib.patches import Rectangle
 
     goal = np.array(antmaze.cells(maze, "g"))[0]

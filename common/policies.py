@@ -160,6 +160,12 @@ def save_online(run, policy: dict, actor: nn.Module, best) -> None:
 # ---------------------------------------------------------------------------------------------- reading
 
 
+def go_on(optimizers: dict, policy: dict, *names: str) -> None:
+    """Bring optimisers to where the offline run of `policy` left them: those of these names, else all."""
+    for name in names or optimizers:
+        optimizers[name].load_state_dict(policy["learner"][name])
+
+
 def load(path: str | Path, device: torch.device | str = "cpu") -> Policy:
     """The policy of a policy.pt or best.pt, ready to `act`. Raises UserError."""
     return module(read(path, device))

@@ -50,18 +50,15 @@ def start_run(args_class, offline) -> tuple:
     steps.setup(device, args.seed, args.deterministic)
     args = dataclasses.replace(args, compile=args.compile and steps.can_compile(device))
     data = datasets.load(args.env_id, args.dataset_path, device, args.max_episode_steps)
-    offline.check(args, data)
+    found = offline.check(args, data)
     run = Run(args, run_name(args), data)
     run.data = description_of(data, args)
     if (run.dir / "result.json").exists():
         print(f"{run.dir} is finished already, nothing is trained: this is its result")
     print(data.describe())
     agreement.report_simulator_check(data)
-    estimate(
-        run,
-        offline.seconds(args, data)
-        | timing.seconds(args, data, offline.hidden_layers(args), offline.learner(args, data)),
-    )
+    learner = offline.learner(args, data, found)
+    estimate(run, offline.seconds(args, data) | timing.seconds(args, data, offline.hidden_layers(args), learner))
     return args, run, data
 
 

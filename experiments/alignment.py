@@ -21,6 +21,8 @@ MEASURES = {
     "beats_anchor": "share of sampled actions above the anchor in Q",
     "argmax_gap": "distance of the best sampled action from the anchor",
 }
+SCALES = ("Spearman's ρ: 1 is agreement, 0 chance", "share: less is better, 0.5 is chance",
+          "root mean square (range of actions: 2)\nless is better")  # fmt: skip
 
 
 @dataclass
@@ -50,8 +52,9 @@ def main() -> None:
                 panel.plot(
                     *zip(*points.items(), strict=True), color=f"C{i}", linewidth=1, label=y if path == paths[0] else ""
                 )
-    for panel in panels:
+    for panel, words in zip(panels, SCALES, strict=True):
         panel.set_xlabel("gradient steps of alignment")
+        panel.set_ylabel(words)
     panels[0].legend(fontsize=8)
     columns = ["", "", "re-evaluated", "aligned", "fine-tuned"]
     report.table("On held-out states, 32 sampled actions each", columns, lines)

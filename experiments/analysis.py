@@ -80,6 +80,11 @@ def interval(values: dict[str, np.ndarray], reps: int = 5_000) -> dict[str, tupl
     return {name: (float(points[name][0]), *map(float, bounds[name][:, 0])) for name in values}
 
 
+def middle(values) -> float:
+    """The interquartile mean."""
+    return float(metrics.aggregate_iqm(np.asarray(values, float)))
+
+
 def improvement(x: np.ndarray, y: np.ndarray) -> float:
     """Probability that a run of `x` ends higher than one of `y`, ties counting half (Mann-Whitney's U)."""
     x, y = (np.asarray(v, float).reshape(len(v), -1) for v in (x, y))
@@ -150,7 +155,7 @@ def panels(names, sharey: bool = True) -> tuple:
 
 
 def draw_curves(panel, groups: dict[str, list[Path]], names: Iterable[str] = ()) -> None:
-    """Score over environment steps: a setting's mean as a line, its runs' range as a band.
+    """Score over environment steps: a setting's interquartile mean, as in the tables, and its runs' range as a band.
 
     `names` are the settings of all panels, so that a setting has the same colour in each.
     """
@@ -161,13 +166,13 @@ def draw_curves(panel, groups: dict[str, list[Path]], names: Iterable[str] = ())
         curves = [scores(path) for path in paths]
         length = min(len(values) for _, values in curves)
         steps, values = curves[0][0][:length], np.stack([values[:length] for _, values in curves])
-        panel.plot(steps, values.mean(0), color=colours[name], label=name, linewidth=1.5)
+        panel.plot(steps, list(map(middle, values.T)), color=colours[name], label=name, linewidth=1.5)
         panel.fill_between(steps, values.min(0), values.max(0), color=colours[name], alpha=0.12, linewidth=0)
-        before = np.mean([result(path)["offline"] for path in paths])
+        before = middle([result(path)["offline"] for path in paths])
         panel.axhline(before, color=colours[name], linestyle=":", linewidth=1)
     panel.locator_params(axis="x", nbins=5)
     panel.set_xlabel("environment steps")
-    panel.set_ylabel(measure([path for paths in groups.values() for path in paths]))
+    panel.set_ylabel(f"{measure([path for paths in groups.values() for path in paths])}\nhigher is better")
 
 
 def number(point: tuple[float, float, float], digits: int = 1) -> str:
@@ -189,11 +194,11 @@ def compare(report: Report, title: str, groups: dict[str, list[Path]], baseline:
             line.append(f"{improvement(*gains):.2f}" if name != baseline and all(gains) else "")
         lines.append(line)
     what = measure([path for paths in groups.values() for path in paths])
-    columns = ["", "runs", f"final {what}", "gain over offline", "area (speed)", "largest drop"]
+    columns = ["", "runs", f"final {what}", "gain over offline", "area (speed)", "largest drop (less is better)"]
     report.table(title, columns + ([f"P(better than {baseline})"] if baseline else []), lines)
 
 
-CURVES = "Lines: means over seeds; bands: their range; dotted: the offline policies."
+CURVES = "Lines: interquartile means over seeds, as in the table; bands: their range; dotted: the offline policies."
 
 
 def comparison(

@@ -123,8 +123,9 @@ def draw(panel, groups: dict[str, list[Path]], name: str, truth: np.ndarray) -> 
     panel.axvline(0, color="0.7", linewidth=0.8)
     ticks |= {x: f"{x:,.0f}" for x in np.linspace(0, steps[-1], 3).round(-2)}
     panel.set_xticks(list(ticks), list(ticks.values()), rotation=40, ha="right", fontsize=8)
-    panel.set_xlabel("environment steps")
-    panel.set_ylabel("V" if name == "probe/v" else "Q of the policy's actions")
+    panel.set_xlabel("environment steps of fine-tuning")
+    what = "V" if name == "probe/v" else "Q of the policy's actions"
+    panel.set_ylabel(f"{what} (discounted return ahead)\nnear the dotted line, and no jump, is better")
     panel.legend(fontsize=7)
 
 

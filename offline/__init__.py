@@ -78,17 +78,31 @@ def goes_on(args) -> bool:
     return getattr(declared(args), "GOES_ON", False)
 
 
-def check(args, data: Dataset) -> None:
-    """Refuse what `policy` would only stumble over, before anything is written. Raises UserError."""
+def check(args, data: Dataset) -> dict | None:
+    """Refuse what `policy` would only stumble over, before anything is written. Raises UserError.
+
+    It gives the policy that `--offline` names; None where that has to be trained, or none is needed.
+    """
     if getattr(declared(args), "FROM_SCRATCH", False):
-        return
+        return None
     if is_algorithm(args.offline) and not shipped(args):
         algorithm_args(args)
-    else:
-        found = load_policy(shipped(args) or Path(args.offline), data, args.trust_checkpoint, args.normalize_from)
-        check_critic(args, found)
-        check_learner(args, found)
-        check_hidden(args, found)
+        return None
+    return checked(args, read(args, shipped(args) or Path(args.offline), data))
+
+
+def read(args, path: Path, data: Dataset) -> dict:
+    """The policy in a file, ours or from elsewhere, as the arguments say. Raises UserError."""
+    found = load_policy(path, data, args.trust_checkpoint, args.normalize_from)
+    check_hidden(args, found)
+    return found
+
+
+def checked(args, found: dict) -> dict:
+    """The same policy. Raises UserError where it lacks what the script needs of it."""
+    check_critic(args, found)
+    check_learner(args, found)
+    return found
 
 
 def check_learner(args, found: dict) -> None:
@@ -128,22 +142,9 @@ def policy(args, run, data: Dataset, alone: bool = True) -> tuple[dict, Evaluato
     Its `score` is what the evaluator measures, and is printed beside the one in its file; `alone`: the run starts from
     it and from no other, so that it is compared with the data as well.
     """
-    if path := shipped(args):
-        print(f"{args.offline} ships with the repository for {args.env_id}; --offline-steps N trains one of your own")
-    elif is_algorithm(args.offline):
-        script, chosen = algorithm_args(args)
-        path = script.train(chosen, copy.copy(data))
-    else:
-        path = Path(args.offline)
+    path, handed_on = file_of(args, data), run.dir / "offline.pt"
     run.starts_from(path)
-    handed_on = run.dir / "offline.pt"
-    if handed_on.exists():
-        found = our_policy(handed_on, data)
-    else:
-        found = load_policy(path, data, args.trust_checkpoint, args.normalize_from)
-        check_hidden(args, found)
-    check_critic(args, found)
-    check_learner(args, found)
+    found = checked(args, our_policy(handed_on, data) if handed_on.exists() else read(args, path, data))
     data.standardise(found["state_mean"], found["state_std"], found.get("clip", math.inf))  # as the policy was trained
     data.transform_rewards(args.reward_scale, args.reward_shift)
     evaluator = make_evaluator(args, data, found["state_mean"], found["state_std"])
@@ -162,6 +163,17 @@ def policy(args, run, data: Dataset, alone: bool = True) -> tuple[dict, Evaluato
     return found, evaluator
 
 
+def file_of(args, data: Dataset) -> Path:
+    """The file of the policy that `--offline` names, trained first if there is none; `data` stays as it is."""
+    if path := shipped(args):
+        print(f"{args.offline} ships with the repository for {args.env_id}; --offline-steps N trains one of your own")
+        return path
+    if not is_algorithm(args.offline):
+        return Path(args.offline)
+    script, chosen = algorithm_args(args)
+    return script.train(chosen, copy.copy(data))
+
+
 def hidden_layers(args) -> int | tuple:
     """The layers of the policy that `--offline` names, as far as they can be known before it is there."""
     return getattr(algorithm_args(args)[1], "hidden", 2) if is_algorithm(args.offline) else 2
@@ -178,12 +190,12 @@ def seconds(args, data: Dataset) -> dict[str, float]:
     return {"offline": getattr(args, "members", 1) * chosen.steps * seconds_per_step(step, data.obs.device)}
 
 
-def learner(args, data: Dataset) -> dict:
-    """What a script that `goes_on` needs of a policy to be timed: networks of the right shape, trained or not."""
+def learner(args, data: Dataset, found: dict | None) -> dict:
+    """What a script that `goes_on` needs of a policy to be timed: that `found` by `check`, or untrained networks."""
     if not goes_on(args):
         return {}
-    if not is_algorithm(args.offline):
-        return load_policy(args.offline, data)
+    if found:
+        return found
     script, chosen = algorithm_args(args)
     agent = script.Agent(chosen, data.obs.shape[1], data.actions.shape[1]).to(data.obs.device)
     return {"learner": {"args": plain(chosen), "agent": agent.state_dict()}}
@@ -191,5 +203,4 @@ def learner(args, data: Dataset) -> dict:
 
 def trained(args, data: Dataset) -> dict:
     """The policy of the algorithm that `--offline` names, trained first if there is none; `data` stays as it is."""
-    script, chosen = algorithm_args(args)
-    return load_policy(script.train(chosen, copy.copy(data)), data)
+    return load_policy(file_of(args, data), data)

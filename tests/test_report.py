@@ -148,7 +148,7 @@ def made_up_run(args, prefix="kl"):
         rows.append(row)
     result = dict(
         offline=30.0, aligned=40.0, evaluated=["offline", "aligned"], start=40.0, references=(0, 1000),
-        offline_algorithm="cql", dataset="some-data", seed=3,
+        offline_algorithm="cql", dataset="some-data", seed=3, simulator="a robot",
     )  # fmt: skip
     return rows, result
 
@@ -163,7 +163,8 @@ def test_the_picture_of_a_run_explains_itself():
     plots.curve(figure, *made_up_run(args), args)
     scores, values, constraint, weight = figure.axes
     title = figure.get_suptitle()
-    assert "mine from cql on some-data" in title and "1 seed (3)" in title and "10 episodes" in title
+    assert "mine from cql on some-data, played in a robot\n1 seed (3), 40 environment steps" in title
+    assert "an evaluation: 10 episodes" in title
     stages = [label.get_text().split("\n") for label in constraint.get_xticklabels()]
     assert [stage[:2] for stage in stages] == [
         ["cql", "1,500"],
@@ -173,7 +174,7 @@ def test_the_picture_of_a_run_explains_itself():
     ]
     assert [stage[2] for stage in stages] == 3 * ["gradient steps"] + ["environment steps"]
     assert "higher is better" in scores.get_ylabel() and "nats" in constraint.get_ylabel()
-    assert weight.get_ylabel() == "λ" and all(panel.get_ylabel() for panel in figure.axes)
+    assert weight.get_ylabel() == "λ: weight of f" and all(panel.get_ylabel() for panel in figure.axes)
     # stages are one unit wide, fine-tuning three, which begins with the aligned policy
     shown = curves(scores)
     assert shown["offline policy: 30.0"].tolist() == [[0, 30], [6, 30]]
@@ -186,7 +187,8 @@ def test_the_picture_of_a_run_explains_itself():
         [5.25, 60],
         [6, 70],
     ]  # the last of its stages
-    assert curves(values)["Q of the data's, held-out states"][:3].tolist() == [[1, 0], [1.5, 5], [2, 10]]
+    q_data = curves(values)["Q of the data's actions (held-out states: mean, 10 to 90%)"]
+    assert q_data[:3].tolist() == [[1, 0], [1.5, 5], [2, 10]]
     assert curves(constraint)["τ: its threshold"].tolist() == [[5.25, 0.1], [6, 0.1]]
     assert curves(weight)["λ: weight of f"].tolist() == [[5.25, 31], [6, 41]]
     for panel in (scores, values, constraint):
@@ -228,9 +230,9 @@ def test_the_demos_show_the_naive_switch_beside_their_own_curve(tmp_path, monkey
     monkeypatch.setattr(plots, "SHIPPED", tmp_path)
     lines = ["env_id,seed,step,score", "here,0,10,4", "here,0,20,2", "here,1,10,6", "here,1,20,0", "there,0,10,99"]
     (tmp_path / "demo_naive_o2td3.csv").write_text("\n".join(lines))
-    demo = dict(preset="demo", env_id="here", learning_starts=20)
+    demo = dict(preset="demo", env_id="here", learning_starts=20, online_steps=20)
     assert not plots.naive_switch(o2sac.Args(**demo))  # another script
-    for other in (dict(preset="none"), dict(env_id="elsewhere"), dict(dataset_path="mine.hdf5")):
+    for other in (dict(preset="none"), dict(env_id="elsewhere"), dict(dataset_path="mine.hdf5"), dict(online_steps=30)):
         assert not plots.naive_switch(o2td3.Args(**demo | other))
     figure, args = Figure(), o2td3.Args(**demo)
     plots.curve(figure, *made_up_run(args, "mse"), args)
