@@ -227,6 +227,11 @@ def minari(env_id: str, data: str) -> Task | None:
     spec, notes = stored_spec(dataset.env_spec, env_id)
     if env_id.startswith("D4RL/antmaze/"):
         return minari_maze(env_id, data, spec, notes)
+    if env_id.startswith(tuple(f"D4RL/{hand}/" for hand in HAND_STEPS)):
+        notes.append(
+            "the actions are those of D4RL's file, replayed in that environment: what came of them there is other than "
+            "in D4RL, and so are rewards and scores"
+        )
     # Minari's own accessor for it would make the environment, from whatever the dataset says
     stored, eval_spec = getattr(dataset, "_eval_env_spec", None), None
     if stored is not None and stored != dataset.env_spec:

@@ -96,6 +96,12 @@ def test_the_evaluation_environment(store):
     assert trained_in.step(np.zeros(3))[1] < 2
 
 
+def test_a_hand_of_minaris_is_not_d4rls(store):
+    store("D4RL/pen/human-v9", gym.make("Hopper-v5"), episodes=1)
+    data = datasets.load("D4RL/pen/human-v9")
+    assert data.task.family == "minari" and "replayed in that environment" in data.describe()
+
+
 def test_its_own_reference_returns(store):
     store("toy/scored-v0", gym.make("Hopper-v5"), ref_min_score=10.0, ref_max_score=210.0)
     data = datasets.load("toy/scored-v0")
