@@ -39,10 +39,8 @@ PRESETS = {
         env_id="hopper-medium-demo", reevaluate_steps=5_000, value_lr=1e-3, online_steps=150_000, actor_lr=3e-4,
         beta_start=0.2, beta_steps=150_000, eval_every=5_000, log_every=500, compile=False,
     ),
-    # In the maze the online part is the paper's, to two fifths of its steps
     "demo antmaze": dict(
-        env_id="antmaze-umaze-demo", offline="bc", reevaluate_steps=3_000, online_steps=102_400, actor_lr=3e-5,
-        beta_start=1.0, beta_steps=250_000, eval_every=10_240,
+        env_id="antmaze-umaze-demo", offline="bc", reevaluate_steps=3_000, online_steps=153_600, eval_every=10_240,
     ),
     "quick": dict(reevaluate_steps=100_000, value_lr=3e-4, online_steps=100_352, beta_steps=100_000, log_every=1_000),
 }  # fmt: skip
