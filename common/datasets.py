@@ -84,8 +84,14 @@ class Dataset:
         if fraction < 1:
             self.need_order("choosing the best episodes")
         n = max(1, round(fraction * len(self.returns)))
-        best = self.returns.argsort(descending=True)[:n]
-        return self.rows(torch.isin(self.episode, best)) if n < len(self.returns) else self
+        return self.rows(torch.isin(self.episode, self.best(n))) if n < len(self.returns) else self
+
+    def best(self, n: int) -> torch.Tensor:
+        """The numbers of the `n` episodes of highest return, (n,); copies of one come after all others."""
+        first_copies = self.first_copies()
+        is_copy = first_copies != torch.arange(len(first_copies), device=first_copies.device)
+        returns = torch.as_tensor(self.returns, device=first_copies.device)
+        return returns.where(~is_copy, -torch.inf).argsort(descending=True)[:n]
 
     def need_order(self, what: str) -> None:
         """Raises UserError where the rows' order is lost, and with it the episodes that `what` needs."""
@@ -154,11 +160,14 @@ class Dataset:
     def first_copies(self) -> torch.Tensor:
         """For each episode the first one that begins with the same transition, itself where there is none before it."""
         numbers = torch.arange(len(self.returns), device=self.episode.device)
-        first_rows = torch.searchsorted(self.episode, numbers).clamp(max=len(self) - 1)
-        bits = self.table[first_rows].view(torch.int32).long()
+        if not self.ordered:
+            return numbers
+        there = self.episode.unique()
+        bits = self.table[torch.searchsorted(self.episode, there)].view(torch.int32).long()
         factors = torch.randint(1 << 62, bits.shape[1:], generator=torch.Generator().manual_seed(0)).to(bits.device)
         _, same = (bits * factors).sum(1).unique(return_inverse=True)  # a hash
-        return torch.full_like(numbers, len(numbers)).scatter_reduce(0, same, numbers, "amin")[same]
+        numbers[there] = torch.full_like(there, len(numbers)).scatter_reduce(0, same, there, "amin")[same]
+        return numbers
 
     def rows(self, chosen) -> "Dataset":
         columns = ("obs", "actions", "next_actions", "rewards", "next_obs", "terminations", "episode")

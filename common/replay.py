@@ -35,8 +35,7 @@ class ReplayBuffer:
             start = table
         elif mode == "part":
             dataset.need_order("--buffer part")
-            best = torch.as_tensor(dataset.returns, device=table.device).argsort(descending=True)[:part_episodes]
-            start = table[torch.isin(dataset.episode, best)]
+            start = table[torch.isin(dataset.episode, dataset.best(part_episodes))]
         self.table = torch.cat([start, table.new_zeros(steps, table.shape[1])])
         self.length = len(start)
         self.size = torch.tensor(self.length, dtype=torch.float64, device=table.device)  # read inside captured steps

@@ -386,6 +386,9 @@ def test_copies_of_an_episode_are_held_out_together(data):
     rest, held_out = whole.hold_out(0.2, 100)
     mine, theirs = set((rest.episode % n).tolist()), set((held_out.episode % n).tolist())
     assert mine and theirs and not mine & theirs and 0.7 < len(rest) / len(whole) < 0.9
+    # the best episodes are different ones
+    assert set(whole.best(5).tolist()) == set(data.returns.argsort(descending=True)[:5].tolist())
+    assert len(set((whole.best(n + 5) % n).tolist())) == n
 
 
 # ------------------------------------------------------------------------------------------------ clipped observations
