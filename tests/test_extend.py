@@ -1,5 +1,6 @@
 """The examples of docs/extend.md, as they are printed there."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -54,3 +55,22 @@ def test_a_task_of_ones_own(tmp_path, monkeypatch, hdf5):
     env.reset(seed=0)
     _, reward, *_, info = env.step(env.action_space.low * 0)
     assert data.task.measure == "return" and reward == pytest.approx(1 - info["x_velocity"], abs=0.01)
+
+
+def imported(path) -> set[str]:
+    """What a script takes from common/, as "module.name"."""
+    tree = ast.parse(path.read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules = {alias.name for node in imports if node.module == "common" for alias in node.names}
+    names = {f"{node.module.removeprefix('common.')}.{alias.name}"
+             for node in imports if node.module.startswith("common.") for alias in node.names}  # fmt: skip
+    attributes = (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return names | {name for name in attributes if name.count(".") == 1 and name.split(".")[0] in modules}
+
+
+def test_every_name_that_a_script_imports_stands_in_the_table():
+    scripts = [*ROOT.glob("o2*.py"), *ROOT.glob("offline/[a-z]*.py"), *ROOT.glob("baselines/[a-z]*.py")]
+    found = set().union(*map(imported, scripts))
+    table = GUIDE.split("## What a script imports")[1]
+    listed = {name for line in re.findall(r"^\| (`.*?`) \| \S", table, re.M) for name in re.findall("`(.*?)`", line)}
+    assert len(scripts) >= 10 and "nn.polyak" in found and found == listed
