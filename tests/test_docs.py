@@ -1,6 +1,7 @@
 """What the pages say is there: links, commands with their flags, and Python that runs as it is printed."""
 
 import dataclasses
+import json
 import re
 import shlex
 
@@ -11,8 +12,17 @@ from common import stages
 from common.identity import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
+         ROOT / "docs" / "walkthrough.ipynb",
          *sorted((ROOT / "datasets").glob("**/README.md"))]  # fmt: skip
 BLOCKS = re.compile(r"```(?:bash|sh)\n(.*?)```|`(python [^`\n]+)`", re.S)
+
+
+def text_of(page) -> str:
+    """A page's text; of a notebook that between its cells of code."""
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
 def commands(text: str) -> list[list[str]]:
@@ -24,7 +34,7 @@ def commands(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    text = re.sub(r"```.*?```", "", text_of(page), flags=re.S)
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
     lost = [t for t in targets if t and not t.startswith(("http", "mailto:")) and not (page.parent / t).exists()]
     assert not lost
@@ -32,7 +42,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_are_of_scripts_and_flags_that_exist(page):
-    for file, *words in commands(page.read_text()):
+    for file, *words in commands(text_of(page)):
         if file.startswith("mymethod"):
             file = "o2sac.py"
         script = stages.load(ROOT / file, ("Args",), "")
