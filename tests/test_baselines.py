@@ -9,6 +9,7 @@ import o2sac
 
 from baselines import aca, awac, cal_ql, iql, off2on, pex, rlpd, wsrl
 from common import cli, regime
+from common.identity import ROOT
 from common.run import Run, run_name
 from tests.conftest import TINY
 
@@ -57,6 +58,9 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, run_script, tmp
     assert {"args.json", "progress.csv", "result.json", "curve.png", "finetune.pt"} <= left
     assert "last online" in out and "estimated time" in out and "finetune  : 100%" in err
     assert out.count("regime: ") == 1
+    columns = (tmp_path / "whole" / name / "progress.csv").read_text().splitlines()[0].split(",")
+    page = (ROOT / "docs" / "scalars.md").read_text()
+    assert not [column for column in columns if column not in ("stage", "step") and f"`{column}`" not in page]
     result = json.loads((tmp_path / "whole" / name / "result.json").read_text())
     assert result["evaluations"] == 3 and result["best_fresh"] is not None
     assert result["regime"]["regime"] in regime.WORDS and result["regime"]["episodes"] == 2
