@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 
 import o2ppo
@@ -10,6 +11,7 @@ import o2sac
 import o2td3
 from common import cli
 from common.identity import ROOT
+from common.log import read_rows
 
 SCRIPTS = [o2sac, o2td3, o2ppo]
 COLUMNS = {"ours": "hopper-medium-v2", "expert": "hopper-expert-v2", "AntMaze": "antmaze-umaze-v2"}
@@ -98,3 +100,37 @@ def test_results_are_the_readmes(script):
     readme = (ROOT / "README.md").read_text()
     figures = re.findall(r"\d+\.\d(?: ± \d+\.\d)?", section(page_of(script), "Results"))
     assert len(figures) >= 3 and all(re.search(rf"(?<![\d.]){re.escape(x)}(?![\d.])", readme) for x in figures)
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def numbers(line: str) -> list[float]:
+    return [float(x) for x in re.findall(r"\d+\.\d", line)]
+
+
+def test_means_of_the_demos_are_those_of_their_seeds():
+    tables = re.findall(r"\| seed \|.*\n\|[-|]+\|\n((?:\| \d .*\n)+)(\| mean .*)", README)
+    assert len(tables) == 3
+    for seeds, means in tables:
+        rows = np.array([numbers(line.split("|", 2)[2]) for line in seeds.splitlines()])
+        told = np.array(numbers(means)).reshape(-1, 2)  # of rows that are rounded themselves
+        assert np.abs(told - np.stack([rows.mean(0), rows.std(0)], 1)).max() < 0.11
+
+
+NAIVE = {
+    "o2sac": "falls to {first} within 1,000 steps of its first update, swings between {low} and {high}, and ends at {end}",
+    "o2td3": "swings between {low} and {high} and ends at {end}",
+    "o2ppo": "stays between {low} and {high} and ends at {end}",
+}
+
+
+@pytest.mark.parametrize("script", NAIVE)
+def test_what_is_said_of_the_naive_switch_is_in_its_file(script):
+    rows = read_rows(ROOT / "datasets" / f"demo_naive_{script}.csv")
+    assert len({row["seed"] for row in rows}) == 1
+    scores = [row["score"] for row in rows]
+    changed = [score for score in scores if score != scores[0]]
+    told = dict(first=changed[0], low=min(changed), high=max(changed), end=np.mean(scores[-3:]))
+    text = " ".join(README.split())
+    assert NAIVE[script].format(**{name: f"{value:.1f}" for name, value in told.items()}) in text
