@@ -30,8 +30,8 @@ from common.bounds import at_least
 import torch
 
 ROOT = Path(__file__).parent.parent
-COMMON = """--device cpu --no-compile --eval-episodes 2 --checkpoint-seconds 0 --offline-steps 40 --reevaluate-steps 40
-    --log-every 10"""
+COMMON = """--device cpu --no-compile --eval-episodes 2 --regime-episodes 2 --checkpoint-seconds 0 --offline-steps 40
+    --reevaluate-steps 40 --log-every 10"""
 TWO = "--align-steps 40 --align-eval-every 20 --online-steps 120 --learning-starts 60 --eval-every 40 --batch-size 32"
 ROLLOUTS = """--reevaluate-batch-size 32 --online-steps 192 --rollout-steps 64 --minibatch-size 32 --update-epochs 2
     --eval-every 64"""
