@@ -119,10 +119,11 @@ def test_means_of_the_demos_are_those_of_their_seeds():
 
 
 NAIVE = {
-    "o2sac": "falls to {first} within 1,000 steps of its first update, swings between {low} and {high}, and ends at {end}",
+    "o2sac": "falls to {first} within 1,000 steps of its first update, swings between {low} and {high}, and ends at "
+             "{end}",
     "o2td3": "swings between {low} and {high} and ends at {end}",
     "o2ppo": "stays between {low} and {high} and ends at {end}",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("script", NAIVE)
