@@ -132,8 +132,9 @@ class OnlineArgs(RunArgs):
     """share of the dataset that is kept out of fine-tuning, in whole episodes, to measure the critic on (probe/…)"""
     probe_every: Annotated[int, at_least(1)] = 1_000
     """environment steps between those measurements (O2PPO: every rollout); before, they come with every logged mean"""
-    regime_episodes: Annotated[int, at_least(0)] = 50
-    """episodes by which the policy is compared with the data before it goes online; fewer than 2: it is not"""
+    regime_episodes: Annotated[int | None, at_least(0)] = None
+    """episodes by which the policy is compared with the data before it goes online; fewer than 2: it is not; None: five
+    for each of --eval-episodes, up to 50"""
     best_margin: Annotated[float, at_least(0)] = 0.0
     """standard errors by which an evaluation has to beat that of the best policy so far, start by start, to take its
     place, and with --reference best that of π_ref; 0: any higher score does (the paper)"""

@@ -20,6 +20,8 @@ def announce(run, data, evaluator, act) -> None:
     The policy plays `--regime-episodes` episodes from starts that no evaluation has.
     """
     n, what = run.args.regime_episodes, data.task.measure
+    if n is None:
+        n = min(5 * run.args.eval_episodes, 50)
     if n < 2 or not data.ordered or len(data.returns) < 3:
         return
     of_policy = np.array([evaluator.score(r) for r in evaluator.fresh_returns(act, data.obs.device, n)])
