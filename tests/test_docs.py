@@ -1,6 +1,7 @@
 """What the pages say is there: links, commands with their flags, and Python that runs as it is printed."""
 
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -64,3 +65,33 @@ def test_the_python_of_a_page_runs_as_it_is_printed(tmp_path, monkeypatch, run_s
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(block.replace('"iql.onnx"', repr(str(tmp_path / "iql.onnx"))), names)
     assert names["actions"][0] == pytest.approx(names["action"], abs=1e-4)
+
+
+SCRIPTS = [path for folder in (".", "offline", "baselines", "experiments", "benchmarks", "datasets")
+           for path in sorted((ROOT / folder).glob("[a-z]*.py"))]  # fmt: skip
+
+
+@functools.cache
+def flags() -> set[str]:
+    """The arguments of all scripts, as they are typed."""
+    scripts = [stages.load(path, (), "") for path in SCRIPTS]
+    names = {field.name for script in scripts if hasattr(script, "Args") for field in dataclasses.fields(script.Args)}
+    names = {name.replace("_", "-") for name in names}
+    return names | {f"no-{name}" for name in names} | {"help", "continue", "logdir"}  # the last is TensorBoard's
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_flags_and_files_that_are_named_are_there(page):
+    spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text_of(page), flags=re.S))
+    named = {word for span in spans for word in re.findall(r"(?<![\w-])--([a-z][a-z-]*[a-z])(?!…|-…)", span)}
+    files = {
+        name for span in spans for name in re.findall(r"(?<![\w/.<>$~])[a-z_]+/[\w/]+\.(?:py|md|csv|hdf5)\b", span)
+    }
+    lost = [name for name in files if not (ROOT / name).exists() and "/my" not in name]  # the reader's own
+    assert named - flags() == set() and lost == []
+
+
+def test_the_readme_names_every_algorithm():
+    text = (ROOT / "README.md").read_text()
+    lost = [path for path in SCRIPTS if path.parent.name in ("offline", "baselines") and f"`{path.name}`" not in text]
+    assert not lost

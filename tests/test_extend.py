@@ -74,3 +74,11 @@ def test_every_name_that_a_script_imports_stands_in_the_table():
     table = GUIDE.split("## What a script imports")[1]
     listed = {name for line in re.findall(r"^\| (`.*?`) \| \S", table, re.M) for name in re.findall("`(.*?)`", line)}
     assert len(scripts) >= 10 and "nn.polyak" in found and found == listed
+
+
+def test_what_a_script_needs_is_what_is_asked_for():
+    [needed] = re.findall(r"It needs (`.*?`)\.", GUIDE, re.S)
+    assert set(re.findall("`(.*?)`", needed)) == set(offline.NEEDED)
+    method = GUIDE.split("## A whole method")[1].split("\n## ")[0]
+    listed = set(re.findall(r"`([A-Z]\w*)[`(]", method))
+    assert set(stages.NEEDED) - {"Args", "PRESETS", "FAMILIES", "main"} <= listed
