@@ -495,7 +495,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         auxiliary = fill(args, batch, collected, agent, beta)
         stepper.run(args.update_epochs)
 
-        scalars = {"charts/episodic_return": float(np.mean(finished))} if finished else {}
+        scalars = env.outcomes()
         if env_step // args.eval_every > (env_step - per_rollout) // args.eval_every or env_step == total:
             found = evaluator.scalars(agent.act, device, final=env_step == total)
             improved = best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)

@@ -451,7 +451,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         next_obs, reward, terminated, episodic_return = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
         if episodic_return is not None:
-            run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
+            run.log("finetune", env_step, env.outcome)
             if outplayed.add(episodic_return) and args.reference == "adaptive":
                 agent.move_reference()
         if env_step % args.eval_every == 0 or env_step == args.online_steps:

@@ -251,7 +251,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         next_obs, reward, terminated, episodic_return = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
         if episodic_return is not None:
-            run.log("finetune", env_step, {"charts/episodic_return": episodic_return})
+            run.log("finetune", env_step, env.outcome)
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
             found = evaluator.scalars(agent.act, device, final=env_step == args.online_steps)
             best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)

@@ -105,29 +105,34 @@ class Episodes:
 
     Every episode starts from a seed of its own, so that seed and the actions taken so far are its whole state: loading
     it resets the environment and plays them again. Rewards come as training takes them, times `scale` plus `shift`;
-    an episode's return is that of the environment's own.
+    an episode's return is that of the environment's own. `outcome` is what is logged of the episode that ended last:
+    its return and, where the environment says so in any step, whether it was a success.
     """
 
     def __init__(self, env: gym.Env, seed: int, scale: float = 1.0, shift: float = 0.0):
         self.env, self.first_seed, self.episode = env, seed * 1_000_003, 0
-        self.scale, self.shift = scale, shift
+        self.scale, self.shift, self.outcome = scale, shift, {}
         self._reset()
 
     def _reset(self) -> None:
         self.obs, _ = self.env.reset(seed=self.first_seed + self.episode)
-        self.actions, self.total = [], 0.0
+        self.actions, self.total, self.success = [], 0.0, np.nan
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, float | None]:
         """(next_obs (S,), reward, whether it really terminated, the episode's return if this was its last step).
 
         `obs` is then the observation to act on next: that of a new episode after the last step of one.
         """
-        next_obs, reward, terminated, truncated, _ = self.env.step(action)
+        next_obs, reward, terminated, truncated, info = self.env.step(action)
         self.obs = next_obs
         self.actions.append(action)
         self.total += float(reward)
+        self.success = np.fmax(self.success, info.get("success", info.get("is_success", np.nan)))
         total = self.total
         if terminated or truncated:
+            self.outcome = {"charts/episodic_return": total}
+            if not np.isnan(self.success):
+                self.outcome["charts/episodic_success"] = float(self.success)
             self.episode += 1
             self._reset()
         reward = self.scale * float(reward) + self.shift
@@ -148,6 +153,7 @@ class VectorEpisodes:
 
     def __init__(self, task: Task, mean, std, n: int, seed: int, scale: float = 1.0, shift: float = 0.0):
         self.all = [Episodes(make_env(task, mean, std), seed * n + i, scale, shift) for i in range(n)]
+        self.ended: list[dict] = []
 
     @property
     def obs(self) -> np.ndarray:
@@ -158,10 +164,16 @@ class VectorEpisodes:
         results = [episodes.step(action) for episodes, action in zip(self.all, actions, strict=True)]
         next_obs, rewards, terminated, returns = zip(*results, strict=True)
         ended = np.array([value is not None for value in returns])
+        self.ended += [episodes.outcome for episodes, end in zip(self.all, ended, strict=True) if end]
         return (
             np.stack(next_obs), np.array(rewards, np.float32), np.array(terminated), ended,
             [value for value in returns if value is not None],
         )  # fmt: skip
+
+    def outcomes(self) -> dict[str, float]:
+        """The means of `outcome` over the episodes that ended since the last call; nothing where none did."""
+        ended, self.ended = self.ended, []
+        return {name: float(np.mean([outcome[name] for outcome in ended])) for name in (ended[0] if ended else {})}
 
     def state_dict(self) -> dict:
         return {str(i): episodes.state_dict() for i, episodes in enumerate(self.all)}

@@ -95,11 +95,9 @@ def spec(args: Args, pair: tuple[str, str], seed: int) -> Spec:
 
 
 def training_regret(path: Path) -> float | None:
-    """The share of the training episodes without a success, as CORL has it; None where a return does not say that."""
-    if analysis.result(path).get("references") != [0.0, 1.0]:
-        return None
-    _, returns = analysis.series(path, "finetune", "charts/episodic_return")
-    return float(1 - (returns > 0).mean()) if len(returns) else None
+    """The share of the training episodes without a success, as CORL has it; None where nothing says what one is."""
+    _, successes = analysis.series(path, "finetune", "charts/episodic_success")
+    return float(1 - successes.mean()) if len(successes) else None
 
 
 def offline_seconds(args: Args, run: Spec) -> float | None:

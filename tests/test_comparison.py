@@ -10,16 +10,16 @@ import torch
 from experiments import analysis, comparison, harness
 
 
-def made_up_run(folder, offline, scores, returns=(), **result):
-    """A finished run: its scores by environment step, its training episodes' returns."""
+def made_up_run(folder, offline, scores, successes=(), **result):
+    """A finished run: its scores by environment step, whether its training episodes were a success."""
     folder.mkdir(parents=True)
     rows = [("charts/score", step, score) for step, score in scores.items()]
-    rows += [("charts/episodic_return", step + 1, r) for step, r in enumerate(returns)]
+    rows += [("charts/episodic_success", step + 1, x) for step, x in enumerate(successes)]
     lines = [
         f"finetune,{step},{value}," if name == "charts/score" else f"finetune,{step},,{value}"
         for name, step, value in rows
     ]
-    (folder / "progress.csv").write_text("\n".join(["stage,step,charts/score,charts/episodic_return", *lines]) + "\n")
+    (folder / "progress.csv").write_text("\n".join(["stage,step,charts/score,charts/episodic_success", *lines]) + "\n")
     fixed = {"references": [0.0, 100.0], "regime": None, "seconds": {"finetune": 120.0}, "source": "made up",
              "hardware": "none", "eval_episodes": 10, "measure": "score"}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(fixed | {"offline": offline} | result))
@@ -38,9 +38,9 @@ def test_a_run_in_numbers(tmp_path):
 
 
 def test_training_regret(tmp_path):
-    maze = made_up_run(tmp_path / "a", 60.0, {8: 50}, [0, 1, 1, 0, 1, 1, 1, 1], references=[0.0, 1.0])
+    maze = made_up_run(tmp_path / "a", 60.0, {8: 50}, [0, 1, 1, 0, 1, 1, 1, 1])
     assert comparison.training_regret(maze) == 0.25
-    assert comparison.training_regret(made_up_run(tmp_path / "b", 60.0, {8: 50}, [0, 1])) is None
+    assert comparison.training_regret(made_up_run(tmp_path / "b", 60.0, {8: 50})) is None
 
 
 def test_aggregates(monkeypatch):

@@ -233,6 +233,45 @@ def test_truncation_is_no_termination():
     assert not np.array_equal(ends[5][0], episodes.obs)  # next_obs is the last state, not the next episode's first
 
 
+def test_an_episode_is_a_success_that_had_one(monkeypatch):
+    """Also where it goes on in another process behind the step that was one; without a word of the environment's no
+    episode is called anything."""
+    import gymnasium
+    import numpy as np
+
+    from common import envs
+
+    class Task(gymnasium.Env):
+        action_space = observation_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+        def reset(self, seed=None, options=None):
+            self.steps = 0
+            return np.zeros(1), {}
+
+        def step(self, action):
+            self.steps += 1
+            info = {} if action[0] < 0 else {"success": bool(action[0] > 0.5)}
+            return np.zeros(1), 2.0, False, self.steps == 3, info
+
+    def play(episodes, *actions):
+        for action in actions:
+            episodes.step(np.array([action]))
+        return episodes.outcome
+
+    first, second = envs.Episodes(Task(), 0), envs.Episodes(Task(), 0)
+    assert play(first, 0, 1) == {}
+    second.load_state_dict(first.state_dict())
+    assert play(first, 0) == play(second, 0) == {"charts/episodic_return": 6, "charts/episodic_success": 1}
+    assert play(first, 0, 0, 0)["charts/episodic_success"] == 0
+    assert play(first, -1, -1, -1) == {"charts/episodic_return": 6}
+    monkeypatch.setattr(envs, "make_env", lambda *_: Task())
+    side_by_side = envs.VectorEpisodes(None, None, None, 2, 0)
+    for _ in range(3):
+        side_by_side.step(np.array([[1.0], [0.0]]))
+    assert side_by_side.outcomes() == {"charts/episodic_return": 6, "charts/episodic_success": 0.5}
+    assert side_by_side.outcomes() == {}
+
+
 @pytest.mark.parametrize(("mode", "start"), [("half", 0), ("all", 1_999), ("none", 0)])
 def test_buffer_modes(data, mode, start):
     buffer = ReplayBuffer(data, 50, mode)
