@@ -16,13 +16,13 @@ lint: .venv/developed
 bench: .venv/installed  ## steps per second of every stage on this machine
 	$(BIN)/python benchmarks/steps.py
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --upgrade pip
-	$(BIN)/pip install -r requirements.txt
+	$(BIN)/pip install -r requirements.txt -c constraints.txt
 	$(BIN)/pip install --no-deps d4rl==1.1
 	touch $@
 
 .venv/developed: .venv/installed requirements-experiments.txt requirements-dev.txt
-	$(BIN)/pip install -r requirements.txt -r requirements-experiments.txt -r requirements-dev.txt
+	$(BIN)/pip install -r requirements.txt -r requirements-experiments.txt -r requirements-dev.txt -c constraints.txt
 	touch $@

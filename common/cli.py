@@ -290,6 +290,11 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(
+                f"--device {name} is not supported: steps and checkpoints are made for cpu and cuda, and nobody has tried "
+                "them elsewhere; networks as small as these train on --device cpu, too"
+            )
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         found = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]

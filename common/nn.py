@@ -114,6 +114,10 @@ def ensemble_mlp(
     return nn.Sequential(*layers, EnsembleLinear(n, inputs, outputs))
 
 
+# Many tensors in one kernel. PyTorch promises none of these names: where one is missing, plain tensors do the same.
+ONE_KERNEL = all(hasattr(torch, name) for name in ("_fused_adam_", "_foreach_norm", "_foreach_lerp_"))
+
+
 class Adam:
     """Adam (Kingma & Ba, 2015) on gradients that are passed in: `optimizer.step(torch.autograd.grad(loss, params))`.
 
@@ -133,10 +137,20 @@ class Adam:
     @torch.no_grad()
     def step(self, grads) -> None:
         self.count.add_(1)
+        if not ONE_KERNEL:
+            return self.step_one_by_one(grads)
         torch._fused_adam_(
             self.params, list(grads), self.exp_avg, self.exp_avg_sq, [], self.steps,
             lr=self.lr, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=self.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
+
+    def step_one_by_one(self, grads) -> None:
+        """θ -= lr m̂ / (√v̂ + ε), m̂ and v̂ being the means of gradients and their squares, without the bias to zero."""
+        moments = zip(self.params, grads, self.exp_avg, self.exp_avg_sq, self.steps, strict=True)
+        for param, grad, mean, square, n in moments:
+            mean.lerp_(grad, 1 - 0.9)
+            square.lerp_(grad**2, 1 - 0.999)
+            param.sub_(self.lr * (mean / (1 - 0.9**n)) / ((square / (1 - 0.999**n)).sqrt() + self.eps))
 
     def state_dict(self) -> dict:
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "steps": self.steps}
@@ -152,7 +166,8 @@ def clip_grad_norm(grads, max_norm: float | None) -> list[torch.Tensor]:
     """The gradients, scaled down together where their common norm is above `max_norm`; None leaves them as they are."""
     if max_norm is None:
         return list(grads)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+    norms = torch._foreach_norm(list(grads)) if ONE_KERNEL else [torch.linalg.vector_norm(grad) for grad in grads]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return [grad * scale for grad in grads]
 
@@ -167,7 +182,11 @@ def in_chunks(fn, *tensors: torch.Tensor, size: int = 65_536) -> list[torch.Tens
 @torch.no_grad()
 def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
     """target <- (1 - tau) target + tau source, for every parameter."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+    if ONE_KERNEL:
+        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+        return
+    for mine, theirs in zip(target.parameters(), source.parameters(), strict=True):
+        mine.lerp_(theirs, tau)
 
 
 def gaussian_log_prob(u: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:

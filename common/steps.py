@@ -114,7 +114,9 @@ def can_compile(device: torch.device) -> bool:
     else:
         compilers = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
     missing = ""
-    if device.type == "cuda" and not torch.utils._triton.has_triton():
+    if not all(hasattr(torch._dynamo.config, name) for name in ("trace_autograd_ops", "error_on_recompile")):
+        missing = f"what PyTorch 2.13 and 2.14 have for gradients in a compiled step (this is {torch.__version__})"
+    elif device.type == "cuda" and not torch.utils._triton.has_triton():
         missing = "Triton"
     elif not any(shutil.which(name) for name in compilers):
         missing = f"the C++ compiler {compilers[-1]} (the environment variable CXX may name another one)"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import steps
+from common import cli, nn, steps
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
@@ -42,7 +42,7 @@ def test_threads_wait_as_the_user_says(tmp_path):
 
 
 COMPILE = """
-from common import steps
+from common import cli, nn, steps
 import torch
 steps.setup(torch.device("cpu"), 0)
 step = steps.compiled(lambda: torch.arange(3).float() + 1, enabled=True)
@@ -118,3 +118,38 @@ def test_what_is_said_never_ends_a_run(encoding, read, tmp_path):
         process.stdout.close()  # with more in it than a pipe holds
         process.communicate()
     assert (tmp_path / "end").read_text() == "done"
+
+
+@pytest.mark.parametrize("one_kernel", [True, False])
+def test_a_pytorch_without_the_kernels_for_many_tensors_computes_the_same(one_kernel, monkeypatch):
+    assert nn.ONE_KERNEL  # of the PyTorch here
+    monkeypatch.setattr(nn, "ONE_KERNEL", one_kernel)
+    mine, theirs = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    theirs.load_state_dict(mine.state_dict())
+    optimizer = nn.Adam(mine.parameters(), 0.01, eps=1e-5)
+    reference = torch.optim.Adam(theirs.parameters(), 0.01, eps=1e-5)
+    for _ in range(20):
+        x = torch.randn(8, 5)
+        grads = torch.autograd.grad(mine(x).square().sum(), list(mine.parameters()))
+        optimizer.step(nn.clip_grad_norm(grads, 0.5))
+        reference.zero_grad()
+        theirs(x).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        reference.step()
+    torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), atol=1e-6, rtol=1e-5)
+    target = torch.nn.Linear(5, 3)
+    want = {name: 0.9 * x + 0.1 * mine.state_dict()[name] for name, x in target.state_dict().items()}
+    nn.polyak(target, mine, 0.1)
+    torch.testing.assert_close(target.state_dict(), want)
+
+
+def test_a_pytorch_that_cannot_compile_a_step_is_said_and_costs_speed_alone(monkeypatch, capsys):
+    monkeypatch.setattr(torch._dynamo, "config", object())
+    assert not steps.can_compile(torch.device("cpu"))
+    assert f"(this is {torch.__version__})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "xpu:0"])
+def test_a_device_that_nobody_has_tried_is_refused_by_name(name):
+    with pytest.raises(cli.UserError, match=f"^--device {name} is not supported: .* train on --device cpu, too$"):
+        cli.resolve_device(name)
