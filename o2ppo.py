@@ -159,6 +159,7 @@ class Args(cli.OnlineArgs):
 
 
 # ---------------------------------------------------------------------------------------------- networks
+# ALGO LOGIC: an actor in another layout than its KIND's (common/policies.py) writes a policy.pt that others cannot read
 
 
 class Actor(nn.Module):
@@ -244,6 +245,7 @@ def executed(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- 1. re-evaluation
+# ALGO LOGIC: each stage's losses and targets; all that is in `metrics` is logged
 
 
 class RewardScale:
@@ -473,6 +475,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         data.task, evaluator.mean, evaluator.std, args.num_envs, args.seed, args.reward_scale, args.reward_shift
     )
     outplayed = Outplayed(args.reference_window, args.reference_margin)
+    # TRY NOT TO MODIFY: what changes in this stage and is not named here starts anew when a run is resumed
     state = {"agent": agent, **optimizers, "env": env, "best": best, "outplayed": outplayed, "scale": scale,
              "stepper": stepper}  # fmt: skip
     total = args.online_steps // per_rollout * per_rollout
@@ -483,6 +486,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         run.log("finetune", 0, probe())
     player = copy.deepcopy(agent.actor).cpu()  # a network this small acts faster beside the environments than on a GPU
 
+    # TRY NOT TO MODIFY: the order of what happens in a rollout, which a resumed run repeats
     for env_step, _ in loop.blocks(per_rollout):
         fraction_left = 1 - (env_step - per_rollout) / total
         optimizers["actor_optimizer"].lr.fill_(args.actor_lr * fraction_left)
@@ -514,6 +518,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
 
 # ---------------------------------------------------------------------------------------------- the whole run
+# TRY NOT TO MODIFY: from these names all else finds out what the script is made of (common/stages.py)
 
 
 KIND = "gaussian"  # of the policy to start from, see common/policies.py

@@ -161,6 +161,7 @@ class Args(cli.OnlineArgs):
 
 
 # ---------------------------------------------------------------------------------------------- networks
+# ALGO LOGIC: an actor in another layout than its KIND's (common/policies.py) writes a policy.pt that others cannot read
 
 
 class Actor(nn.Module):
@@ -248,6 +249,7 @@ class Optimizers(dict):
 
 
 # ---------------------------------------------------------------------------------------------- 1. re-evaluation
+# ALGO LOGIC: each stage's losses and targets; all that is in `metrics` is logged
 
 
 def reevaluation_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: Optimizers):
@@ -429,6 +431,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     env = envs.make_env(data.task, evaluator.mean, evaluator.std)
     env = envs.Episodes(env, args.seed, args.reward_scale, args.reward_shift)
     outplayed = Outplayed(args.reference_window, args.reference_margin)
+    # TRY NOT TO MODIFY: what changes in this stage and is not named here starts anew when a run is resumed
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "outplayed": outplayed,
              "stepper": stepper}  # fmt: skip
     loop = Loop(run, "finetune", args.online_steps, state, device)
@@ -440,6 +443,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         mean, log_std = agent.actor(torch.as_tensor(obs, device=device)[None])
         return sample_actions(mean, log_std)[0][0].cpu().numpy()
 
+    # TRY NOT TO MODIFY: the order of what happens in a step, which a resumed run repeats
     for env_step in loop:
         if (env_step - 1) % args.probe_every == 0:
             run.log("finetune", env_step - 1, probe())
@@ -468,6 +472,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
 
 # ---------------------------------------------------------------------------------------------- the whole run
+# TRY NOT TO MODIFY: from these names all else finds out what the script is made of (common/stages.py)
 
 
 KIND = "squashed_gaussian"  # of the policy to start from, see common/policies.py

@@ -292,8 +292,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise UserError(
-                f"--device {name} is not supported: steps and checkpoints are made for cpu and cuda, and nobody has tried "
-                "them elsewhere; networks as small as these train on --device cpu, too"
+                f"--device {name} is not supported: steps and checkpoints are made for cpu and cuda, and nobody has "
+                "tried them elsewhere; networks as small as these train on --device cpu, too"
             )
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:

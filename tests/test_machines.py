@@ -153,3 +153,8 @@ def test_a_pytorch_that_cannot_compile_a_step_is_said_and_costs_speed_alone(monk
 def test_a_device_that_nobody_has_tried_is_refused_by_name(name):
     with pytest.raises(cli.UserError, match=f"^--device {name} is not supported: .* train on --device cpu, too$"):
         cli.resolve_device(name)
+
+
+def test_pip_install_says_that_scripts_are_run_from_the_folder():
+    done = subprocess.run([sys.executable, "setup.py", "egg_info"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("o2rl is not installed: ") and done.stderr.count("\n") == 1
