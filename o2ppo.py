@@ -501,12 +501,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
         scalars = env.outcomes()
         if env_step // args.eval_every > (env_step - per_rollout) // args.eval_every or env_step == total:
-            found = evaluator.scalars(agent.act, device, final=env_step == total)
-            improved = best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)
-            scores = {f"charts/{name}": value for name, value in found.items()}
-            losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-            scalars |= {**scores, "charts/SPS": loop.rate, "charts/beta": beta, "charts/best_score": best.score,
-                        "losses/reference_advantage": auxiliary.item(), **losses}  # fmt: skip
+            more = {"charts/beta": beta, "losses/reference_advantage": auxiliary.item()}
+            improved = loop.evaluate(evaluator, more)
             if improved and args.reference == "best":
                 agent.move_reference()
         interval = args.reference_interval

@@ -459,12 +459,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
             if outplayed.add(episodic_return) and args.reference == "adaptive":
                 agent.move_reference()
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
-            found = evaluator.scalars(agent.act, device, final=env_step == args.online_steps)
-            improved = best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)
-            scores = {f"charts/{name}": value for name, value in found.items()}
-            losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-            run.log("finetune", env_step, {**scores, "charts/best_score": best.score, "charts/SPS": loop.rate,
-                    **schedule.scalars(), **losses})  # fmt: skip
+            improved = loop.evaluate(evaluator, schedule.scalars())
             if improved and args.reference == "best":
                 agent.move_reference()
         if args.reference == "interval" and env_step % args.reference_interval == 0:

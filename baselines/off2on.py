@@ -309,12 +309,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         if episodic_return is not None:
             run.log("finetune", env_step, env.outcome)
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
-            found = evaluator.scalars(agent.act, device, final=env_step == args.online_steps)
-            best.update(found["score"], agent.actor, f"online, step {env_step:,}", evaluator.last)
-            scores = {f"charts/{name}": value for name, value in found.items()}
-            losses = {f"losses/{name}": value for name, value in stepper.means().items()}
-            run.log("finetune", env_step, {**scores, "charts/best_score": best.score, "charts/SPS": loop.rate,
-                    **losses})  # fmt: skip
+            loop.evaluate(evaluator)
 
 
 # ---------------------------------------------------------------------------------------------- the whole run

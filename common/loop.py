@@ -26,7 +26,7 @@ class Loop:
     """
 
     def __init__(self, run, stage: str, total: int, state: dict, device: torch.device):
-        self.run, self.stage, self.total, self.state = run, stage, total, state
+        self.run, self.stage, self.total, self.state, self.device = run, stage, total, state, device
         self.start, self.done = run.restore(stage, state, device)
         self.before = run.seconds.get(stage, 0.0)
         self.step, self.began = self.start, time.monotonic()
@@ -59,6 +59,20 @@ class Loop:
                     best = f" (best {self.state['best'].score:.1f})" if "best" in self.state else ""
                     bar.set_postfix_str(f"{self.run.measure} {self.run.last_score:.1f}{best}", refresh=False)
                 bar.update(n)
+
+    def evaluate(self, evaluator, more: dict[str, float] | None = None) -> bool:
+        """Evaluate the state's `agent` where the loop stands; whether that made it the `best`.
+
+        Logged are its scores, the means of what the `stepper` returned since the last time, and `more`.
+        """
+        agent, best, stepper = (self.state[name] for name in ("agent", "best", "stepper"))
+        found = evaluator.scalars(agent.act, self.device, final=self.step == self.total)
+        improved = best.update(found["score"], agent.actor, f"online, step {self.step:,}", evaluator.last)
+        scores = {f"charts/{name}": value for name, value in found.items()}
+        losses = {f"losses/{name}": value for name, value in stepper.means().items()}
+        standing = {"charts/best_score": best.score, "charts/SPS": self.rate}
+        self.run.log(self.stage, self.step, scores | standing | (more or {}) | losses)
+        return improved
 
     def __iter__(self) -> Iterator[int]:
         """The steps one by one, counted from 1."""
