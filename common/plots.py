@@ -67,7 +67,8 @@ def write_title(figure, seeds: str, result: dict, args) -> None:
 def plot(panel, x, y, *style, **more) -> None:
     """A curve, and its name in the legend if it has any points; one alone is a dot."""
     if len(x):
-        panel.plot(x, y, *style, **({"marker": "."} if len(x) == 1 else {}) | dict(linewidth=1.2, markersize=3) | more)
+        dot = {"marker": "."} if len(x) == 1 and "." not in style else {}
+        panel.plot(x, y, *style, **dot | dict(linewidth=1.2, markersize=3) | more)
 
 
 def draw_mean(panel, seeds: list[np.ndarray], name: str, colour: str, at=lambda step: step) -> None:

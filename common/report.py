@@ -155,7 +155,7 @@ def show(run: Run, result: dict) -> None:
     fresh = f"{result['best_fresh']:.1f} ± {result['best_fresh_error']:.1f}"
     table.add_row(f"best.pt on {result['fresh_episodes']} fresh starts", fresh)
     Console(markup=False).print(table)
-    episodes = f"{run.args.eval_episodes} episodes an evaluation"
+    episodes = f"{run.args.eval_episodes} episode{'s' * (run.args.eval_episodes > 1)} an evaluation"
     if result.get("final_episodes", 0) > run.args.eval_episodes:
         episodes += f", {result['final_episodes']} at the start and at the end"
     if run.args.best_margin:

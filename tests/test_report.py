@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import warnings
 import sys
 from pathlib import Path
 
@@ -194,6 +195,15 @@ def test_the_picture_of_a_run_explains_itself():
     for panel in (scores, values, constraint):
         [waiting] = [patch for patch in panel.patches if patch.get_label() == "no update yet"]
         assert waiting.get_bbox().intervalx.tolist() == [3, 4.5]
+
+
+def test_one_point_is_a_dot_whatever_its_style():
+    panel = Figure().subplots()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for style in ([], ["."], ["k--"]):
+            plots.plot(panel, [1], [2], *style)
+    assert [line.get_marker() for line in panel.get_lines()] == [".", ".", "."]
 
 
 def test_one_legend_off_the_data(tmp_path, monkeypatch):
