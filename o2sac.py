@@ -478,8 +478,8 @@ STAGES = (REEVALUATE, ALIGN, FINETUNE)
 ABLATIONS = ("reevaluate", "align", "constrain")  # --no-… leaves that part of the method out
 FINETUNING_ARGS = (  # what fine-tuning alone reads: runs that differ in nothing else share the stages before it
     "constrain", "online_steps", "learning_starts", "utd", "kl_threshold_start", "kl_threshold_end",
-    "kl_threshold_steps", "per_dimension", "reference", "reference_interval", "reference_window", "reference_margin",
-    "actor_grad_norm", "eval_every", "probe_every",
+    "kl_threshold_steps", "log_prob_floor", "per_dimension", "reference", "reference_interval", "reference_window",
+    "reference_margin", "actor_grad_norm", "eval_every", "probe_every",
 )  # fmt: skip
 
 

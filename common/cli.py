@@ -146,6 +146,8 @@ class OnlineArgs(RunArgs):
         return {}
 
     def check(self) -> None:
+        if self.best_margin and self.eval_episodes < 2:
+            raise UserError("--best-margin counts standard errors, which one episode has none of; --eval-episodes 2")
         if self.capture_video:
             check_video()
 

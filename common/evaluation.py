@@ -73,12 +73,13 @@ class Evaluator:
             raise UserError("an evaluation process died, killed or out of memory; try --eval-workers 0") from error
 
     def fresh_returns(self, policy, device: torch.device | str, episodes: int | None = None) -> np.ndarray:
-        """Returns from start states that no evaluation has seen, (episodes,); None: ten for every one of those.
+        """Returns from start states that no evaluation has seen, (episodes,); None: ten
+        for each of its episodes, up to 100, or as many as those.
 
         The best of many scores on the same start states is partly luck with these; here it has none.
         """
         n = len(self.seeds)
-        end = FRESH + (episodes or 10 * n)
+        end = FRESH + (episodes or min(10 * n, max(n, 100)))
         parts = [range(start, min(start + n, end)) for start in range(FRESH, end, n)]
         return np.concatenate([self.returns(policy, device, part) for part in parts])
 

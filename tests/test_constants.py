@@ -234,6 +234,11 @@ def test_a_number_out_of_range_is_refused_in_one_sentence(script, name, value, w
     assert str(refusal.value) == words
 
 
+def test_one_episode_has_no_standard_error():
+    with pytest.raises(cli.UserError, match="--best-margin counts standard errors, which one episode has none of"):
+        cli.complete(o2td3.Args(best_margin=2.0, eval_episodes=1))
+
+
 def test_a_refused_number_leaves_nothing_behind(run_script, tmp_path):
     flags = ["--env-id", "hopper-medium-demo", "--device", "cpu", "--run-dir", tmp_path / "runs"]
     code, out, err = run_script(o2td3, *flags, "--critic-lr", "nan")
