@@ -36,7 +36,7 @@ PRESETS = {
     # re-evaluation and the threshold, which reaches its end with the run.
     "demo": dict(
         env_id="hopper-medium-demo", reevaluate_steps=25_000, reevaluate_tau=0.05, align_steps=5_000,
-        online_steps=20_000, learning_starts=2_000, mse_threshold_steps=20_000, log_every=500, align_eval_every=2_000,
+        online_steps=20_000, learning_starts=2_000, mse_threshold_steps=20_000, log_every=500, align_eval_every=5_000,
     ),
     "quick": dict(
         reevaluate_steps=100_000, align_steps=50_000, online_steps=50_000, learning_starts=2_000, log_every=1_000,

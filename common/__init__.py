@@ -4,7 +4,7 @@ import os
 
 # Threads that wait for each other at every matrix product would otherwise spin, and where other processes run on the
 # same cores they spin away the time of the very thread that they wait for. A thousand turns, some ten microseconds,
-# cost nothing that can be seen there, and save most of the sleeps where cores are free. (The second variable is GNU's
+# cost little there, and save most of the sleeps where cores are free. (The second variable is GNU's
 # OpenMP's, which PyTorch has on Linux.)
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
