@@ -126,7 +126,7 @@ def folder(args: Args, spec: Spec) -> Path:
 
 def offline_policy(args: Args, name: str, seed: int) -> Path:
     """Where the policy of an offline algorithm is, or will be."""
-    if path := offline.shipped(argparse.Namespace(**vars(args) | dict(offline=name, offline_steps=None))):
+    if path := offline.shipped(argparse.Namespace(**vars(args) | dict(offline=name, offline_steps=None, hidden=None))):
         return path
     script = offline.algorithm(name)
     found = cli.parse(script.Args, script.PRESETS, script.FAMILIES, flags_of(args, seed))

@@ -11,6 +11,7 @@ from common import datasets, tasks
 
 TINY = [
     "--device", "cpu", "--no-compile", "--checkpoint-seconds", "0", "--batch-size", "32", "--eval-episodes", "2",
+    "--regime-episodes", "2",
 ]  # fmt: skip
 
 

@@ -29,6 +29,7 @@ def test_the_notebook_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(plt, "show", lambda: None)
     monkeypatch.chdir(ROOT / "docs")  # where Jupyter starts
     matplotlib.use("agg")
+    plt.close("all")  # what others left open
     names = {}
     for cell in code:
         exec(cell, names)
