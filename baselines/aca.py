@@ -24,7 +24,17 @@ from common import cli, datasets, envs, report, steps
 from common.bounds import above, at_least, between, even
 from common.checkpoint import BestPolicy, seed_everything
 from common.loop import Loop
-from common.nn import Adam, clip_grad_norm, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak, tanh_log_det
+from common.nn import (
+    Adam,
+    before_tanh,
+    clip_grad_norm,
+    ensemble_mlp,
+    gaussian_log_prob,
+    in_chunks,
+    mlp,
+    polyak,
+    tanh_log_det,
+)  # fmt: skip
 from common.policies import go_on
 from common.probe import STATES, Probe, fixed_noise
 from common.replay import ReplayBuffer
@@ -149,11 +159,6 @@ def clipped_log_prob(u: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor,
     far = width * log_std.exp()
     c = torch.minimum(log_prob_of(mean - far, mean, log_std), log_prob_of(mean + far, mean, log_std)).detach()
     return F.softplus(log_prob_of(u, mean, log_std) - c) + c
-
-
-def before_tanh(actions: torch.Tensor) -> torch.Tensor:
-    """u of stored actions (B, A); one at the very edge, where u is infinite, counts as one close to it."""
-    return torch.atanh(actions.clamp(-0.999999, 0.999999))
 
 
 class Agent(nn.Module):

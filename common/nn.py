@@ -200,6 +200,11 @@ def gaussian_entropy(log_std: torch.Tensor) -> torch.Tensor:
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
+def before_tanh(actions: torch.Tensor) -> torch.Tensor:
+    """u of stored actions tanh(u); one at the very edge, where u is infinite, counts as one close to it."""
+    return torch.atanh(actions.clamp(-0.999999, 0.999999))
+
+
 def tanh_log_det(u: torch.Tensor) -> torch.Tensor:
     """log |d tanh(u) / du|, summed over the last dimension, in a form that does not overflow: (..., A) -> (...)."""
     return (2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)

@@ -1,7 +1,6 @@
 """An experiment is a list of runs of the top-level scripts. Ray schedules them as processes of their own; finished ones
 are kept, so the same command started again does what is missing."""
 
-import argparse
 import csv
 import dataclasses
 import os
@@ -126,7 +125,7 @@ def folder(args: Args, spec: Spec) -> Path:
 
 def offline_policy(args: Args, name: str, seed: int) -> Path:
     """Where the policy of an offline algorithm is, or will be."""
-    if path := offline.shipped(argparse.Namespace(**vars(args) | dict(offline=name, offline_steps=None, hidden=None))):
+    if not args.dataset_path and (path := offline.shipped_file(args.env_id, name)):
         return path
     script = offline.algorithm(name)
     found = cli.parse(script.Args, script.PRESETS, script.FAMILIES, flags_of(args, seed))

@@ -68,9 +68,14 @@ def shipped(args) -> Path | None:
     It stands in for training one, unless the data, the number of steps or the layers are the user's own, or critics
     are needed too: a policy that ships is its actor alone.
     """
-    path = tasks.SHIPPED / "policies" / f"{args.env_id}__{args.offline}.pt"
     own = args.dataset_path or (args.offline_steps, args.hidden) != (None, None) or goes_on(args)
-    return path if not own and args.offline in ALGORITHMS and path.exists() else None
+    return None if own else shipped_file(args.env_id, args.offline)
+
+
+def shipped_file(env_id: str, name: str) -> Path | None:
+    """The file of that policy, whatever a run needs."""
+    path = tasks.SHIPPED / "policies" / f"{env_id}__{name}.pt"
+    return path if name in ALGORITHMS and path.exists() else None
 
 
 def goes_on(args) -> bool:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 from common import cli, datasets, pretrain, steps
 from common.bounds import at_least, between, finite
-from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det
+from common.nn import Adam, before_tanh, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det
 from common.replay import sample
 
 import torch
@@ -146,8 +146,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
     actor, critic, critic_target, baseline = agent.actor, agent.critic, agent.critic_target, agent.baseline
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
     baseline_params, target_entropy = list(baseline.parameters()), args.target_entropy * data.actions.shape[1]
-    # The data's actions before their tanh; one at its very edge, where that is infinite, counts as one close to it
-    u_data = torch.atanh(data.actions.clamp(-0.999999, 0.999999))
+    u_data = before_tanh(data.actions)
 
     def critic_gradients():
         obs, actions, rewards, next_obs, terminations, rows = sample(data, args.batch_size)
