@@ -34,7 +34,7 @@ from common.nn import (
     mlp,
     polyak,
     tanh_log_det,
-)  # fmt: skip
+)
 from common.policies import go_on
 from common.probe import STATES, Probe, fixed_noise
 from common.replay import ReplayBuffer
