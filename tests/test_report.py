@@ -90,9 +90,8 @@ def test_records_name_what_was_used(run_script, tmp_path, monkeypatch):
         spec.loader.exec_module(modules[name])
     flags = ["--dataset-path", data, "--run-dir", tmp_path]
     mybc = modules["mybc"]
-    args = cli.parse(
-        mybc.Args, mybc.PRESETS, mybc.FAMILIES, [*TINY, "--steps", "2", "--env-id", SMALL[1], *map(str, flags)]
-    )
+    tiny = ["--device", "cpu", "--no-compile", "--batch-size", "32", "--eval-episodes", "2", "--steps", "2"]
+    args = cli.parse(mybc.Args, mybc.PRESETS, mybc.FAMILIES, [*tiny, "--env-id", SMALL[1], *map(str, flags)])
     offline = mybc.train(args, load(args.env_id, args.dataset_path))
     saved = torch.load(offline, weights_only=True)
     assert (saved["algorithm"], saved["env_id"], saved["steps"]) == ("mybc", "my-rows", 2)
