@@ -14,16 +14,16 @@ from experiments.analysis import comparison
 from experiments.harness import Args, Spec, full, scripts
 
 
-def settings(script: str, seed: int) -> dict[str, Spec]:
+def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     """The runs to compare: each part left out that the script declares, after the full method's earlier stages."""
-    method, declared = full(script, seed), scripts.online(script)
+    method, declared = full(args, script, seed), scripts.online(script)
     before = [stage.name for stage in declared.STAGES[:-1]]
     runs = {"full": method}
     for name in declared.ABLATIONS:
         flag = (f"--no-{name}",)
         shared = tuple(before[: before.index(name)] if name in before else before)
         runs[f"no {name}"] = Spec(script, method.offline, seed, flag, method if shared else None, shared)
-    return runs | {"naive": full(script, seed, *(f"--no-{name}" for name in declared.ABLATIONS))}
+    return runs | {"naive": full(args, script, seed, *(f"--no-{name}" for name in declared.ABLATIONS))}
 
 
 if __name__ == "__main__":

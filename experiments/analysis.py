@@ -204,11 +204,11 @@ CURVES = "Lines: interquartile means over seeds, as in the table; bands: their r
 def comparison(
     args: harness.Args, name: str, question: str, settings: Callable, baseline="", draw=None, caption: str = CURVES
 ):
-    """A whole experiment: `settings(script, seed)` names its runs, to be compared with the `baseline` among them.
+    """A whole experiment: `settings(args, script, seed)` names its runs, to be compared with the `baseline` among them.
 
     `draw(panel, groups)` draws an algorithm's panel from a dictionary of setting -> run folders; None: learning curves.
     """
-    specs = {(y, seed): settings(y, seed) for y in args.algorithms for seed in range(args.seeds)}
+    specs = {(y, seed): settings(args, y, seed) for y in args.algorithms for seed in range(args.seeds)}
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
     report = Report(args, name, question)
     starts = {y: next(iter(specs[y, 0].values())).offline for y in args.algorithms}

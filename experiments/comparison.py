@@ -77,7 +77,7 @@ def pairs(args: Args) -> dict[str, tuple[str, str]]:
     """What is compared, by its name: a script, and the offline algorithm that it starts from."""
     found = {}
     for script in args.algorithms:
-        starts = OURS.get(Path(script).stem, (harness.offline_of(script),))
+        starts = OURS.get(Path(script).stem, (harness.offline_of(args, script),))
         for start in starts:
             found[f"{Path(script).stem} from {start}" if len(starts) > 1 else Path(script).stem] = (script, start)
     return found

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 from common import cli
 from experiments import analysis, harness
+from experiments.analysis import comparison
 from experiments.harness import Args, Spec, full, scripts
 
 FACTORS = (0.01, 0.1, 1, 10, 100)
@@ -39,22 +40,18 @@ def draw(panel, groups: dict[str, list[Path]]) -> None:
     panel.set_ylabel(analysis.measure([path for paths in groups.values() for path in paths]))
 
 
-def main() -> None:
-    args = cli.read(Args, __doc__)
-
-    def settings(name: str, seed: int) -> dict[str, Spec]:
-        base = full(name, seed)
-        if hasattr(scripts.online(name).Args, "beta_start"):
-            return {f"β {beta:g}": base.variant(f"beta{beta:g}", "--beta-start", str(beta)) for beta in BETAS}
-        runs = {}
-        for factor in FACTORS:
-            flags = threshold_flags(args, base, factor)
-            runs[f"τ × {factor:g}"] = base if factor == 1 else base.variant(f"tau{factor:g}", *flags)
-        return runs
-
-    caption = "Dots: runs; lines: their interquartile means. The aligned policy counts as an evaluation, in drops too."
-    analysis.comparison(args, "constraint", "How much constraint?", settings, draw=draw, caption=caption)
+def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
+    base = full(args, script, seed)
+    if hasattr(scripts.online(script).Args, "beta_start"):
+        return {f"β {beta:g}": base.variant(f"beta{beta:g}", "--beta-start", str(beta)) for beta in BETAS}
+    runs = {}
+    for factor in FACTORS:
+        flags = threshold_flags(args, base, factor)
+        runs[f"τ × {factor:g}"] = base if factor == 1 else base.variant(f"tau{factor:g}", *flags)
+    return runs
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    title = "How much constraint?"
+    caption = "Dots: runs; lines: their interquartile means. The aligned policy counts as an evaluation, in drops too."
+    cli.run(lambda: comparison(cli.read(Args, __doc__), "constraint", title, settings, draw=draw, caption=caption))

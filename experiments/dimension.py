@@ -54,7 +54,7 @@ def variant(spec: Spec, exp_name: str, flags: list[str]) -> Spec:
 def main() -> None:
     args = cli.read(Args, __doc__)
     title = "What do many action dimensions ask for?"
-    comparison(args, "dimension", title, lambda *run: settings(args, *run), "the paper's")
+    comparison(args, "dimension", title, settings, "the paper's")
 
 
 if __name__ == "__main__":

@@ -87,14 +87,15 @@ class Spec:
         return names if self.stages is None else self.stages
 
 
-def offline_of(script: str) -> str:
-    """The offline algorithm that a script starts from by itself: one of its own family."""
-    return scripts.online(script).Args().offline
+def offline_of(args: Args, script: str) -> str:
+    """The offline algorithm that a script starts from by itself at that scale: its preset's, whose policy may ship."""
+    declared = scripts.online(script)
+    return cli.parse(declared.Args, declared.PRESETS, declared.FAMILIES, flags_of(args, 0)).offline
 
 
-def full(script: str, seed: int, *flags: str) -> Spec:
+def full(args: Args, script: str, seed: int, *flags: str) -> Spec:
     """A script's whole method, from that algorithm's policy."""
-    return Spec(script, offline_of(script), seed, flags)
+    return Spec(script, offline_of(args, script), seed, flags)
 
 
 def flags_of(args: Args, seed: int) -> list[str]:

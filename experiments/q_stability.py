@@ -25,7 +25,7 @@ WINDOW = 1_000  # environment steps within which a jump counts
 
 def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     """With re-evaluation, and without: then Q is the offline algorithm's (O2PPO: V starts at random)."""
-    method = full(script, seed)
+    method = full(args, script, seed)
     starts = harness.parsed(args, method)
     if hasattr(starts, "rollout_steps"):  # the probe comes with every rollout
         flags = ("--online-steps", str(5 * starts.rollout_steps))
@@ -34,7 +34,7 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     name = ("--exp-name", f"{Path(script).stem}-start")
     return {
         "with re-evaluation": method.variant("start", *flags),
-        "without": full(script, seed, *name, "--no-reevaluate", *flags),
+        "without": full(args, script, seed, *name, "--no-reevaluate", *flags),
     }
 
 
@@ -45,9 +45,9 @@ def true_values(args: Args, script: str, seed: int) -> np.ndarray:
     In O2SAC's Bellman equation the policy's later entropy counts as reward; O2TD3's target noise is left out. Only for
     simulators whose state can be rebuilt from the observation.
     """
-    spec = harness.parsed(args, full(script, seed))
+    spec = harness.parsed(args, full(args, script, seed))
     data = datasets.load(args.env_id, args.dataset_path)
-    policy = load_policy(harness.offline_policy(args, offline_of(script), seed), data)
+    policy = load_policy(harness.offline_policy(args, offline_of(args, script), seed), data)
     net = policies.module(policy)
     mean, std = policy["state_mean"], policy["state_std"]
     states = data.hold_out(spec.holdout, STATES)[1].obs.numpy()
@@ -134,7 +134,9 @@ def main() -> None:
     specs = {(y, seed): settings(args, y, seed) for y in args.algorithms for seed in range(args.seeds)}
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
     report = analysis.Report(args, "q_stability", "Does Q jump when fine-tuning starts?")
-    figure, panels = analysis.panels([f"{Path(y).stem} from {offline_of(y)}" for y in args.algorithms], sharey=False)
+    figure, panels = analysis.panels(
+        [f"{Path(y).stem} from {offline_of(args, y)}" for y in args.algorithms], sharey=False
+    )
     lines, everything = [], []
     of_values = [y for y in args.algorithms if hasattr(harness.parsed(args, specs[y, 0]["without"]), "rollout_steps")]
     for panel, y in zip(panels, args.algorithms, strict=True):

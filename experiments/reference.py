@@ -16,8 +16,8 @@ from experiments.harness import Args, Spec, full
 INTERVALS = (1_000, 5_000, 10_000)
 
 
-def settings(script: str, seed: int) -> dict[str, Spec]:
-    best = full(script, seed)
+def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
+    best = full(args, script, seed)
     runs = {"best so far": best}
     for n in INTERVALS:
         name = f"every {n:,} steps"

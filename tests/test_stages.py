@@ -50,7 +50,7 @@ def test_what_a_copy_lacks_is_named(tmp_path):
 
 def test_experiments_take_a_copy(mymethod):
     args, script = harness.Args(algorithms=(str(mymethod),)), str(mymethod)
-    runs = ablations.settings(script, 0)
+    runs = ablations.settings(args, script, 0)
     assert list(runs) == ["full", "no reevaluate", "no align", "no constrain", "naive"]
     assert runs["no constrain"].shared == ("reevaluate", "sort") and runs["no reevaluate"].base is None
     harness.check_shared(args, runs["no constrain"])
@@ -68,9 +68,10 @@ def test_experiments_take_a_copy(mymethod):
      ("o2ppo", ["reevaluate", "constrain"])],
 )  # fmt: skip
 def test_each_part_of_the_method_is_left_out(script, parts):
-    runs = ablations.settings(script, 0)
-    assert list(runs) == ["full", *(f"no {part}" for part in parts), "naive"]
     args = harness.Args()
+    runs = ablations.settings(args, script, 0)
+    assert list(runs) == ["full", *(f"no {part}" for part in parts), "naive"]
+    assert all(harness.trained_for(args, spec) is None for spec in runs.values())  # the preset's policy, which ships
     names = {setting: harness.parsed(args, spec) for setting, spec in runs.items()}
     assert run_name(names["naive"]).count("-no-") == len(parts)
     for spec in runs.values():
