@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +61,14 @@ def test_play_films_an_episode(run_script, tmp_path):
     assert code == 0 and f"{tmp_path / 'videos'} holds the video" in out, err
     [film] = (tmp_path / "videos").glob("*.mp4")
     assert film.stat().st_size > 1_000
+
+
+def test_a_graphics_library_that_is_missing_keeps_nobody_from_training():
+    words = "from common import physics; import mujoco; print(mujoco.MjModel.__name__)"
+    environment = os.environ | {"MUJOCO_GL": "nonsense"}
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout == "MjModel\n"
+    assert done.stderr.startswith("warning: MUJOCO_GL=nonsense does not work here (") and "filmed" in done.stderr
 
 
 @pytest.mark.parametrize("missing", [["rliable"], ["rliable", "scipy"]])
