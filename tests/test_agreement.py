@@ -1,5 +1,6 @@
 """The simulator check: silent on D4RL's own rows and on ours, and never on another simulator's."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import physics as physics_table
 from common import agreement, datasets, envs, physics, simulation, tasks
 
 FRAGMENTS = Path(__file__).parent.parent.parent / "shared" / "datasets" / "fragments"
@@ -130,3 +132,13 @@ def test_gymnasiums_ant_is_sent_there(capsys):
 def test_states_that_observations_do_not_show_are_not_guessed(name, capsys):
     data = collected(tasks.Task("other", name, name, name, gymnasium.spec(name)), 50)
     assert "cannot be rebuilt from observations; not checked" in said(data, capsys)
+
+
+def test_the_table_of_errors(run_script):
+    code, out, err = run_script(physics_table, "--env-ids", "hopper-medium-demo", "--rows", "60")
+    assert code == 0, err
+    [line] = [line for line in out.splitlines() if "hopper-medium-demo" in line]
+    plain, here = ([float(x) for x in found.split(" / ")] for found in re.findall(r"\S+e-\d+ / \S+e-\d+", line))
+    assert max(here) < 1e-2 < max(plain) and here[0] < 1e-3 < plain[0]
+    code, _, err = run_script(physics_table, "--env-ids", "Hopper-v5")
+    assert code == 2 and err.startswith("error: ")
