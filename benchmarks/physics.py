@@ -3,7 +3,7 @@
     python benchmarks/physics.py --env-ids hopper-medium-v2 halfcheetah-medium-v2 walker2d-medium-v2 ant-medium-v2
 
 Each row is a file: the simulator is put into states of its rows, plays their actions, and is compared with the next
-observation and the reward there; the larger of the two errors, in their own units, at the median and at 99% of the rows.
+observation and the reward there; the larger of the two errors, in their own units, at the median and at 99%.
 """
 
 import sys
