@@ -228,7 +228,7 @@ class Agent(nn.Module):
         self.actor_reference.load_state_dict(self.actor.state_dict())
 
 
-def critic_probe(agent: Agent, held_out: datasets.Dataset) -> Probe:
+def critic_probe(args: Args, agent: Agent, held_out: datasets.Dataset) -> Probe:
     """Logged in every stage: Q at states that none trains on, and how far its ranking of actions is log π_off's."""
     mean, log_std = in_chunks(agent.actor_offline, held_out.obs)
     u = mean + log_std.exp() * fixed_noise(mean)
@@ -489,7 +489,7 @@ def main() -> None:
     seed_everything(args.seed)
     data, held_out = data.hold_out(args.holdout, STATES)
     agent = Agent(args, policy).to(data.obs.device)
-    probe, optimizers = critic_probe(agent, held_out), Optimizers(args, agent)
+    probe, optimizers = critic_probe(args, agent, held_out), Optimizers(args, agent)
     best = BestPolicy(policy["score"], agent.actor, "offline policy", run.last_returns, args.best_margin)
 
     if args.reevaluate:

@@ -10,8 +10,9 @@
     main()                   the whole run
     GOES_ON                  that it starts from the offline algorithm's critics and optimisers, too (`learner`)
     FROM_SCRATCH             that it starts from nothing
+    critic_probe(args, agent, held_out)  how its Q is asked, a `Probe` (common/probe.py): experiments/truth.py does
 
-The last two lists and flags may be missing. A copy of a script under another name is found by its file.
+From ABLATIONS on all but main may be missing. A copy of a script under another name is found by its file.
 """
 
 import importlib

@@ -9,11 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
-from common import agreement, cli, datasets, envs, policies
+from common import cli, datasets, policies
 from common.foreign import load_policy
-from common.nn import gaussian_log_prob, tanh_log_det
 from common.probe import STATES
-from experiments import analysis, harness
+from experiments import analysis, harness, rollouts
 from experiments.harness import Args, Spec, full, offline_of
 
 import numpy as np
@@ -38,44 +37,23 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     }
 
 
-@torch.no_grad()
 def true_values(args: Args, script: str, seed: int) -> np.ndarray:
-    """What Q (O2PPO: V) ought to be at the probe's states: π_off's discounted return from there, one episode each.
+    """What Q (O2PPO: V) ought to be at the probe's states: the discounted return of one episode each.
 
-    In O2SAC's Bellman equation the policy's later entropy counts as reward; O2TD3's target noise is left out. Only for
-    simulators whose state can be rebuilt from the observation.
+    π_off plays them as in the script's Bellman equation: see `rollouts.returns_ahead`. States that the simulator cannot
+    be put into are left out.
     """
     spec = harness.parsed(args, full(args, script, seed))
     data = datasets.load(args.env_id, args.dataset_path)
-    policy = load_policy(harness.offline_policy(args, offline_of(args, script), seed), data)
-    net = policies.module(policy)
-    mean, std = policy["state_mean"], policy["state_std"]
-    states = data.hold_out(spec.holdout, STATES)[1].obs.numpy()
-    all_envs = [envs.make_env(data.task) for _ in states]
-    for env, state in zip(all_envs, states, strict=True):
-        env.reset(seed=0)
-        agreement.set_state(env, data.task, state)
+    handed_on = harness.folder(args, settings(args, script, seed)["with re-evaluation"]) / "offline.pt"
+    path = handed_on if handed_on.exists() else harness.offline_policy(args, offline_of(args, script), seed)
+    net = policies.module(load_policy(path, data))  # one of another kind was handed on to the script's own
+    data = data.hold_out(spec.holdout, STATES)[1]
+    rows = rollouts.rebuilt(data)
     torch.manual_seed(seed)
-    obs, returns, running = states.copy(), np.zeros(len(states)), np.ones(len(states), bool)
-    for t in range(data.task.max_episode_steps):
-        x = (torch.as_tensor(obs) - mean) / std
-        bonus = np.zeros(len(states))
-        if net.kind == "squashed_gaussian":
-            m, log_std = net.spread(x)
-            u = m + log_std.exp() * torch.randn_like(m) if t else m  # the probe asks for Q of the most likely action
-            actions = torch.tanh(u).numpy()
-            if t:
-                bonus = -spec.alpha * (gaussian_log_prob(u, m, log_std) - tanh_log_det(u)).numpy()
-        else:
-            actions = (net.sample(x) if net.kind == "gaussian" else net.mode(x)).numpy()
-        for i in np.flatnonzero(running):
-            next_obs, reward, terminated, *_ = all_envs[i].step(actions[i])
-            obs[i] = next_obs
-            returns[i] += spec.gamma**t * (reward + bonus[i])
-            running[i] = not terminated
-        if not running.any():
-            break
-    return returns
+    # the probe asks for Q of the most likely action, and O2PPO for V
+    first = None if net.kind == "gaussian" else net.act(data.obs[rows])
+    return rollouts.returns_ahead([], data, rows, net, spec, first)
 
 
 def jump(path: Path, name: str, begins: float) -> float:

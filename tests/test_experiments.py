@@ -174,6 +174,7 @@ def test_arms_of_many_dimensions(script, own):
         "q_stability",
         "reference",
         "comparison",
+        "truth",
     ],
 )
 def test_every_experiment_explains_itself(name, capsys, monkeypatch):
