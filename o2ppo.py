@@ -73,8 +73,9 @@ class Args(cli.OnlineArgs):
     value_init: Literal["returns", "fqe"] = "returns"
     """returns: regress V on the discounted returns of the data, closer to the behaviour policy's value (the paper);
     fqe: fitted Q evaluation of π_off, then V(s) = E Q(s, a) over its actions"""
-    reevaluate_steps: Annotated[int, at_least(1)] = 1_000_000
-    """gradient steps"""
+    reevaluate_steps: Annotated[int | Literal["auto"], at_least(1)] = 1_000_000
+    """gradient steps; auto: until V rests on held-out states, at most as many as stand here otherwise, with a preset
+    the preset's"""
     reevaluate_batch_size: Annotated[int, at_least(1)] = 512
     """transitions in a batch"""
     value_lr: Annotated[float, at_least(0)] = 1e-4
@@ -518,7 +519,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
 
 KIND = "gaussian"  # of the policy to start from, see common/policies.py
-REEVALUATE = Stage("reevaluate", "reevaluate_steps", reevaluation_step, "re-evaluated")
+REEVALUATE = Stage("reevaluate", "reevaluate_steps", reevaluation_step, "re-evaluated", plateau="probe/v")
 FINETUNE = Stage(
     "finetune", "online_steps", update_epoch, "fine-tuned", "eval_every", empty_batch,
     per_step=lambda args: args.rollout_steps / args.update_epochs,

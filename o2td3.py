@@ -83,16 +83,17 @@ class Args(cli.OnlineArgs):
     # 1. re-evaluation
     reevaluate: bool = True
     """re-evaluate the critic; without it the offline algorithm's own critic goes on"""
-    reevaluate_steps: Annotated[int, at_least(1)] = 500_000
-    """gradient steps of fitted Q evaluation"""
+    reevaluate_steps: Annotated[int | Literal["auto"], at_least(1)] = 500_000
+    """gradient steps of fitted Q evaluation; auto: until Q of the policy's actions rests on held-out states, at most as
+    many as stand here otherwise, with a preset the preset's"""
     reevaluate_tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor there; with few steps a larger one is needed for Q to reach its fixed point"""
 
     # 2. alignment
     align: bool = True
     """align the critic with the policy"""
-    align_steps: Annotated[int, at_least(1)] = 500_000
-    """gradient steps of alignment"""
+    align_steps: Annotated[int | Literal["auto"], at_least(1)] = 500_000
+    """gradient steps of alignment; auto: until the rank correlation rests there, with the same limit"""
     align_eval_every: Annotated[int, at_least(1)] = 50_000
     """gradient steps between evaluations of the actor that is being aligned"""
     align_distance: Annotated[float, at_least(0)] = 1.0
@@ -465,8 +466,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
 
 KIND = "deterministic"  # of the policy to start from, see common/policies.py
-REEVALUATE = Stage("reevaluate", "reevaluate_steps", reevaluation_step, "re-evaluated")
-ALIGN = Stage("align", "align_steps", alignment_step, "aligned", "align_eval_every")
+REEVALUATE = Stage("reevaluate", "reevaluate_steps", reevaluation_step, "re-evaluated", plateau="probe/q_policy")
+ALIGN = Stage("align", "align_steps", alignment_step, "aligned", "align_eval_every", plateau="probe/rank_correlation")
 FINETUNE = Stage("finetune", "online_steps", finetuning_step, "fine-tuned", "eval_every", experience, schedules)
 STAGES = (REEVALUATE, ALIGN, FINETUNE)
 ABLATIONS = ("reevaluate", "align", "constrain")  # --no-… leaves that part of the method out

@@ -60,8 +60,8 @@ def command_line(args: Args) -> list[str]:
     """The run's own arguments: the paper's, with shorter budgets."""
     script = stages.online(args.script)
     paper = script.Args()
-    names = [stage.steps for stage in script.STAGES] + ["learning_starts"] * hasattr(paper, "learning_starts")
-    budgets = {name: getattr(paper, name) for name in names}
+    budgets = {stage.steps: stage.limit(paper) for stage in script.STAGES}
+    budgets |= {name: getattr(paper, name) for name in ["learning_starts"] if hasattr(paper, name)}
     budgets["offline_steps"] = algorithm(args.offline).Args().steps
     name = f"{Path(args.script).stem}-{args.fraction:g}"
     flags = ["--exp-name", name, "--compile" if args.compile else "--no-compile"]

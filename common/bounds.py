@@ -60,9 +60,9 @@ def bounds_of(args_class: type) -> dict[str, Bound]:
 
 
 def check(args) -> None:
-    """Refuse a number outside of its bound; None is inside of each. Raises UserError."""
+    """Refuse a number outside of its bound; None and words are inside of each. Raises UserError."""
     for name, inside in bounds_of(type(args)).items():
         value = getattr(args, name)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and not inside.holds(number):
+            if not isinstance(number, str | None) and not inside.holds(number):
                 raise UserError(f"--{name.replace('_', '-')} is {number}, but has to {inside.words}")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from common import steps
 from common.cli import Patient
 from common.errors import Interrupted
+from common.plateau import Plateau
 from common.steps import Stepper
 
 
@@ -21,8 +22,9 @@ class Loop:
 
     `state` names all that the stage changes: things with `state_dict` and `load_state_dict`. They are restored when the
     loop is made, and saved every `--checkpoint-seconds`, at the end, and when a signal asks to stop. `start` is the
-    step that it goes on from, and `done` whether nothing is left to do. The progress bar shows the last score, and
-    beside it that of the state's `best` where there is one.
+    step that it goes on from, and `done` whether nothing is left to do. `total` may become the step that was reached,
+    between two blocks, which ends the stage. The progress bar shows the last score, and beside it that of the state's
+    `best` where there is one.
     """
 
     def __init__(self, run, stage: str, total: int, state: dict, device: torch.device):
@@ -58,6 +60,7 @@ class Loop:
                 if math.isfinite(self.run.last_score):
                     best = f" (best {self.state['best'].score:.1f})" if "best" in self.state else ""
                     bar.set_postfix_str(f"{self.run.measure} {self.run.last_score:.1f}{best}", refresh=False)
+                bar.total = self.total
                 bar.update(n)
 
     def evaluate(self, evaluator, more: dict[str, float] | None = None) -> bool:
@@ -80,18 +83,21 @@ class Loop:
 
 
 def train(run, stage: str, make_step, steps: int, state: dict, *, device, compile=False, log_every: int, evaluate=None,
-          evaluate_every: int = 0, probe=None, phases: int = 1) -> None:  # fmt: skip
-    """Train a stage for `steps` steps in all, resuming where an earlier start of the same command stopped.
+          evaluate_every: int = 0, probe=None, phases: int = 1, plateau: Plateau | None = None) -> int:  # fmt: skip
+    """Train a stage for `steps` steps in all, resuming where an earlier start of the same command stopped; how many it
+    took.
 
     `state` names all that training changes. `make_step()`, called once that is restored, gives the step; it returns
     named scalar tensors, logged as their means over `log_every` steps. `evaluate(last)` returns a "score" and what
     comes with it every `evaluate_every` steps, `last` being true after all; `probe()` scalars that are logged at the
-    start and with those means; `phases`: see `Stepper`.
+    start and with those means; with a `plateau` the stage ends once that scalar of the probe's is at rest; `phases`:
+    see `Stepper`.
     """
     stepper = Stepper(None, device, graph=compile, phases=phases)
-    loop = Loop(run, stage, steps, state | {"stepper": stepper}, device)
+    state = state | {"stepper": stepper} | ({"plateau": plateau} if plateau else {})
+    loop = Loop(run, stage, steps, state, device)
     if loop.done:
-        return
+        return loop.start
     stepper.step = make_step()
     if probe and not loop.start:
         run.log(stage, 0, probe())
@@ -106,10 +112,13 @@ def train(run, stage: str, make_step, steps: int, state: dict, *, device, compil
         if step % log_every == 0 or step == steps:
             scalars = {f"{stage}/{name}": value for name, value in stepper.means().items()}
             scalars |= probe() if probe else {}
-        if evaluate and (step % evaluate_every == 0 or step == steps):
-            scalars |= {f"{stage}/{name}": value for name, value in evaluate(step == steps).items()}
+            if plateau and plateau.add(scalars[plateau.scalar]):
+                loop.total = step
+        if evaluate and (step % evaluate_every == 0 or step == loop.total):
+            scalars |= {f"{stage}/{name}": value for name, value in evaluate(step == loop.total).items()}
         if scalars:
             run.log(stage, step, scalars)
+    return loop.step
 
 
 @contextlib.contextmanager

@@ -66,7 +66,8 @@ def estimate(run: Run, seconds: dict[str, float]) -> None:
     """Print the time that each stage will take on this machine, and the way out where that is too long."""
     parts = ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items() if s)
     total = sum(seconds.values())
-    print(f"run: {run.dir}\nestimated time: {duration(total)} ({parts}), less what is done already")
+    most = "at most " * any(stage.auto(run.args) for stage in stages_of(run.args))
+    print(f"run: {run.dir}\nestimated time: {most}{duration(total)} ({parts}), less what is done already")
     if total > DAY:
         print(
             f"WARNING: that is {total / DAY:.1f} days on this device. --preset quick takes about an hour on 2 cores or "
@@ -123,7 +124,7 @@ def measured(run: Run, policy: dict, agent, best, data, evaluator) -> dict:
         "offline_data": policy["data"] or None, "seed": run.args.seed, "preset": run.args.preset,
         "eval_episodes": run.args.eval_episodes, "final_episodes": len(evaluator.final_seeds),
         "last_success": successes[-1] if successes else None,
-        "regime": run.regime, "evaluations": len(scores), "seconds": run.seconds,
+        "auto": run.auto, "regime": run.regime, "evaluations": len(scores), "seconds": run.seconds,
         "seconds_per_evaluation": evaluator.seconds / evaluator.count, "hardware": hardware(data.obs.device),
         "made_with": run.made_with,
     }  # fmt: skip
@@ -146,8 +147,9 @@ def show(run: Run, result: dict) -> None:
     table.add_row(f"offline ({result['offline_algorithm']}{trained})", f"{result['offline']:.1f}")
     for stage in stages_of(run.args)[:-1]:
         if stage.name in seconds:
-            score = f"{result[stage.done]:.1f}" if stage.done in result else ""
-            table.add_row(stage.done, score, seconds[stage.name])
+            score, ended = f"{result[stage.done]:.1f}" if stage.done in result else "", result.get("auto", {})
+            words = " ({steps:,} steps, {ended_by})".format(**ended[stage.name]) if stage.name in ended else ""
+            table.add_row(stage.done + words, score, seconds[stage.name])
     table.add_row(f"best online (step {result['best_online_step']:,})", f"{result['best_online']:.1f}")
     table.add_row("last online", f"{result['last_online']:.1f}", seconds["finetune"])
     table.add_row("mean of the last 3", f"{result['mean_of_last_3']:.1f}")

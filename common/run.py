@@ -111,6 +111,7 @@ class Run:
         self.dir = Path(args.run_dir) / name
         self.seconds: dict[str, float] = {}  # training time of each stage
         self.last_score, self.last_returns = math.nan, []  # of the last evaluation; the returns of its episodes
+        self.auto: dict[str, dict] = {}  # of stages that may end at a plateau: steps, limit, and which of these it was
         self.regime: dict | None = None  # of the policy that it starts from and the data, see common/regime.py
         self.measure = data.task.measure if data else "return"
         self.made_with = {"versions": versions(), "code": code_of(script_of(args)), "data": fingerprint(data)}

@@ -25,9 +25,10 @@ from types import ModuleType
 
 import torch
 
-from common import loop
+from common import cli, loop, tasks
 from common.errors import UserError
 from common.identity import ROOT
+from common.plateau import LOOKS, Plateau
 
 NEEDED = ("Args", "PRESETS", "FAMILIES", "KIND", "Agent", "Optimizers", "STAGES", "main")
 
@@ -37,13 +38,14 @@ class Stage:
     """One stage of a script.
 
     name       - of its checkpoint and of its scalars
-    steps      - the argument that holds how many steps it has; environment steps in the last stage
+    steps      - the argument that holds how many steps it has, or "auto"; environment steps in the last stage
     make_step  - make_step(args, source, agent, optimizers) gives its step; with `schedules`, their tensors come last
     done       - what the policy is after it, in a word for tables
     eval_every - the argument that holds the steps between evaluations of `agent.act`; "": it is not evaluated
     source     - source(args, data) is what its steps draw from; None: the data themselves
     schedules  - schedules(args) names what changes during the stage, each a function of the step
     per_step   - per_step(args) is how many environment steps belong to one step; None: one
+    plateau    - the probe's scalar whose plateau ends it where its steps are "auto"
     """
 
     name: str
@@ -54,6 +56,7 @@ class Stage:
     source: Callable | None = None
     schedules: Callable | None = None
     per_step: Callable | None = None
+    plateau: str = ""
 
     def example(self, args, data, agent, optimizers):
         """A step on a source of its own, to be timed."""
@@ -63,9 +66,24 @@ class Stage:
             given.append(Schedules(self.schedules(args), data.obs.device).tensors)
         return self.make_step(args, *given)
 
+    def auto(self, args) -> bool:
+        """Whether it ends at a plateau."""
+        return getattr(args, self.steps) == "auto"
+
+    def limit(self, args) -> int:
+        """How many steps it has at most: with "auto" as many as preset, family or script give it otherwise."""
+        if not self.auto(args):
+            return getattr(args, self.steps)
+        script, task = declared(args), tasks.resolve(args.env_id, args.dataset_path)
+        chosen = cli.chosen(script.PRESETS, script.FAMILIES, args.preset, task).get(self.steps, "auto")
+        found = chosen if chosen != "auto" else getattr(type(args), self.steps)
+        if found == "auto":
+            raise UserError(f"--{self.steps.replace('_', '-')} is auto in the script too: its limit has to stand there")
+        return found
+
     def number(self, args) -> int:
-        """How many steps `make_step`'s step is taken, 0 where the stage is left out."""
-        n = getattr(args, self.steps) if getattr(args, self.name, True) else 0
+        """How many steps `make_step`'s step is taken at most, 0 where the stage is left out."""
+        n = self.limit(args) if getattr(args, self.name, True) else 0
         return round(n / self.per_step(args)) if self.per_step else n
 
 
@@ -98,12 +116,18 @@ def train(run, stage: Stage, data, agent, optimizers, probe=None, evaluator=None
         run.last_returns = evaluator.last.tolist()
         return scalars
 
-    loop.train(
-        run, stage.name, lambda: stage.make_step(args, data, agent, optimizers), getattr(args, stage.steps),
-        {"agent": agent, **optimizers}, device=device, compile=args.compile, log_every=args.log_every, probe=probe,
+    limit, plateau = stage.limit(args), Plateau(stage.plateau) if stage.auto(args) else None
+    log_every = min(args.log_every, max(1, limit // LOOKS)) if plateau else args.log_every
+    steps = loop.train(
+        run, stage.name, lambda: stage.make_step(args, data, agent, optimizers), limit,
+        {"agent": agent, **optimizers}, device=device, compile=args.compile, log_every=log_every, probe=probe,
         evaluate=evaluate if stage.eval_every else None,
-        evaluate_every=getattr(args, stage.eval_every) if stage.eval_every else 0,
+        evaluate_every=getattr(args, stage.eval_every) if stage.eval_every else 0, plateau=plateau,
     )  # fmt: skip
+    if plateau:
+        ended = "plateau" if plateau.reached else "limit"
+        run.auto[stage.name] = {"steps": steps, "limit": limit, "ended_by": ended}
+        print(f"{stage.name}: {steps:,} of at most {limit:,} steps, ended by the {ended}")
 
 
 # ----------------------------------------------------------------------------------------------- scripts
