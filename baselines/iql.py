@@ -32,6 +32,7 @@ from common.run import Run
 from common.stages import Stage
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 PRESETS = {
@@ -43,7 +44,8 @@ PRESETS = {
 FAMILIES = {
     "antmaze": dict(reward_shift=-1.0, expectile=0.9, beta=10.0, online_steps=200_000, eval_every=5_000,
                     eval_episodes=20, final_episodes=100, best_margin=2.0),
-    "adroit": dict(expectile=0.8, online_steps=200_000, eval_every=5_000, eval_episodes=100, best_margin=2.0),
+    "adroit": dict(expectile=0.8, actor_dropout=0.1, online_steps=200_000, eval_every=5_000, eval_episodes=100,
+                   best_margin=2.0),
 }  # fmt: skip
 
 
@@ -65,6 +67,8 @@ class Args(cli.OnlineArgs):
     """inverse temperature of the advantage weights (AntMaze: 10)"""
     max_weight: Annotated[float, above(0)] = 100.0
     """advantage weights are clipped at this"""
+    actor_dropout: Annotated[float, between(0, 0.99)] = 0.0
+    """share of the actor's hidden units that its training leaves out (Adroit: 0.1, as CORL has it)"""
     online_steps: Annotated[int, at_least(1)] = 100_000
     """environment steps (the authors': a million)"""
     learning_starts: Annotated[int, at_least(1)] = 1
@@ -90,8 +94,12 @@ class Actor(nn.Module):
         self.net = mlp(obs_dim, hidden_layers, action_dim)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tanh(self.net(obs)), self.log_std.clamp(-20.0, 2.0)
+    def forward(self, obs: torch.Tensor, dropout: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in self.net[:-1]:
+            obs = layer(obs)
+            if dropout and isinstance(layer, nn.ReLU):  # in training alone
+                obs = F.dropout(obs, dropout)
+        return torch.tanh(self.net[-1](obs)), self.log_std.clamp(-20.0, 2.0)
 
 
 class Critic(nn.Module):
@@ -192,7 +200,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
 
         # actor: -min(exp(β u), 100) log π(a|s), over the batch's actions
         weight = (args.beta * advantage.detach()).exp().clamp(max=args.max_weight)
-        mean, log_std = actor(obs)
+        mean, log_std = actor(obs, args.actor_dropout)
         actor_loss = -(weight * gaussian_log_prob(actions, mean, log_std)).mean()
 
         metrics = {"critic_loss": critic_loss, "value_loss": value_loss, "actor_loss": actor_loss, "q": q.mean(),

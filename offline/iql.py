@@ -19,6 +19,7 @@ from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak
 from common.replay import sample
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 PRESETS = {
@@ -31,7 +32,7 @@ FAMILIES = {
     "antmaze": dict(
         reward_shift=-1.0, expectile=0.9, beta=10.0, eval_every=50_000, eval_episodes=20, final_episodes=100
     ),
-    "adroit": dict(expectile=0.8, eval_every=50_000, eval_episodes=100),
+    "adroit": dict(expectile=0.8, actor_dropout=0.1, eval_every=50_000, eval_episodes=100),
 }
 
 
@@ -55,6 +56,8 @@ class Args(pretrain.PretrainArgs):
     """inverse temperature of the advantage weights (AntMaze: 10)"""
     max_weight: Annotated[float, above(0)] = 100.0
     """advantage weights are clipped at this"""
+    actor_dropout: Annotated[float, between(0, 0.99)] = 0.0
+    """share of the actor's hidden units that its training leaves out (Adroit: 0.1, as CORL has it)"""
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -68,8 +71,12 @@ class Actor(nn.Module):
         self.net = mlp(obs_dim, hidden_layers, action_dim)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tanh(self.net(obs)), self.log_std.clamp(-20.0, 2.0)
+    def forward(self, obs: torch.Tensor, dropout: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in self.net[:-1]:
+            obs = layer(obs)
+            if dropout and isinstance(layer, nn.ReLU):  # in training alone
+                obs = F.dropout(obs, dropout)
+        return torch.tanh(self.net[-1](obs)), self.log_std.clamp(-20.0, 2.0)
 
 
 class Critic(nn.Module):
@@ -150,7 +157,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
 
         # actor: -exp(β (Q - V)) log π(a|s), over the data's actions
         weight = (args.beta * advantage.detach()).exp().clamp(max=args.max_weight)
-        log_prob = gaussian_log_prob(actions, *actor(obs))
+        log_prob = gaussian_log_prob(actions, *actor(obs, args.actor_dropout))
         actor_loss = -(weight * log_prob).mean()
 
         # the actor's learning rate falls to zero along a cosine

@@ -115,7 +115,7 @@ def test_iql_worked_example(beta, weights, monkeypatch):
     monkeypatch.setattr(iql, "polyak", lambda *_: None)
     mean, log_std = torch.tanh(column([[0.2, -1], [0, 0.5], [1.5, -0.3]])), column([-0.5, -1]).requires_grad_()
     actor = Outputs(log_std)
-    actor.forward = lambda _: (mean, log_std)
+    actor.forward = lambda *_: (mean, log_std)
     agent.actor, agent.critic = actor, Outputs(Q)
     agent.critic_target = Outputs([[10.2, 4.1, 7.2], [9.9, 4.2, 7.9]])
     agent.value = Outputs([9, 4.6, 7], [9.8, 3.1, 42])

@@ -66,6 +66,26 @@ def test_iql(data, monkeypatch):
     assert optimizers["actor_optimizer"].lr.item() == pytest.approx(want)
 
 
+def test_iqls_actor_is_trained_with_dropout_alone(data, monkeypatch):
+    """Half of the hidden units are left out, the others count double; what is played leaves none out."""
+    args, agent, optimizers = make(iql, actor_dropout=0.5, hidden=(6, 4))
+    obs, actions, *_ = fixed_rows(monkeypatch, iql, data)
+    kept = {width: (torch.arange(B * width).reshape(B, width) % 3 > 0) for width in (6, 4)}
+    monkeypatch.setattr(iql.F, "dropout", lambda x, share: x * kept[x.shape[1]] / (1 - share))
+    before = copy.deepcopy(agent)
+    iql.training_step(args, data, agent, optimizers)()
+    u = critic64(before.critic_target, obs, actions).min(0).values - mlp64(agent.value.net, obs)[:, 0]
+    x = obs.double()
+    for layer in (agent.actor.net[0], agent.actor.net[2]):
+        x = torch.relu(x @ layer.weight.double().T + layer.bias.double())
+        x = torch.where(kept[x.shape[1]], 2 * x, torch.zeros_like(x))
+    mean = torch.tanh(x @ agent.actor.net[4].weight.double().T + agent.actor.net[4].bias.double())
+    log_prob = Normal(mean, agent.actor.log_std.double().exp()).log_prob(actions.double()).sum(1)
+    loss = -(torch.exp(3 * u.detach()).clamp(max=100) * log_prob).mean()
+    same(optimizers["actor_optimizer"].calls[0], loss, list(agent.actor.parameters()))
+    torch.testing.assert_close(agent.act(obs), act64(agent.actor, obs).float())
+
+
 def test_advantage_weights_are_clipped(data):
     args, agent, optimizers = make(iql, beta=1e4)
     assert iql.training_step(args, data, agent, optimizers)()["advantage_weight"] <= 100
