@@ -42,14 +42,15 @@ class Probe:
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         """Scalars to be logged; docs/scalars.md explains them."""
-        q_anchor = self.q(self.obs, self.anchor)
+        acts, q_anchor = self.act(self.obs), self.q(self.obs, self.anchor)
         q_sampled = torch.stack([self.q(self.obs, actions) for actions in self.sampled])
         best = self.sampled.gather(0, q_sampled.argmax(0)[None, :, None].expand(1, *self.anchor.shape))[0]
         correlation = rank_correlation(self.preference.T, q_sampled.T)
         return {
             **spread("q_data", self.q(self.obs, self.actions)),
-            **spread("q_policy", self.q(self.obs, self.act(self.obs))),
+            **spread("q_policy", self.q(self.obs, acts)),
             "probe/rank_correlation": correlation.mean().item(),
             "probe/beats_anchor": (q_sampled > q_anchor).double().mean().item(),
             "probe/argmax_gap": ((best - self.anchor).square().mean(1).sqrt()).mean().item(),
+            "probe/drift": (acts - self.anchor).square().mean().sqrt().item(),
         }

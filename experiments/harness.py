@@ -147,7 +147,8 @@ def check_shared(args: Args, spec: Spec) -> None:
     """Raises ValueError if `spec` differs from its base in more than what it may."""
     mine, theirs = (dataclasses.asdict(parsed(args, s)) for s in (spec, spec.base))
     script = scripts.online(spec.script)
-    left_out = {stage.name for stage in script.STAGES} - set(spec.shared)
+    own = [stage for stage in script.STAGES if stage.name not in spec.shared]
+    left_out = {name for stage in own for name in (stage.name, stage.steps, stage.eval_every)}
     allowed = {"exp_name", *getattr(script, "FINETUNING_ARGS", ()), *left_out}
     if differ := [name for name in mine if mine[name] != theirs[name] and name not in allowed]:
         raise ValueError(f"{spec} cannot share the stages of its base: {', '.join(differ)} differ")

@@ -169,6 +169,7 @@ def test_arms_of_many_dimensions(script, own):
         "matrix",
         "ablations",
         "alignment",
+        "budget",
         "constraint",
         "dimension",
         "q_stability",

@@ -33,7 +33,7 @@ def test_probe_of_a_known_critic():
         held_out, lambda obs, a: -(a - 0.1).square().sum(-1), lambda obs: anchor + 0.1, anchor, sampled, preference
     )()
     q = -(sampled - 0.1).square().sum(-1).numpy()
-    assert found["probe/q_policy"] == 0
+    assert found["probe/q_policy"] == 0 and found["probe/drift"] == pytest.approx(0.1)
     assert found["probe/beats_anchor"] == pytest.approx((q > -0.03).mean())
     best = sampled.numpy()[q.argmax(0), np.arange(8)]
     assert found["probe/argmax_gap"] == pytest.approx(np.sqrt((best**2).mean(1)).mean(), rel=1e-5)
