@@ -85,7 +85,9 @@ class Args(cli.OnlineArgs):
 
     # 1. re-evaluation
     reevaluate: bool = True
-    """re-evaluate the critic; without it the offline algorithm's own critic goes on"""
+    """re-evaluate the critic; without it another one goes on, see --critic-init"""
+    critic_init: Literal["offline", "random"] = "offline"
+    """without re-evaluation: the offline algorithm's own critic, or a new one that nothing has trained"""
     reevaluate_steps: Annotated[int | Literal["auto"], at_least(1)] = 500_000
     """gradient steps of fitted Q evaluation; auto: until Q of the policy's actions rests on held-out states, at most as
     many as stand here otherwise, with a preset the preset's"""
@@ -107,6 +109,8 @@ class Args(cli.OnlineArgs):
     """environment steps"""
     learning_starts: Annotated[int, at_least(1)] = 1_000
     """environment steps before the first update"""
+    warmup_steps: Annotated[int, at_least(0)] = 0
+    """environment steps that π_off plays before π does, while the critics alone learn (after --learning-starts)"""
     utd: Annotated[int, at_least(1)] = 10
     """updates per environment step"""
     buffer: Literal["half", "all", "part", "none"] = "half"
@@ -211,10 +215,11 @@ class Agent(nn.Module):
         self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)
         self.actor_reference = copy.deepcopy(self.actor_offline)
         shape = dict(hidden_layers=args.critic_hidden, layer_norm=args.critic_layer_norm, n=args.critics)
-        if not args.reevaluate:  # the naive switch: the offline algorithm's critics, in that algorithm's shape
+        naive = not args.reevaluate and args.critic_init == "offline"
+        if naive:  # the naive switch: the offline algorithm's critics, in that algorithm's shape
             shape = {key: policy["critic"][key] for key in ("hidden_layers", "layer_norm")}
         self.critic = Critic(obs_dim, action_dim, **shape)
-        if not args.reevaluate:
+        if naive:
             self.critic.load_state_dict(policy["critic"]["critic"])
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
@@ -354,10 +359,12 @@ def lagrange_loss(log_lagrange: torch.Tensor, slack: torch.Tensor, expectile: fl
     return log_lagrange.exp() * ((expectile - (slack > 0).float()).abs() * slack).mean()
 
 
-def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: Optimizers, scheduled: dict):
+def finetuning_step(
+    args: Args, replay: ReplayBuffer, agent: Agent, optimizers: Optimizers, scheduled: dict, warming_up: bool = False
+):
     """SAC's `utd` updates of one environment step, under E[log π(a|s) - log π_ref(a|s)] < τ (Eq. 10 and 11).
 
-    `scheduled` holds what `schedules` names, as scalar tensors.
+    `scheduled` holds what `schedules` names, as scalar tensors. While `warming_up` the critics alone learn.
     """
     threshold = scheduled["kl_threshold"]
     times_threshold, times_floor = (replay.action_dim / n if args.per_dimension else 1.0 for n in (6, 3))
@@ -412,10 +419,11 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
     def step():
         for update in range(args.utd):
             critic_grads, actor_grads, alpha_grads, lagrange_grads, metrics = gradients()
-            if update == 0 and args.constrain:  # λ moves on the first of the ten only
-                optimizers["lagrange_optimizer"].step(lagrange_grads)
-            optimizers["alpha_optimizer"].step(alpha_grads)
-            optimizers["actor_optimizer"].step(actor_grads)
+            if not warming_up:
+                if update == 0 and args.constrain:  # λ moves on the first of the ten only
+                    optimizers["lagrange_optimizer"].step(lagrange_grads)
+                optimizers["alpha_optimizer"].step(alpha_grads)
+                optimizers["actor_optimizer"].step(actor_grads)
             optimizers["critic_optimizer"].step(critic_grads)
             polyak(critic_target, critic, args.tau)
         return metrics  # of the last update
@@ -427,8 +435,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     """Interact, update, evaluate, and move π_ref. `best` is the best policy of the stages before, with its score."""
     device = data.obs.device
     replay, schedule = experience(args, data), Schedules(schedules(args), device)
-    step = finetuning_step(args, replay, agent, optimizers, schedule.tensors)
-    stepper = steps.Stepper(step, device, graph=args.compile, steps_per_graph=1)
+    stepper = steps.Stepper(None, device, graph=args.compile, steps_per_graph=1)
     env = envs.make_env(data.task, evaluator.mean, evaluator.std)
     env = envs.Episodes(env, args.seed, args.reward_scale, args.reward_shift)
     outplayed = Outplayed(args.reference_window, args.reference_margin)
@@ -440,16 +447,19 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         return
 
     @torch.no_grad()
-    def explore(obs):
-        mean, log_std = agent.actor(torch.as_tensor(obs, device=device)[None])
+    def explore(actor, obs):
+        mean, log_std = actor(torch.as_tensor(obs, device=device)[None])
         return sample_actions(mean, log_std)[0][0].cpu().numpy()
 
     # TRY NOT TO MODIFY: the order of what happens in a step, which a resumed run repeats
     for env_step in loop:
         if (env_step - 1) % args.probe_every == 0:
             run.log("finetune", env_step - 1, probe())
-        obs, action = env.obs, explore(env.obs)
+        warming_up = env_step <= args.warmup_steps
+        obs, action = env.obs, explore(agent.actor_offline if warming_up else agent.actor, env.obs)
         schedule.fill(env_step)
+        if env_step in (loop.start + 1, args.warmup_steps + 1):  # at the start, and once the warm-up is over
+            stepper.change(finetuning_step(args, replay, agent, optimizers, schedule.tensors, warming_up))
         # Updates draw on the transitions before this one, so a GPU does them while the simulator takes this step
         if env_step > args.learning_starts:
             stepper.run(1)
@@ -457,7 +467,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
         if episodic_return is not None:
             run.log("finetune", env_step, env.outcome)
-            if outplayed.add(episodic_return) and args.reference == "adaptive":
+            if not warming_up and outplayed.add(episodic_return) and args.reference == "adaptive":
                 agent.move_reference()
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
             improved = loop.evaluate(evaluator, schedule.scalars())
@@ -478,7 +488,7 @@ FINETUNE = Stage("finetune", "online_steps", finetuning_step, "fine-tuned", "eva
 STAGES = (REEVALUATE, ALIGN, FINETUNE)
 ABLATIONS = ("reevaluate", "align", "constrain")  # --no-… leaves that part of the method out
 FINETUNING_ARGS = (  # what fine-tuning alone reads: runs that differ in nothing else share the stages before it
-    "constrain", "online_steps", "learning_starts", "utd", "kl_threshold_start", "kl_threshold_end",
+    "constrain", "online_steps", "learning_starts", "warmup_steps", "utd", "kl_threshold_start", "kl_threshold_end",
     "kl_threshold_steps", "log_prob_floor", "per_dimension", "reference", "reference_interval", "reference_window",
     "reference_margin", "actor_grad_norm", "eval_every", "probe_every",
 )  # fmt: skip

@@ -82,7 +82,9 @@ class Args(cli.OnlineArgs):
 
     # 1. re-evaluation
     reevaluate: bool = True
-    """re-evaluate the critic; without it the offline algorithm's own critic goes on"""
+    """re-evaluate the critic; without it another one goes on, see --critic-init"""
+    critic_init: Literal["offline", "random"] = "offline"
+    """without re-evaluation: the offline algorithm's own critic, or a new one that nothing has trained"""
     reevaluate_steps: Annotated[int | Literal["auto"], at_least(1)] = 500_000
     """gradient steps of fitted Q evaluation; auto: until Q of the policy's actions rests on held-out states, at most as
     many as stand here otherwise, with a preset the preset's"""
@@ -111,6 +113,8 @@ class Args(cli.OnlineArgs):
     """environment steps"""
     learning_starts: Annotated[int, at_least(1)] = 1_000
     """environment steps before the first update"""
+    warmup_steps: Annotated[int, at_least(0)] = 0
+    """environment steps that π_off plays before π does, while the critics alone learn (after --learning-starts)"""
     utd: Annotated[int, at_least(1)] = 1
     """updates per environment step"""
     policy_freq: Annotated[int, at_least(1)] = 2
@@ -209,10 +213,11 @@ class Agent(nn.Module):
         self.actor_reference = copy.deepcopy(self.actor_offline)
         self.actor_target = copy.deepcopy(self.actor_offline)
         shape = dict(hidden_layers=args.critic_hidden, layer_norm=args.critic_layer_norm)
-        if not args.reevaluate:  # the naive switch: the offline algorithm's critic, in that algorithm's shape
+        naive = not args.reevaluate and args.critic_init == "offline"
+        if naive:  # the naive switch: the offline algorithm's critic, in that algorithm's shape
             shape = {key: policy["critic"][key] for key in shape}
         self.critic = Critic(obs_dim, action_dim, **shape)
-        if not args.reevaluate:
+        if naive:
             self.critic.load_state_dict(policy["critic"]["critic"])
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_lagrange = nn.Parameter(torch.tensor(math.log(args.lagrange_init)))
@@ -355,10 +360,12 @@ def lagrange_loss(log_lagrange: torch.Tensor, slack: torch.Tensor, expectile: fl
     return log_lagrange.exp() * ((expectile - (slack > 0).float()).abs() * slack).mean()
 
 
-def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: Optimizers, scheduled: dict):
+def finetuning_step(
+    args: Args, replay: ReplayBuffer, agent: Agent, optimizers: Optimizers, scheduled: dict, warming_up: bool = False
+):
     """TD3's updates of one environment step, under E‖π(s) - π_ref(s)‖² / A < τ (Eq. 10 and 11).
 
-    `scheduled` holds what `schedules` names, as scalar tensors.
+    `scheduled` holds what `schedules` names, as scalar tensors. While `warming_up` the critics alone learn.
     """
     threshold = scheduled["mse_threshold"]
     actor, actor_target, reference = agent.actor, agent.actor_target, agent.actor_reference
@@ -407,9 +414,10 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
             optimizers["critic_optimizer"].step(critic_grads)
             if next(updates) % args.policy_freq == 0:
                 actor_grads, lagrange_grads, actor_metrics = actor_gradients(obs)
-                optimizers["actor_optimizer"].step(actor_grads)
-                if args.constrain:
-                    optimizers["lagrange_optimizer"].step(lagrange_grads)
+                if not warming_up:
+                    optimizers["actor_optimizer"].step(actor_grads)
+                    if args.constrain:
+                        optimizers["lagrange_optimizer"].step(lagrange_grads)
                 polyak(critic_target, critic, args.tau)
                 polyak(actor_target, actor, args.tau)
         return metrics | actor_metrics | {"lagrange": lagrange()}
@@ -431,19 +439,21 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     loop = Loop(run, "finetune", args.online_steps, state, device)
     if loop.done:
         return
-    stepper.step = finetuning_step(args, replay, agent, optimizers, schedule.tensors)
 
     @torch.no_grad()
-    def explore(obs):
-        action = agent.actor(torch.as_tensor(obs, device=device)[None])[0]
+    def explore(actor, obs):
+        action = actor(torch.as_tensor(obs, device=device)[None])[0]
         return (action + args.exploration_noise * torch.randn_like(action)).clamp(-1, 1).cpu().numpy()
 
     # TRY NOT TO MODIFY: the order of what happens in a step, which a resumed run repeats
     for env_step in loop:
         if (env_step - 1) % args.probe_every == 0:
             run.log("finetune", env_step - 1, probe())
-        obs, action = env.obs, explore(env.obs)
+        warming_up = env_step <= args.warmup_steps
+        obs, action = env.obs, explore(agent.actor_offline if warming_up else agent.actor, env.obs)
         schedule.fill(env_step)
+        if env_step in (loop.start + 1, args.warmup_steps + 1):  # at the start, and once the warm-up is over
+            stepper.change(finetuning_step(args, replay, agent, optimizers, schedule.tensors, warming_up))
         # Updates draw on the transitions before this one, so a GPU does them while the simulator takes this step
         if env_step > args.learning_starts:
             stepper.run(1)
@@ -451,7 +461,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
         if episodic_return is not None:
             run.log("finetune", env_step, env.outcome)
-            if outplayed.add(episodic_return) and args.reference == "adaptive":
+            if not warming_up and outplayed.add(episodic_return) and args.reference == "adaptive":
                 agent.move_reference()
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
             improved = loop.evaluate(evaluator, schedule.scalars())
@@ -472,7 +482,7 @@ FINETUNE = Stage("finetune", "online_steps", finetuning_step, "fine-tuned", "eva
 STAGES = (REEVALUATE, ALIGN, FINETUNE)
 ABLATIONS = ("reevaluate", "align", "constrain")  # --no-… leaves that part of the method out
 FINETUNING_ARGS = (  # what fine-tuning alone reads: runs that differ in nothing else share the stages before it
-    "constrain", "online_steps", "learning_starts", "utd", "mse_threshold_start", "mse_threshold_end",
+    "constrain", "online_steps", "learning_starts", "warmup_steps", "utd", "mse_threshold_start", "mse_threshold_end",
     "mse_threshold_steps", "reference", "reference_interval", "reference_window", "reference_margin", "actor_grad_norm",
     "eval_every", "probe_every",
 )  # fmt: skip

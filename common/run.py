@@ -134,9 +134,9 @@ class Run:
         afresh = "give this run a name of its own with --exp-name" if self.args.script else "choose another --run-dir"
         old = read_json(path, f"{afresh}, or delete that folder")
         was, now = {"versions": {}, "code": {}} | old.get("made_with", {}), self.made_with
-        arguments = plain(self.args)
-        if differ := [k for k in arguments if k not in FREE_ARGS and old.get(k) != arguments[k]]:
-            words = ", ".join(f"--{k.replace('_', '-')} {old.get(k)} (now {arguments[k]})" for k in differ)
+        arguments, known = plain(self.args), plain(type(self.args)()) | old  # one that is newer was as it is by itself
+        if differ := [k for k in arguments if k not in FREE_ARGS and known[k] != arguments[k]]:
+            words = ", ".join(f"--{k.replace('_', '-')} {known[k]} (now {arguments[k]})" for k in differ)
             raise UserError(f"{self.dir} holds a run with other arguments: {words}; {afresh}, or delete that folder")
         sources = {"data": ("on other data", Path(self.args.dataset_path).name or self.args.env_id),
                    "offline": ("from another policy", getattr(self.args, "offline", ""))}  # fmt: skip

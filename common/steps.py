@@ -164,13 +164,18 @@ class Stepper:
     """
 
     def __init__(self, step, device: torch.device, graph: bool = False, steps_per_graph: int = 10, phases: int = 1):
-        self.step, self.device = step, device
+        self.device = device
         self.sums: dict[tuple[str, ...], torch.Tensor] = {}  # of the steps that returned these names
         self.counts: Counter[tuple[str, ...]] = Counter()  # and how many these were
         self.use_graph = graph and device.type == "cuda"
         self.phases = phases
         self.steps_per_graph = steps_per_graph - steps_per_graph % phases if steps_per_graph > phases else 1
-        self.warmup = max(3, phases)  # whatever a step does has been done, and so compiled, before it is captured
+        self.change(step)
+
+    def change(self, step) -> None:
+        """Run another step from now on. Nothing that was captured of the one before is replayed; its averages stay."""
+        self.step = step
+        self.warmup = max(3, self.phases)  # whatever a step does has been done, and so compiled, before it is captured
         self.ran, self.graphs = 0, {}
 
     def run(self, n: int) -> None:

@@ -136,8 +136,10 @@ def check_hidden(args, found: dict) -> None:
 
 
 def check_critic(args, found: dict) -> None:
-    if not getattr(args, "reevaluate", True) and "critic" not in found and declared(args).KIND != "gaussian":
-        raise cli.UserError(f"{args.offline} has no critic, which --no-reevaluate needs; leave that flag out")
+    random = getattr(args, "critic_init", "") == "random" or declared(args).KIND == "gaussian"
+    if not getattr(args, "reevaluate", True) and "critic" not in found and not random:
+        remedy = "leave that flag out" + ", or add --critic-init random" * hasattr(args, "critic_init")
+        raise cli.UserError(f"{args.offline} has no critic, which --no-reevaluate needs; {remedy}")
 
 
 def policy(args, run, data: Dataset, alone: bool = True) -> tuple[dict, Evaluator]:

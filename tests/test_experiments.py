@@ -13,7 +13,7 @@ from common import stages
 from common.cli import UserError
 from common.datasets import load
 from common.identity import code_of
-from experiments import analysis, constraint, dimension, harness, q_stability
+from experiments import analysis, constraint, critic, dimension, harness, q_stability
 from experiments.harness import Spec
 from offline import td3_bc
 
@@ -163,6 +163,29 @@ def test_arms_of_many_dimensions(script, own):
     assert [differ(arm) for arm in arms.values()] == ([own, own | changes] if own else [])
 
 
+@pytest.mark.parametrize("script", ["o2sac", "o2td3"])
+def test_critics_share_the_stages_that_they_have(script):
+    args = critic.Args(run_flags="--online-steps 10000 --learning-starts 700")
+    runs = critic.settings(args, script, 0)
+    chosen = {name: harness.parsed(args, spec) for name, spec in runs.items()}
+    assert len({harness.folder(args, spec) for spec in runs.values()}) == 2 * len(critic.STARTS)
+    assert {name: found.warmup_steps for name, found in chosen.items() if "warm" not in name} == dict.fromkeys(
+        critic.STARTS, 0
+    )
+    assert {found.warmup_steps for name, found in chosen.items() if "warm" in name} == {700 + 2_000}
+    assert [name for name, found in chosen.items() if found.critic_init == "random"] == ["random", "random, warm-up"]
+    assert all(found.constrain for found in chosen.values())
+    shared = {name: spec.shared for name, spec in runs.items() if spec.base}
+    both = ("reevaluate", "align")
+    assert shared == {"re-evaluated": both[:1], "re-evaluated, warm-up": both[:1], "aligned, warm-up": both}
+    for spec in runs.values():
+        if spec.base:
+            harness.check_shared(args, spec)
+    assert runs["aligned"] == harness.full(args, script, 0)
+    with pytest.raises(UserError, match="o2ppo has no --critic-init"):
+        critic.settings(args, "o2ppo", 0)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -175,6 +198,7 @@ def test_arms_of_many_dimensions(script, own):
         "q_stability",
         "reference",
         "comparison",
+        "critic",
         "truth",
     ],
 )

@@ -93,6 +93,18 @@ def test_other_code_is_named_and_asked_about(begin, tmp_path, capsys):
     begin({"mine.py": "3"})  # it is the run's code now
 
 
+def test_an_argument_that_came_later_was_at_its_default(begin, tmp_path):
+    begin()
+    path = tmp_path / "run" / "args.json"
+    older = json.loads(path.read_text())
+    for name in ("holdout", "best_margin"):
+        del older[name]
+    path.write_text(json.dumps(older))
+    with pytest.raises(UserError, match=r"other arguments: --holdout 0.01 \(now 0.2\);"):
+        begin(holdout=0.2)
+    begin()
+
+
 def test_other_versions_are_said_and_not_refused(begin, monkeypatch, capsys):
     begin()
     monkeypatch.setattr(run, "versions", lambda: identity.versions() | {"MuJoCo": "9.9"})

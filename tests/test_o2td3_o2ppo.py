@@ -168,7 +168,7 @@ def test_variants(script, flags, finished, run_script):
         ("o2td3", ["--policy-freq", "0"], "--policy-freq is 0"),
         ("o2td3", ["--batch-size", "33"], "has to be an even number"),
         ("o2td3", ["--offline", "nowhere.zip"], "there is no checkpoint nowhere.zip"),
-        ("o2td3", ["--offline", "bc", "--no-reevaluate"], "has no critic, which --no-reevaluate needs"),
+        ("o2td3", ["--offline", "bc", "--no-reevaluate"], "needs; leave that flag out, or add --critic-init random"),
         ("o2ppo", ["--num-envs", "5"], "has to be a multiple of --num-envs (5)"),
         ("o2ppo", ["--online-steps", "63"], "has to be at least --rollout-steps"),
         ("o2ppo", ["--update-epochs", "-1"], "--update-epochs is -1"),

@@ -89,6 +89,21 @@ def test_nothing_is_captured_that_has_not_run_before(cuda):
     assert len(seen) == 5
 
 
+def test_a_step_that_takes_over_is_captured_anew(cuda):
+    """Nothing of the one before is replayed, and its own first steps run before they are captured."""
+    first, second = (lambda name=name: cuda.note(name) or {"loss": torch.ones(())} for name in ("first", "second"))
+    stepper = steps.Stepper(first, SimpleNamespace(type="cuda"), True, steps_per_graph=1)
+    stepper.run(7)
+    captured = len(stepper.graphs)
+    stepper.change(second)
+    assert captured == 1 and not stepper.graphs
+    stepper.run(3)
+    assert not stepper.graphs
+    stepper.run(4)
+    assert cuda.executed == ["first"] * 7 + ["second"] * 7
+    assert stepper.counts == {("loss",): 14}
+
+
 def test_captured_steps_count_what_each_of_them_returned(cuda):
     """A graph holds steps of several kinds: each name is averaged over those that returned it."""
     counter = itertools.count()

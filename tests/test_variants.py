@@ -1,0 +1,144 @@
+"""Options of O2SAC and O2TD3 that depart from the paper: each does what it says, and nothing else."""
+
+import os
+import signal
+from itertools import starmap
+
+import pytest
+import torch
+
+import o2sac
+import o2td3
+from common import cli, policies
+from common.replay import ReplayBuffer
+from tests.conftest import TINY
+from tests.reference import A, Recorder, S
+from tests.test_transfer import checkpoint
+
+SCRIPTS = {"o2sac": o2sac, "o2td3": o2td3}
+HIDDEN = [16, "ReLU", 16, "ReLU"]
+THRESHOLDS = {"o2sac": "kl_threshold", "o2td3": "mse_threshold"}
+SMALL = [*TINY, "--env-id", "hopper-medium-demo", "--regime-episodes", "0", "--eval-episodes", "1", "--log-every", "9",
+         "--reevaluate-steps", "6", "--align-steps", "6", "--align-eval-every", "6", "--online-steps", "24",
+         "--learning-starts", "5", "--utd", "2", "--eval-every", "24", "--actor-lr", "0.01",
+         "--critic-hidden", "16"]  # fmt: skip
+
+
+@pytest.fixture
+def start(hdf5, tmp_path, run_script, monkeypatch):
+    """Runs a script on a few random rows, from a policy without a critic: its checkpoints of each stage."""
+    path = hdf5()
+    for slow, quick in {"plots.draw": None, "agreement.report_simulator_check": None, "run.code_of": {}}.items():
+        monkeypatch.setattr(f"common.{slow}", lambda *_, found=quick, **__: found)
+
+    def run(script, *flags, folder="runs", code=0):
+        policy = tmp_path / f"{script}.pt"
+        if not policy.exists():
+            policies.save_policy(policy, **checkpoint(SCRIPTS[script].KIND, HIDDEN))
+        argv = [*SMALL, "--dataset-path", path, "--run-dir", tmp_path / folder, "--offline", policy, *flags]
+        found, _, err = run_script(SCRIPTS[script], *argv)
+        assert found == code, err
+        [run_dir] = (tmp_path / folder).iterdir()
+        stages = [name for name in ("reevaluate", "align", "finetune") if (run_dir / f"{name}.pt").exists()]
+        return {name: torch.load(run_dir / f"{name}.pt", weights_only=True) for name in stages}
+
+    return run
+
+
+def part(saved, name):
+    """The tensors of a stage's checkpoint that belong to a network, a number or an optimiser of this name."""
+    state = saved["state"]
+    if name.endswith("optimizer"):
+        return [*state[name]["exp_avg"], *state[name]["exp_avg_sq"], *state[name]["steps"]]
+    return [value for key, value in state["agent"].items() if f"{key}.".startswith(f"{name}.")]
+
+
+def same(a, b, *names):
+    """Which of these are the same in two checkpoints, bit for bit."""
+    return [name for name in names if all(starmap(torch.equal, zip(part(a, name), part(b, name), strict=True)))]
+
+
+# ----------------------------------------------------------------------------------------------- warm-up
+
+STAND_STILL = {
+    "o2sac": ("actor", "actor_optimizer", "log_alpha", "alpha_optimizer", "log_lagrange", "lagrange_optimizer"),
+    "o2td3": ("actor", "actor_optimizer", "log_lagrange", "lagrange_optimizer"),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_while_warming_up_the_offline_policy_plays_and_the_critic_learns(script, start, monkeypatch):
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # so that what is played is the most likely action
+    left = start(script, "--warmup-steps", "24")
+    aligned, ended = left["align"], left["finetune"]
+    assert same(aligned, ended, *STAND_STILL[script]) == list(STAND_STILL[script])
+    assert same(aligned, ended, "critic", "critic_target", "critic_optimizer") == []
+    table = ended["state"]["replay"]["table"]
+    obs, actions = table[:, :S], table[:, S : S + A]
+    names = ("actor_offline", "actor")
+    off, pi = (SCRIPTS[script].Actor(S, A, HIDDEN) for _ in names)
+    for net, name in zip((off, pi), names, strict=True):
+        net.load_state_dict({key[len(name) + 1 :]: value for key, value in ended["state"]["agent"].items()
+                             if key.startswith(f"{name}.")})  # fmt: skip
+    off, pi = ((torch.tanh(net(obs)[0]) if script == "o2sac" else net(obs)) for net in (off, pi))
+    torch.testing.assert_close(actions, off, rtol=1e-4, atol=1e-5)
+    assert (actions - pi).abs().max() > 1e-2
+
+    after = start(script, "--warmup-steps", "14", folder="longer")["finetune"]  # then all of them learn, and π plays
+    assert same(ended, after, *STAND_STILL[script]) == []
+    played = after["state"]["replay"]["table"]
+    assert torch.equal(played[:14], table[:14]) and not torch.equal(played[14, S : S + A], table[14, S : S + A])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_interrupted_warm_up_goes_on_bit_for_bit(script, start, monkeypatch):
+    """Stopped within it, at its last step, and after it."""
+    whole = start(script, "--warmup-steps", "12")["finetune"]
+    stops, add = [9, 12, 18], ReplayBuffer.add
+
+    def add_and_stop(self, *transition):
+        add(self, *transition)
+        if self.length in stops:
+            stops.remove(self.length)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ReplayBuffer, "add", add_and_stop)
+    while stops:
+        start(script, "--warmup-steps", "12", folder="parts", code=130)
+    ended = start(script, "--warmup-steps", "12", folder="parts")["finetune"]
+    names = ["agent", *(name for name in whole["state"] if name.endswith("optimizer"))]
+    assert torch.equal(whole["rng"]["torch"], ended["rng"]["torch"])
+    assert torch.equal(whole["state"]["replay"]["table"], ended["state"]["replay"]["table"])
+    assert whole["state"]["agent"].keys() == ended["state"]["agent"].keys()
+    agents = zip(whole["state"]["agent"].values(), ended["state"]["agent"].values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in agents) and same(whole, ended, *names[1:]) == names[1:]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_critics_loss_is_the_same_while_warming_up(script, data):
+    module, found = SCRIPTS[script], {}
+    for warming_up in (False, True):
+        torch.manual_seed(5)
+        args, optimizers = cli.complete(module.Args(compile=False, batch_size=32, utd=2)), Recorder()
+        policy = dict(obs_dim=S, action_dim=A, hidden_layers=2, actor=module.Actor(S, A, 2).state_dict())
+        agent, buffer = module.Agent(args, policy), ReplayBuffer(data, 10, "all")
+        scheduled = {THRESHOLDS[script]: torch.tensor(0.1)}
+        step = module.finetuning_step(args, buffer, agent, optimizers, scheduled, warming_up=warming_up)
+        step()
+        found[warming_up] = optimizers
+    assert found[True].keys() == {"critic_optimizer"} < found[False].keys()
+    a, b = (found[warming_up]["critic_optimizer"].calls for warming_up in (False, True))
+    assert len(a) == len(b) == 2
+    assert all(torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------- a random critic
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_random_critic_is_the_one_that_re_evaluation_would_begin_with(script, start):
+    flags = ["--no-align", "--learning-starts", "24"]
+    random = start(script, *flags, "--no-reevaluate", "--critic-init", "random", folder="random")
+    begun = start(script, *flags, "--critic-lr", "0", "--reevaluate-tau", "0", folder="begun")
+    assert same(random["finetune"], begun["reevaluate"], "critic", "critic_target") == ["critic", "critic_target"]
+    assert "reevaluate" not in random
