@@ -72,7 +72,7 @@ def test_of_finished_runs(tmp_path, run_script, monkeypatch, hdf5):
         copy = shutil.copytree(first, harness.folder(args, spec))
         (copy / "result.json").write_text(json.dumps(result | other))
     typed = [f"--run-flags={flags}", "--dataset-path", args.dataset_path, "--run-dir", args.run_dir, "--out", tmp_path]
-    typed += ["--seeds", "1", "--budgets", "0.5", "--algorithms", "o2td3", "--states", "5", "--rollouts", "2"]
+    typed += ["--seeds", "1", "--budgets", "0.5", "--algorithms", "o2td3", "--states", "256", "--rollouts", "2"]
     code, out, err = run_script(budget, *typed)
     assert code == 0, err
     page = (tmp_path / "budget.md").read_text()
@@ -82,6 +82,8 @@ def test_of_finished_runs(tmp_path, run_script, monkeypatch, hdf5):
     assert short[3] == "9 min" and short[4:8] == own[4:8] == auto[4:8]
     q, returned, bias = (float(cell.split(" ")[0]) for cell in own[4:7])
     assert 100 <= returned <= 106 and q - returned == pytest.approx(bias, abs=0.11)
+    last = [row for row in harness.rows(first) if row["stage"] == "reevaluate"][-1]
+    assert q == pytest.approx(last["probe/q_policy"], abs=0.051)  # the probe's states are the same
     short, own, auto = rows[3:6]  # of alignment
     assert [(row[1], row[3], row[6]) for row in (short, own)] == [("4", "10 min", "31.0"), ("8", "20 min", "32.0")]
     last = [row for row in harness.rows(first) if row["stage"] == "align"][-1]
