@@ -101,6 +101,12 @@ class Args(cli.OnlineArgs):
     """gradient steps of alignment; auto: until the rank correlation rests there, with the same limit"""
     align_eval_every: Annotated[int, at_least(1)] = 50_000
     """gradient steps between evaluations of the actor that is being aligned"""
+    align_actor_lr: Annotated[float | None, at_least(0)] = None
+    """learning rate of the actor there; 0: it stands still, and the critics alone are aligned; None: --actor-lr"""
+    align_constrain: bool = False
+    """add fine-tuning's penalty λ f there, of the distance from π_off and with λ at its start"""
+    align_restore: bool = False
+    """fine-tune from π_off, with the aligned critics"""
 
     # 3. constrained fine-tuning
     constrain: bool = True
@@ -318,6 +324,9 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
         anchor_loss = ((q_anchor - anchor_q[rows]) ** 2).mean(1).sum()
         # SAC's actor loss, α fixed: α log π(a|s) - min_i Q_i(s, a)
         actor_loss = (args.alpha * log_prob - q.amin(0)).mean()
+        if args.align_constrain:  # + λ f(s, a),  f = log π(a|s) - log π_off(a|s)
+            f = log_prob - log_prob_of(u, offline_mean[rows], offline_log_std[rows])
+            actor_loss = actor_loss + args.lagrange_init * f.mean()
         metrics = {"aligned_loss": aligned_loss, "anchor_loss": anchor_loss, "actor_loss": actor_loss, "q": q.mean(),
                    "q_anchor": q_anchor.mean(), "entropy": -log_prob.mean()}  # fmt: skip
         return (
@@ -327,10 +336,12 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
         )
 
     gradients = steps.compiled(gradients, args.compile)
+    optimizers["actor_optimizer"].lr.fill_(args.actor_lr if args.align_actor_lr is None else args.align_actor_lr)
 
     def step():
         critic_grads, actor_grads, metrics = gradients()
-        optimizers["actor_optimizer"].step(actor_grads)
+        if args.align_actor_lr != 0:  # else it stands still, and its moments with it
+            optimizers["actor_optimizer"].step(actor_grads)
         optimizers["critic_optimizer"].step(critic_grads)
         return metrics  # the targets stay where re-evaluation left them
 
@@ -490,7 +501,7 @@ ABLATIONS = ("reevaluate", "align", "constrain")  # --no-… leaves that part of
 FINETUNING_ARGS = (  # what fine-tuning alone reads: runs that differ in nothing else share the stages before it
     "constrain", "online_steps", "learning_starts", "warmup_steps", "utd", "kl_threshold_start", "kl_threshold_end",
     "kl_threshold_steps", "log_prob_floor", "per_dimension", "reference", "reference_interval", "reference_window",
-    "reference_margin", "actor_grad_norm", "eval_every", "probe_every",
+    "reference_margin", "actor_grad_norm", "eval_every", "probe_every", "align_restore",
 )  # fmt: skip
 
 
@@ -507,13 +518,19 @@ def main() -> None:
         train(run, REEVALUATE, data, agent, optimizers, probe)
     if args.align:
         train(run, ALIGN, data, agent, optimizers, probe, evaluator)
+        optimizers["actor_optimizer"].lr.fill_(args.actor_lr)
+        if args.align_restore:  # of all that alignment did the critics alone are kept
+            agent.actor.load_state_dict(agent.actor_offline.state_dict())
+            optimizers["actor_optimizer"] = Optimizers(args, agent)["actor_optimizer"]
+            run.last_score, run.last_returns = best.score, best.returns
         agent.critic_target.load_state_dict(agent.critic.state_dict())
     improved = best.update(run.last_score, agent.actor, "aligned policy", run.last_returns)
     if improved or args.reference == "adaptive":  # else π_off stays the reference
         agent.move_reference()
+    start = run.last_score
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 
-    report.finish(run, policy, agent, best, data, evaluator)
+    report.finish(run, policy, agent, best, data, evaluator, start)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,12 @@ class Args(cli.OnlineArgs):
     """gradient steps of alignment; auto: until the rank correlation rests there, with the same limit"""
     align_eval_every: Annotated[int, at_least(1)] = 50_000
     """gradient steps between evaluations of the actor that is being aligned"""
+    align_actor_lr: Annotated[float | None, at_least(0)] = None
+    """learning rate of the actor there; 0: it stands still, and the critics alone are aligned; None: --actor-lr"""
+    align_constrain: bool = False
+    """add fine-tuning's penalty λ f there, of the distance from π_off and with λ at its start"""
+    align_restore: bool = False
+    """fine-tune from π_off, with the aligned critics"""
     align_distance: Annotated[float, at_least(0)] = 1.0
     """the paper's k: how fast the aligned Q falls with the squared distance from the anchor"""
     align_max_distance: Annotated[float, at_least(0)] = 0.2
@@ -318,7 +324,11 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
         aligned_loss = ((q - q_aligned) ** 2).mean(1).sum()
         anchor_loss = ((q_anchor - q_anchor_target) ** 2).mean(1).sum()
         # TD3's actor loss: -Q_1(s, π(s))
-        actor_loss = -critic(obs, new_actions, n=1)[0].mean()
+        new_q = critic(obs, new_actions, n=1)[0]
+        actor_loss = -new_q.mean()
+        if args.align_constrain:  # -Q_1 / mean|Q_1| + λ f(s),  f(s) = ‖π(s) - ȧ‖² / A
+            f = ((new_actions - anchors) ** 2).mean(1)
+            actor_loss = actor_loss / new_q.abs().mean().detach() + args.lagrange_init * f.mean()
         metrics = {"aligned_loss": aligned_loss, "anchor_loss": anchor_loss, "actor_loss": actor_loss, "q": q.mean(),
                    "q_anchor": q_anchor.mean(), "distance": distance.mean()}  # fmt: skip
         return (
@@ -328,10 +338,12 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
         )
 
     gradients = steps.compiled(gradients, args.compile)
+    optimizers["actor_optimizer"].lr.fill_(args.actor_lr if args.align_actor_lr is None else args.align_actor_lr)
 
     def step():
         critic_grads, actor_grads, metrics = gradients()
-        optimizers["actor_optimizer"].step(actor_grads)
+        if args.align_actor_lr != 0:  # else it stands still, and its moments with it
+            optimizers["actor_optimizer"].step(actor_grads)
         optimizers["critic_optimizer"].step(critic_grads)
         return metrics  # the targets stay where re-evaluation left them
 
@@ -484,7 +496,7 @@ ABLATIONS = ("reevaluate", "align", "constrain")  # --no-… leaves that part of
 FINETUNING_ARGS = (  # what fine-tuning alone reads: runs that differ in nothing else share the stages before it
     "constrain", "online_steps", "learning_starts", "warmup_steps", "utd", "mse_threshold_start", "mse_threshold_end",
     "mse_threshold_steps", "reference", "reference_interval", "reference_window", "reference_margin", "actor_grad_norm",
-    "eval_every", "probe_every",
+    "eval_every", "probe_every", "align_restore",
 )  # fmt: skip
 
 
@@ -501,14 +513,20 @@ def main() -> None:
         train(run, REEVALUATE, data, agent, optimizers, probe)
     if args.align:
         train(run, ALIGN, data, agent, optimizers, probe, evaluator)
+        optimizers["actor_optimizer"].lr.fill_(args.actor_lr)
+        if args.align_restore:  # of all that alignment did the critics alone are kept
+            agent.actor.load_state_dict(agent.actor_offline.state_dict())
+            optimizers["actor_optimizer"] = Optimizers(args, agent)["actor_optimizer"]
+            run.last_score, run.last_returns = best.score, best.returns
         agent.critic_target.load_state_dict(agent.critic.state_dict())
         agent.actor_target.load_state_dict(agent.actor.state_dict())
     improved = best.update(run.last_score, agent.actor, "aligned policy", run.last_returns)
     if improved or args.reference == "adaptive":  # else π_off stays the reference
         agent.move_reference()
+    start = run.last_score
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 
-    report.finish(run, policy, agent, best, data, evaluator)
+    report.finish(run, policy, agent, best, data, evaluator, start)
 
 
 if __name__ == "__main__":

@@ -75,13 +75,16 @@ def estimate(run: Run, seconds: dict[str, float]) -> None:
         )
 
 
-def finish(run: Run, policy: dict, agent, best, data, evaluator) -> None:
-    """Save the policies, write result.json and curve.png, print the result's table, and film if asked to."""
+def finish(run: Run, policy: dict, agent, best, data, evaluator, start: float | None = None) -> None:
+    """Save the policies, write result.json and curve.png, print the result's table, and film if asked to.
+
+    `start` is the score that fine-tuning began with, None: the last one before it.
+    """
     save_online(run, policy, agent.actor, best)
     path = run.dir / "result.json"
     result = read_json(path, "delete it, and the same command makes it again") if path.exists() else {}
     if result.get("made_with", {}).get("code") != run.made_with["code"]:  # else it was finished already
-        result = measured(run, policy, agent, best, data, evaluator)
+        result = measured(run, policy, agent, best, data, evaluator, start)
         write_atomic(path, json.dumps(result, indent=2).encode())
     plots.draw(run.dir / "curve.png", plots.curve, offline_rows(run, policy) + run.logged.rows, result, run.args)
     if data.task.maze and not (run.dir / "paths.png").exists():
@@ -99,7 +102,7 @@ def draw_paths(run: Run, policy: dict, agent, data, evaluator) -> None:
     plots.draw(run.dir / "paths.png", plots.paths, ways, data.task.maze, height=5.5)
 
 
-def measured(run: Run, policy: dict, agent, best, data, evaluator) -> dict:
+def measured(run: Run, policy: dict, agent, best, data, evaluator, start: float | None) -> dict:
     """What result.json holds: scores, budgets, and what they were made from and with.
 
     A stage before the last one that evaluates leaves its last score under its word, "aligned"; `start` is the score
@@ -114,8 +117,9 @@ def measured(run: Run, policy: dict, agent, best, data, evaluator) -> dict:
     successes = [row["charts/success"] for row in run.logged.rows if "charts/success" in row]
     best_step, best_online = max(run.logged.evaluations("finetune"), key=lambda evaluation: evaluation[1])
     return {
-        **before, "evaluated": list(before), "start": list(before.values())[-1], "best_online": best_online,
-        "best_online_step": best_step, "last_online": scores[-1], "mean_of_last_3": float(np.mean(scores[-3:])),
+        **before, "evaluated": list(before), "start": list(before.values())[-1] if start is None else start,
+        "best_online": best_online, "best_online_step": best_step, "last_online": scores[-1],
+        "mean_of_last_3": float(np.mean(scores[-3:])),
         "best": best.score, "best_from": best.origin, "best_fresh": float(np.mean(fresh)), "fresh_episodes": len(fresh),
         "best_fresh_error": float(np.std(fresh, ddof=1) / len(fresh) ** 0.5), "references": data.task.references,
         "measure": run.measure, "scale": data.scale(), "script": script_name(run.args), "dataset": data.task.data,

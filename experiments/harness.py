@@ -148,9 +148,10 @@ def check_shared(args: Args, spec: Spec) -> None:
     mine, theirs = (dataclasses.asdict(parsed(args, s)) for s in (spec, spec.base))
     script = scripts.online(spec.script)
     own = [stage for stage in script.STAGES if stage.name not in spec.shared]
-    left_out = {name for stage in own for name in (stage.name, stage.steps, stage.eval_every)}
-    allowed = {"exp_name", *getattr(script, "FINETUNING_ARGS", ()), *left_out}
-    if differ := [name for name in mine if mine[name] != theirs[name] and name not in allowed]:
+    allowed = {"exp_name", *getattr(script, "FINETUNING_ARGS", ()), *(stage.name for stage in own)}
+    theirs_alone = tuple(stage.steps.removesuffix("_steps") + "_" for stage in own)  # how its other arguments begin
+    differ = [name for name in mine if mine[name] != theirs[name] and name not in allowed]
+    if differ := [name for name in differ if not name.startswith(theirs_alone)]:
         raise ValueError(f"{spec} cannot share the stages of its base: {', '.join(differ)} differ")
 
 

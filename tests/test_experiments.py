@@ -13,7 +13,7 @@ from common import stages
 from common.cli import UserError
 from common.datasets import load
 from common.identity import code_of
-from experiments import analysis, constraint, critic, dimension, harness, q_stability
+from experiments import ablations, alignment_variants, analysis, constraint, critic, dimension, harness, q_stability
 from experiments.harness import Spec
 from offline import td3_bc
 
@@ -164,6 +164,28 @@ def test_arms_of_many_dimensions(script, own):
 
 
 @pytest.mark.parametrize("script", ["o2sac", "o2td3"])
+def test_variants_of_alignment_differ_in_it_alone(script):
+    args = alignment_variants.Args()
+    runs = alignment_variants.settings(args, script, 0)
+    chosen = {name: vars(harness.parsed(args, spec)) for name, spec in runs.items()}
+    paper = chosen.pop("the paper's")
+    changes = {name: {k: v for k, v in found.items() if v != paper[k] and k != "exp_name"}
+               for name, found in chosen.items()}  # fmt: skip
+    assert changes == {
+        "actor's rate × 0.1": {"align_actor_lr": pytest.approx(1e-5)}, "penalty": {"align_constrain": True},
+        "actor frozen": {"align_actor_lr": 0}, "from π_off": {"align_restore": True}, "none": {"align": False},
+    }  # fmt: skip
+    assert len({harness.folder(args, spec) for spec in runs.values()}) == len(runs)
+    for name, spec in runs.items():
+        if spec.base:
+            harness.check_shared(args, spec)
+            assert spec.shared == (("reevaluate", "align") if name == "from π_off" else ("reevaluate",))
+    assert runs["none"] == ablations.settings(args, script, 0)["no align"]  # one run for both
+    with pytest.raises(UserError, match="o2ppo has no --align-restore"):
+        alignment_variants.settings(args, "o2ppo", 0)
+
+
+@pytest.mark.parametrize("script", ["o2sac", "o2td3"])
 def test_critics_share_the_stages_that_they_have(script):
     args = critic.Args(run_flags="--online-steps 10000 --learning-starts 700")
     runs = critic.settings(args, script, 0)
@@ -192,6 +214,7 @@ def test_critics_share_the_stages_that_they_have(script):
         "matrix",
         "ablations",
         "alignment",
+        "alignment_variants",
         "budget",
         "constraint",
         "dimension",

@@ -80,8 +80,10 @@ def test_reevaluation(agent, data, monkeypatch):
         torch.testing.assert_close(new, 0.995 * old + 0.005 * source, rtol=1e-5, atol=1e-6)
 
 
-def test_alignment(agent, data, monkeypatch):
-    args, optimizers = cli.complete(o2sac.Args(compile=False, batch_size=B)), Recorder()
+@pytest.mark.parametrize("constrain", [False, True])
+def test_alignment(agent, data, monkeypatch, constrain):
+    args = cli.complete(o2sac.Args(compile=False, batch_size=B, align_constrain=constrain, lagrange_init=1.7))
+    optimizers = Recorder()
     obs, *_ = fixed_rows(monkeypatch, o2sac, data)
     (noise,) = noises(monkeypatch, (B, A))
     frozen = copy.deepcopy((agent.critic_target, agent.actor_offline))
@@ -104,6 +106,8 @@ def test_alignment(agent, data, monkeypatch):
     ):
         critic_loss = critic_loss + ((q - q_aligned) ** 2).mean() + ((q_anchor - q_bar_anchor.detach()) ** 2).mean()
     actor_loss = (0.2 * log_prob - critic64(agent.critic, obs, actions).min(0).values).mean()
+    if constrain:  # λ [log π(a|s) - log π_off(a|s)], λ where it starts
+        actor_loss = actor_loss + 1.7 * (log_prob - log_prob64(offline, actions)).mean()
     torch.testing.assert_close(metrics["actor_loss"].double(), actor_loss.detach(), rtol=1e-4, atol=1e-4)
     same(optimizers["critic_optimizer"].calls[0], critic_loss, list(agent.critic.parameters()))
     same(optimizers["actor_optimizer"].calls[0], actor_loss, list(agent.actor.parameters()))

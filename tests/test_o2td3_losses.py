@@ -51,11 +51,17 @@ def test_reevaluation(agent, data, monkeypatch):
         torch.testing.assert_close(new, 0.995 * old + 0.005 * source, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("sign", "radius"), [(1, "fixed"), (-1, "fixed"), (1, "uniform")])
-def test_alignment(agent, data, monkeypatch, sign, radius):
+@pytest.mark.parametrize(
+    ("sign", "radius", "constrain"), [(1, "fixed", False), (-1, "fixed", True), (1, "uniform", False)]
+)
+def test_alignment(agent, data, monkeypatch, sign, radius, constrain):
     with torch.no_grad():  # once with positive Q, once with negative
         agent.critic_target.net[-1].bias.fill_(sign * 5.0)
-    args, optimizers = o2td3.Args(compile=False, batch_size=B, align_distance=4.0, align_radius=radius), Recorder()
+    args = o2td3.Args(
+        compile=False, batch_size=B, align_distance=4.0, align_radius=radius, align_constrain=constrain,
+        lagrange_init=1.7,
+    )  # fmt: skip
+    optimizers = Recorder()
     obs, *_ = fixed_rows(monkeypatch, o2td3, data)
     (noise,) = noises(monkeypatch, (B, A))
     u = torch.rand(B, 1)
@@ -82,7 +88,11 @@ def test_alignment(agent, data, monkeypatch, sign, radius):
         loss = loss + ((critic64(agent.critic, obs, noisy)[i] - target) ** 2).mean()
         loss = loss + ((critic64(agent.critic, obs, anchor.detach())[i] - q_anchor) ** 2).mean()
     same(optimizers["critic_optimizer"].calls[0], loss, list(agent.critic.parameters()))
-    actor_loss = -critic64(agent.critic, obs, act64(agent.actor, obs))[0].mean()
+    q = critic64(agent.critic, obs, act64(agent.actor, obs))[0]
+    actor_loss = -q.mean()
+    if constrain:  # fine-tuning's, with π_off for π_ref and λ where it starts
+        f = ((act64(agent.actor, obs) - anchor.detach()) ** 2).mean(1)
+        actor_loss = actor_loss / q.abs().mean().detach() + 1.7 * f.mean()
     same(optimizers["actor_optimizer"].calls[0], actor_loss, list(agent.actor.parameters()))
     assert set(optimizers) == {"critic_optimizer", "actor_optimizer"}
     for module, copied in zip((agent.critic_target, agent.actor_offline), frozen, strict=True):

@@ -1,5 +1,6 @@
 """Options of O2SAC and O2TD3 that depart from the paper: each does what it says, and nothing else."""
 
+import json
 import os
 import signal
 from itertools import starmap
@@ -142,3 +143,58 @@ def test_a_random_critic_is_the_one_that_re_evaluation_would_begin_with(script, 
     begun = start(script, *flags, "--critic-lr", "0", "--reevaluate-tau", "0", folder="begun")
     assert same(random["finetune"], begun["reevaluate"], "critic", "critic_target") == ["critic", "critic_target"]
     assert "reevaluate" not in random
+
+
+# ----------------------------------------------------------------------------------------------- alignment
+
+CRITICS = ("critic", "critic_optimizer")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_actors_rate_in_alignment_is_its_own_there_alone(script, start):
+    """Adam's first step is as long as its rate; in fine-tuning the rate is the usual one again, the moments go on."""
+    step = ("--align-steps", "1", "--align-eval-every", "1", "--online-steps", "8", "--learning-starts", "7")
+    left = {rate: start(script, *step, "--align-actor-lr", rate, folder=rate) for rate in ("1e-2", "1e-3", "0")}
+    left["None"] = start(script, *step, folder="None")
+
+    def moved(saved, before):
+        return max((x - y).abs().max().item() for x, y in zip(part(saved, "actor"), before, strict=True))
+
+    off = part(left["0"]["align"], "actor_offline")
+    aligned = {rate: moved(saved["align"], off) for rate, saved in left.items()}
+    assert aligned == {"1e-2": pytest.approx(1e-2, rel=1e-2), "1e-3": pytest.approx(1e-3, rel=1e-2), "0": 0,
+                       "None": aligned["1e-2"]}  # fmt: skip
+    assert same(left["None"]["finetune"], left["1e-2"]["finetune"], "actor", *CRITICS) == ["actor", *CRITICS]
+    for rate in ("1e-3", "0"):
+        on = moved(left[rate]["finetune"], part(left[rate]["align"], "actor"))
+        assert 3e-3 < on < 3e-2  # two updates of 1e-2 (O2TD3: one), whatever alignment's was
+        [*_, count] = part(left[rate]["align"], "actor_optimizer")
+        assert count == (rate != "0")  # an actor that stands still leaves no moments
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_frozen_actor_leaves_an_aligned_critic(script, start):
+    left = start(script, "--align-actor-lr", "0", "--online-steps", "3")
+    frozen = left["align"]
+    assert all(starmap(torch.equal, zip(part(frozen, "actor"), part(frozen, "actor_offline"), strict=True)))
+    assert same(left["reevaluate"], frozen, "actor", "actor_optimizer", *CRITICS) == ["actor", "actor_optimizer"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_of_alignment_the_critics_alone_are_kept(script, start, tmp_path):
+    """What it did is as ever; fine-tuning begins with π_off, without the moments of alignment's Adam."""
+    short = ("--online-steps", "3")
+    usual, restored = start(script, *short), start(script, *short, "--align-restore", folder="restored")
+    names = ["actor", "actor_optimizer", *CRITICS]
+    assert same(usual["align"], restored["align"], *names) == names
+    assert same(usual["finetune"], restored["finetune"], *names) == list(CRITICS)  # no update came
+    ended, off = restored["finetune"], part(restored["finetune"], "actor_offline")
+    kinds = ["actor", "actor_reference", *(["actor_target"] if script == "o2td3" else [])]
+    for kind in kinds:
+        assert all(starmap(torch.equal, zip(part(ended, kind), off, strict=True)))
+    assert not any(tensor.any() for tensor in part(ended, "actor_optimizer"))
+    assert all(starmap(torch.equal, zip(part(ended, "critic"), part(ended, "critic_target"), strict=True)))
+    result = json.loads(next((tmp_path / "restored").glob("*/result.json")).read_text())
+    assert result["start"] == result["offline"] != result["aligned"] and result["best"] >= result["offline"]
+    result = json.loads(next((tmp_path / "runs").glob("*/result.json")).read_text())
+    assert result["start"] == result["aligned"]
