@@ -50,15 +50,17 @@ def measure(paths: list[Path]) -> str:
 def summary(path: Path) -> dict[str, float]:
     """One run in a few numbers, all but the last on the scale of its evaluations.
 
-    final: mean of the last three evaluations; gain: final minus offline; area: mean score over the environment steps
-    (speed); drop: the most that an evaluation fell below the offline policy, 0 if none did (instability); smooth_drop:
-    the same of the means of three in a row, for the least of many evaluations is partly bad luck; regret: mean of
-    1 - score / 100, clipped to 0…1, over all evaluations and the offline policy's.
+    start: the score that fine-tuning begins with; final: mean of the last three evaluations; gain: final minus offline;
+    area: mean score over the environment steps (speed); drop: the most that an evaluation fell below the offline
+    policy, 0 if none did (instability); smooth_drop: the same of the means of three in a row, for the least of many
+    evaluations is partly bad luck; regret: mean of 1 - score / 100, clipped to 0…1, over all evaluations and the
+    offline policy's.
     """
     steps, points = curve(path)
     offline, values = points[0], points[1:]
     threes = np.convolve(values, np.full(3, 1 / 3), "valid") if len(values) >= 3 else values
     return {
+        "start": float(result(path).get("start", offline)),
         "final": float(values[-3:].mean()),
         "gain": float(values[-3:].mean() - offline),
         "area": float(trapezoid(points, steps) / steps[-1]),
@@ -182,9 +184,9 @@ def number(point: tuple[float, float, float], digits: int = 1) -> str:
 
 
 def compare(report: Report, title: str, groups: dict[str, list[Path]], baseline: str = "") -> None:
-    """A table of settings: where they end, how fast they learn, how far they fall, and against the baseline if any."""
+    """A table of settings: where they begin and end, how fast they learn, how far they fall, and against a baseline."""
     runs = {name: [summary(path) for path in paths] for name, paths in groups.items() if paths}
-    keys = ("final", "gain", "area", "drop")
+    keys = ("start", "final", "gain", "area", "drop")
     values = {key: interval({name: np.array([r[key] for r in rs]) for name, rs in runs.items()}) for key in keys}
     lines = []
     for name, rs in runs.items():
@@ -194,7 +196,7 @@ def compare(report: Report, title: str, groups: dict[str, list[Path]], baseline:
             line.append(f"{improvement(*gains):.2f}" if name != baseline and all(gains) else "")
         lines.append(line)
     what = measure([path for paths in groups.values() for path in paths])
-    columns = ["", "runs", f"final {what}", "gain over offline", "area (speed)", "largest drop (less is better)"]
+    columns = ["", "runs", f"{what} at the start", "final", "gain over offline", "area (speed)", "largest drop"]
     report.table(title, columns + ([f"P(better than {baseline})"] if baseline else []), lines)
 
 

@@ -38,7 +38,10 @@ def test_summary(tmp_path):
     assert found["final"] == pytest.approx((20 + 50 + 60) / 3)
     assert found["gain"] == pytest.approx((20 + 50 + 60) / 3 - 30)
     assert found["area"] == pytest.approx((35 + 30 + 35 + 55) / 4)  # trapezoids from the offline score on
-    assert found["drop"] == 10
+    assert found["drop"] == 10 and found["start"] == 30
+    path = tmp_path / "a" / "result.json"
+    path.write_text(json.dumps({"offline": 30.0, "start": 55.0}))  # after alignment
+    assert analysis.summary(path.parent) == found | {"start": 55.0}
 
 
 def test_no_drop_is_zero(tmp_path):

@@ -14,6 +14,7 @@ from common.cli import UserError
 from experiments import harness, q_stability, rollouts, truth
 from tests.conftest import TINY
 from tests.reference import A, B, S, actor64, density64, mlp64
+from tests.test_transfer import checkpoint
 
 BUDGET = ("--reevaluate-steps", "4", "--align-steps", "3", "--online-steps", "6", "--learning-starts", "5",
           "--eval-every", "6", "--eval-episodes", "1", "--final-episodes", "1", "--regime-episodes", "0",
@@ -52,6 +53,27 @@ def test_returns_are_those_of_one_episode_after_the_other(held_out, td3_bc):
                 break
         assert value == pytest.approx(returned, abs=1e-3)
     assert abs(found[1] - found[2]) > 1e-3
+
+
+def test_what_comes_with_a_reward_is_discounted_like_it(held_out):
+    """O2SAC's entropy, from the second action on."""
+    net, first = policies.module(checkpoint("squashed_gaussian")), torch.full((1, A), 0.5)
+    row, args = rollouts.rebuilt(held_out)[:1], SimpleNamespace(**PLAIN, alpha=0.3)
+    torch.manual_seed(9)
+    [found] = rollouts.returns_ahead([], held_out, row, net, args, first)
+    torch.manual_seed(9)
+    env, returned, action, bonus = envs.make_env(held_out.task), 0.0, first, torch.zeros(1)
+    obs, _ = env.reset(seed=0)
+    agreement.set_state(env, held_out.task, held_out.obs[row[0]].numpy())
+    for t in range(1_000):
+        noise = torch.randn(1, A)
+        if t:
+            action, bonus = rollouts.acts(net, torch.as_tensor(obs, dtype=torch.float32)[None], noise, args)
+        obs, reward, terminated, *_ = env.step(action[0].numpy())
+        returned += 0.97**t * (2 * reward - 0.5 + bonus.item())
+        if terminated:
+            break
+    assert t > 3 and found == pytest.approx(returned, abs=1e-4)
 
 
 def test_luck_is_what_episodes_have_in_common(held_out, td3_bc):
