@@ -172,6 +172,8 @@ def test_a_perfect_q_comes_to_what_the_halves_tell(made_up):
 
 def test_of_finished_runs(tmp_path, run_script, monkeypatch, hdf5):
     """Both algorithms, from runs that are there: every stage is compared, and nothing is trained."""
+    for slow in ("plots.draw", "agreement.report_simulator_check"):
+        monkeypatch.setattr(f"common.{slow}", lambda *_, **__: None)
     monkeypatch.setattr(rollouts, "returns_ahead", lambda pool, data, rows, *_: rows + torch.randn(len(rows)).numpy())
     flags = " ".join([*TINY, *BUDGET, "--offline-steps", "4"])
     args = truth.Args(run_dir=str(tmp_path / "runs"), run_flags=flags, seeds=1, dataset_path=str(hdf5()),
