@@ -34,6 +34,8 @@ class Args(harness.Args):
 def main() -> None:
     args = cli.read(Args, __doc__)
     specs = {y: [full(args, y, seed) for seed in range(args.seeds)] for y in args.algorithms}
+    for runs in specs.values():
+        harness.check_stages(args, runs[0], "reevaluate", "align")
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs])
     report = analysis.Report(args, "alignment", "Does alignment make the critic rank actions as the policy does?")
     figure, panels = analysis.panels(MEASURES.values(), sharey=False)

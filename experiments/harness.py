@@ -118,6 +118,13 @@ def parsed(args: Args, spec: Spec):
     return cli.parse(script.Args, script.PRESETS, script.FAMILIES, command_line(args, spec))
 
 
+def check_stages(args: Args, spec: Spec, *names: str) -> None:
+    """Raises UserError where the run leaves out one of the stages that an experiment is about."""
+    chosen = parsed(args, spec)
+    if missing := [name for name in names if not getattr(chosen, name, True)]:
+        raise cli.UserError(f"this asks what {' and '.join(missing)} does; leave --no-{missing[0]} out of --run-flags")
+
+
 def folder(args: Args, spec: Spec) -> Path:
     """The run's folder, named as its script does."""
     found = parsed(args, spec)

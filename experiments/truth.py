@@ -183,6 +183,8 @@ def main() -> None:
     if lacking := [y for y in args.algorithms if not hasattr(scripts.online(y), "critic_probe")]:
         raise cli.UserError(f"{', '.join(lacking)}: without a critic_probe there is no Q to be asked; see --algorithms")
     specs = {y: [full(args, y, seed) for seed in range(args.seeds)] for y in args.algorithms}
+    for runs in specs.values():  # a critic of the offline algorithm's is not in the policy.pt that a run leaves
+        harness.check_stages(args, runs[0], "reevaluate")
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs])
     done = {y: [spec for spec in runs if harness.finished(args, [spec])] for y, runs in specs.items()}
     done = {y: runs for y, runs in done.items() if runs}

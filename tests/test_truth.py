@@ -11,7 +11,7 @@ import o2sac
 import o2td3
 from common import agreement, datasets, envs, policies
 from common.cli import UserError
-from experiments import harness, q_stability, rollouts, truth
+from experiments import alignment, budget, harness, q_stability, rollouts, truth
 from tests.conftest import TINY
 from tests.reference import A, B, S, actor64, density64, mlp64
 from tests.test_transfer import checkpoint
@@ -200,5 +200,8 @@ def test_of_finished_runs(tmp_path, run_script, monkeypatch, hdf5):
 def test_refused(run_script, tmp_path):
     code, _, err = run_script(truth, "--algorithms", "o2ppo", "--out", tmp_path)
     assert code == 2 and "o2ppo: without a critic_probe there is no Q to be asked; see --algorithms" in err
+    for experiment, part in ((truth, "reevaluate"), (alignment, "align"), (budget, "align")):
+        code, _, err = run_script(experiment, f"--run-flags=--no-{part}", "--out", tmp_path)
+        assert code == 2 and err == f"error: this asks what {part} does; leave --no-{part} out of --run-flags\n"
     code, _, err = run_script(truth, "--rollouts", "3")
     assert code == 2 and "--rollouts is 3, but has to be an even number" in err
