@@ -170,6 +170,15 @@ class Args(cli.OnlineArgs):
                 values |= dict(reference_interval=10_000, actor_grad_norm=0.25)
         return values
 
+    def check(self) -> None:
+        super().check()
+        if self.reevaluate and self.critic_init == "random":
+            raise cli.UserError("--critic-init random means a run without re-evaluation; add --no-reevaluate")
+        if self.align_constrain and self.align_actor_lr == 0:
+            raise cli.UserError("--align-constrain is about the actor, which --align-actor-lr 0 stops; leave one out")
+        if self.warmup_steps > (n := self.online_steps):
+            raise cli.UserError(f"--warmup-steps is {self.warmup_steps}, but has to be at most --online-steps ({n})")
+
 
 # ---------------------------------------------------------------------------------------------- networks
 # ALGO LOGIC: an actor in another layout than its KIND's (common/policies.py) writes a policy.pt that others cannot read

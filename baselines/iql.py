@@ -8,7 +8,7 @@ that is played stand in one buffer, and every batch is uniform over it.
 Where the authors' code (implicit_q_learning) and CORL's differ, the authors' is taken: the actor's learning rate is
 constant online (CORL's cosine goes on behind its end, and so begins at 0). But one transformation of rewards and states
 serves data and play alike, V(s') and the advantage are those before V's step, and log σ is held in -20…2 (both CORL's;
-the authors': -5…2, after V's step). For Adroit CORL adds a dropout of 0.1 to the actor, which is left out here.
+the authors': -5…2, after V's step). For Adroit the actor has a dropout of 0.1, as CORL's.
 """
 
 import copy

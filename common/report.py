@@ -16,7 +16,7 @@ from common.checkpoint import write_atomic
 from common.log import read_rows
 from common.policies import description_of, module, save_online
 from common.run import Run, read_json, run_name, script_name
-from common.stages import stages_of
+from common.stages import idle, stages_of
 
 DAY = 24 * 3600
 
@@ -43,6 +43,8 @@ def start_run(args_class, offline) -> tuple:
     script = sys.modules[args_class.__module__]
     args = cli.parse(args_class, script.PRESETS, script.FAMILIES)
     device = cli.resolve_device(args.device)
+    for words in idle(args):
+        print(f"note: {words}")
     if args.num_seeds > 1:
         # downloaded once, and refused once
         offline.check(args, datasets.load(args.env_id, args.dataset_path, "cpu", args.max_episode_steps))
@@ -66,7 +68,7 @@ def estimate(run: Run, seconds: dict[str, float]) -> None:
     """Print the time that each stage will take on this machine, and the way out where that is too long."""
     parts = ", ".join(f"{stage} {duration(s)}" for stage, s in seconds.items() if s)
     total = sum(seconds.values())
-    most = "at most " * any(stage.auto(run.args) for stage in stages_of(run.args))
+    most = "at most " * any(stage.auto(run.args) and stage.number(run.args) for stage in stages_of(run.args))
     print(f"run: {run.dir}\nestimated time: {most}{duration(total)} ({parts}), less what is done already")
     if total > DAY:
         print(

@@ -81,6 +81,10 @@ class Stage:
             raise UserError(f"--{self.steps.replace('_', '-')} is auto in the script too: its limit has to stand there")
         return found
 
+    def owns(self, argument: str) -> bool:
+        """Whether the argument's name says that it belongs to this stage: align_eval_every to that of align_steps."""
+        return argument.startswith(self.steps.removesuffix("_steps") + "_")
+
     def number(self, args) -> int:
         """How many steps `make_step`'s step is taken at most, 0 where the stage is left out."""
         n = self.limit(args) if getattr(args, self.name, True) else 0
@@ -145,6 +149,19 @@ def stages_of(args) -> tuple[Stage, ...]:
 
 def ablations_of(args) -> tuple[str, ...]:
     return getattr(declared(args), "ABLATIONS", ())
+
+
+def idle(args) -> list[str]:
+    """In words, for each stage that is left out, which of its arguments are the user's own and so change nothing."""
+    script, task, words = declared(args), tasks.resolve(args.env_id, args.dataset_path), []
+    usual = vars(type(args)(**cli.chosen(script.PRESETS, script.FAMILIES, args.preset, task)))
+    constants = args.constants(task)
+    for stage in stages_of(args):
+        if not getattr(args, stage.name, True):
+            own = [k for k, v in vars(args).items() if stage.owns(k) and v not in (usual[k], constants.get(k))]
+            flags = [f"--{name.replace('_', '-')}" for name in own]
+            words += [f"{', '.join(flags)} change{'s' * (len(own) == 1)} nothing with --no-{stage.name}"] * bool(own)
+    return words
 
 
 def find(name: str, *folders: str) -> Path:

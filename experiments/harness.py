@@ -156,9 +156,8 @@ def check_shared(args: Args, spec: Spec) -> None:
     script = scripts.online(spec.script)
     own = [stage for stage in script.STAGES if stage.name not in spec.shared]
     allowed = {"exp_name", *getattr(script, "FINETUNING_ARGS", ()), *(stage.name for stage in own)}
-    theirs_alone = tuple(stage.steps.removesuffix("_steps") + "_" for stage in own)  # how its other arguments begin
     differ = [name for name in mine if mine[name] != theirs[name] and name not in allowed]
-    if differ := [name for name in differ if not name.startswith(theirs_alone)]:
+    if differ := [name for name in differ if not any(stage.owns(name) for stage in own)]:
         raise ValueError(f"{spec} cannot share the stages of its base: {', '.join(differ)} differ")
 
 

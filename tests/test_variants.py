@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import signal
 from itertools import starmap
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import o2sac
 import o2td3
-from common import cli, policies
+from common import cli, policies, report, stages
 from common.replay import ReplayBuffer
 from tests.conftest import TINY
 from tests.reference import A, Recorder, S
@@ -198,3 +200,49 @@ def test_of_alignment_the_critics_alone_are_kept(script, start, tmp_path):
     assert result["start"] == result["offline"] != result["aligned"] and result["best"] >= result["offline"]
     result = json.loads(next((tmp_path / "runs").glob("*/result.json")).read_text())
     assert result["start"] == result["aligned"]
+
+
+# ----------------------------------------------------------------------------------------------- contradictions
+
+
+def parsed(script, flags):
+    module = SCRIPTS[script]
+    return cli.parse(module.Args, module.PRESETS, module.FAMILIES, flags.split())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_arguments_that_exclude_each_other_are_refused(script):
+    for flags, words in {
+        "--critic-init random": "add --no-reevaluate",
+        "--align-constrain --align-actor-lr 0": "leave one out",
+        "--online-steps 20 --warmup-steps 21": "at most --online-steps (20)",
+    }.items():
+        with pytest.raises(cli.UserError, match=re.escape(words)):
+            parsed(script, flags)
+    parsed(script, "--critic-init random --no-reevaluate --online-steps 20 --warmup-steps 20")
+
+
+def test_what_changes_nothing_is_said(monkeypatch):
+    silent = ["--preset demo --no-reevaluate --no-align", "--env-id antmaze-umaze-v2 --no-align", "--align-steps 9"]
+    assert not any(stages.idle(parsed(script, flags)) for script in SCRIPTS for flags in silent)
+    # a constant of the data is no one's own
+    monkeypatch.setattr(o2td3.Args, "constants", lambda *_: dict(align_actor_lr=0.5))
+    assert not stages.idle(parsed("o2td3", "--no-align"))
+    assert stages.idle(parsed("o2sac", "--no-align --align-restore --align-actor-lr 0 --no-reevaluate --gamma 0")) == [
+        "--align-actor-lr, --align-restore change nothing with --no-align"
+    ]
+    found = stages.idle(parsed("o2td3", "--no-reevaluate --reevaluate-steps auto --preset demo"))
+    assert found == ["--reevaluate-steps changes nothing with --no-reevaluate"]
+
+
+def test_it_is_said_at_the_start_of_a_run(run_script, monkeypatch, capsys):
+    def end(*_):
+        raise cli.UserError("here")
+
+    monkeypatch.setattr("common.datasets.load", end)
+    for seeds in "12":
+        _, out, _ = run_script(o2td3, "--no-align", "--align-steps", "auto", "--num-seeds", seeds, "--device", "cpu")
+        assert out == "note: --align-steps changes nothing with --no-align\n"
+    for flags, most in {"--no-align --align-steps auto": False, "--align-steps auto": True}.items():
+        report.estimate(SimpleNamespace(args=parsed("o2td3", flags), dir="runs"), {"finetune": 9.0})
+        assert ("at most" in capsys.readouterr().out) is most
