@@ -28,6 +28,7 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     if not hasattr(scripts.online(script).Args, "align_restore"):
         raise cli.UserError(f"{script} has no --align-restore, of which this asks; see --algorithms")
     paper, before = full(args, script, seed), ("reevaluate",)
+    harness.check_stages(args, paper, "align")
     tenth = str(0.1 * harness.parsed(args, paper).actor_lr)
     return {
         "the paper's": paper,

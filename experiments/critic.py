@@ -41,6 +41,7 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     method, declared = full(args, script, seed), scripts.online(script)
     if not {"critic_init", "warmup_steps"} <= vars(declared.Args()).keys():
         raise cli.UserError(f"{script} has no --critic-init or no --warmup-steps; see --algorithms")
+    harness.check_stages(args, method, "reevaluate", "align")
     chosen = harness.parsed(args, method)
     n = args.warmup_steps or chosen.learning_starts + min(4_000, chosen.online_steps // 5)
     runs = {}

@@ -186,6 +186,8 @@ def test_variants_of_alignment_differ_in_it_alone(script):
     assert runs["none"] == ablations.settings(args, script, 0)["no align"]  # one run for both
     with pytest.raises(UserError, match="o2ppo has no --align-restore"):
         alignment_variants.settings(args, "o2ppo", 0)
+    with pytest.raises(UserError, match="leave --no-align out"):
+        alignment_variants.settings(alignment_variants.Args(run_flags="--no-align"), script, 0)
 
 
 @pytest.mark.parametrize("script", ["o2sac", "o2td3"])
@@ -209,6 +211,8 @@ def test_critics_share_the_stages_that_they_have(script):
     assert runs["aligned"] == harness.full(args, script, 0)
     with pytest.raises(UserError, match="o2ppo has no --critic-init"):
         critic.settings(args, "o2ppo", 0)
+    with pytest.raises(UserError, match="leave --no-reevaluate out"):
+        critic.settings(critic.Args(run_flags="--no-reevaluate"), script, 0)
 
 
 @pytest.mark.parametrize(
