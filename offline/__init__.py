@@ -65,8 +65,8 @@ def algorithm_args(args):
 def shipped(args) -> Path | None:
     """The policy of `--offline NAME` that ships with the repository for `--env-id`; None where there is none.
 
-    It stands in for training one, unless the data, the number of steps or the layers are the user's own, or critics
-    are needed too: a policy that ships is its actor alone.
+    It stands in for training one, unless the data, the number of steps or the layers are the user's own, or the script
+    goes on with what the algorithm's optimisers and other networks hold, which a policy that ships leaves out.
     """
     own = args.dataset_path or (args.offline_steps, args.hidden) != (None, None) or goes_on(args)
     return None if own else shipped_file(args.env_id, args.offline)
