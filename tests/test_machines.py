@@ -13,7 +13,10 @@ from common import cli, nn, steps
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     str(path.relative_to(ROOT))
-    for path in [*ROOT.glob("*.py"), *(path for path in ROOT.glob("[!.]*/*.py") if path.parent.name != "tests")]
+    for path in [
+        *ROOT.glob("*.py"),
+        *(path for path in ROOT.glob("[!.]*/*.py") if path.parent.name not in ("tests", "docs")),
+    ]
     if "__main__" in path.read_text()
 ]
 

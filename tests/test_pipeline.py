@@ -371,7 +371,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 def test_long_runs_say_so(run_script, monkeypatch, tmp_path):
     monkeypatch.setattr(o2sac.offline, "policy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    code, out, _ = run_script(o2sac, "--env-id", "hopper-medium-demo", "--device", "cpu", "--run-dir", tmp_path)
+    flags = ["--env-id", "hopper-medium-demo", "--device", "cpu", "--run-dir", tmp_path, "--online-steps", 100_000_000]
+    code, out, _ = run_script(o2sac, *flags)
     assert code == 130 and "--preset quick" in out and "days" in out
 
 
