@@ -6,8 +6,8 @@ BIN = .venv/bin
 demo: .venv/installed  ## O2SAC from a TD3+BC policy at its plateau, both of which ship, beside the naive switch
 	$(BIN)/python o2sac.py --preset demo
 
-test: .venv/developed  ## tests, side by side; those of a file share runs and stay together
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+test: .venv/developed  ## tests, side by side; those of a file share runs and stay together; a process that dies ends all
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --max-worker-restart 0
 
 lint: .venv/developed
 	$(BIN)/ruff check .

@@ -249,6 +249,10 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(_fail(f"stopped: {words}", 130))
         except torch.cuda.OutOfMemoryError as error:
             sys.exit(_fail(f"error: the GPU has too little free memory ({error}); use --device cpu or a free GPU", 2))
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # what PyTorch says
+                raise
+            sys.exit(_fail(f"error: this machine has too little memory ({error}); ask for fewer steps or data", 2))
 
 
 def _fail(message: str, code: int) -> int:

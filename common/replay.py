@@ -36,7 +36,8 @@ class ReplayBuffer:
         elif mode == "part":
             dataset.need_order("--buffer part")
             start = table[torch.isin(dataset.episode, dataset.best(part_episodes))]
-        self.table = torch.cat([start, table.new_zeros(steps, table.shape[1])])
+        self.table = table.new_empty(len(start) + steps, table.shape[1])  # takes memory on the CPU only as it fills up
+        self.table[: len(start)] = start
         self.length = len(start)
         self.size = torch.tensor(self.length, dtype=torch.float64, device=table.device)  # read inside captured steps
 

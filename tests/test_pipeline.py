@@ -283,6 +283,22 @@ def test_buffer_modes(data, mode, start):
     assert share == pytest.approx({"half": 0.5, "all": 50 / (50 + len(data)), "none": 1.0}[mode], abs=0.03)
 
 
+def test_room_for_a_long_run_takes_memory_as_it_fills_up(data):
+    """Gigabytes that nothing was written to: a machine that lacks them ended without a word in the first step."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * page  # noqa: E731
+    before = resident()
+    buffer = ReplayBuffer(data, 20_000_000, "all")
+    assert buffer.table.nbytes > 2e9 and resident() - before < 1e8
+    assert torch.equal(buffer.table[: buffer.length], data.table)
+
+
+def test_too_little_memory_is_said_in_a_sentence(run_script, tmp_path):
+    flags = ["--run-dir", tmp_path, "--online-steps", 10**12]
+    code, _, err = run_script(o2sac, *SMALL, *TINY, *flags)
+    assert code == 2 and "this machine has too little memory" in err and len(err.strip().splitlines()) == 1
+
+
 def test_part_keeps_the_best_episodes(data):
     buffer = ReplayBuffer(data, 10, "part")
     best = sorted(range(len(data.returns)), key=lambda i: -data.returns[i])[:50]
