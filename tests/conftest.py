@@ -1,5 +1,6 @@
 """Shared fixtures: a small dataset in D4RL's layout, and a command line that runs in this process."""
 
+import signal
 import sys
 
 import h5py
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from common import datasets, tasks
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell script's `make test &` starts processes that ignore it
 
 TINY = [
     "--device", "cpu", "--no-compile", "--checkpoint-seconds", "0", "--batch-size", "32", "--eval-episodes", "2",
