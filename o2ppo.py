@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import offline
 from common import cli, datasets, envs, report, steps
-from common.bounds import above, at_least, between
+from common.bounds import above, at_least, between, only_with
 from common.checkpoint import BestPolicy, seed_everything
 from common.loop import Loop
 from common.nn import Adam, clip_grad_norm, ensemble_mlp, gaussian_entropy, gaussian_log_prob, mlp, polyak
@@ -70,7 +70,7 @@ class Args(cli.OnlineArgs):
     # 1. re-evaluation
     reevaluate: bool = True
     """learn the value of the offline policy first; without it the value network starts at random"""
-    value_init: Literal["returns", "fqe"] = "returns"
+    value_init: Annotated[Literal["returns", "fqe"], only_with(reevaluate=True)] = "returns"
     """returns: regress V on the discounted returns of the data, closer to the behaviour policy's value (the paper);
     fqe: fitted Q evaluation of π_off, then V(s) = E Q(s, a) over its actions"""
     reevaluate_steps: Annotated[int | Literal["auto"], at_least(1)] = 1_000_000
@@ -78,13 +78,13 @@ class Args(cli.OnlineArgs):
     the preset's"""
     reevaluate_batch_size: Annotated[int, at_least(1)] = 512
     """transitions in a batch"""
-    value_lr: Annotated[float, at_least(0)] = 1e-4
+    value_lr: Annotated[float, at_least(0), only_with(reevaluate=True)] = 1e-4
     """learning rate of V there"""
-    critic_hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256)
+    critic_hidden: Annotated[tuple[int, ...], at_least(1), only_with(value_init="fqe")] = (256, 256)
     """widths of the hidden layers in each Q with --value-init fqe"""
-    fqe_lr: Annotated[float, at_least(0)] = 3e-4
+    fqe_lr: Annotated[float, at_least(0), only_with(value_init="fqe")] = 3e-4
     """learning rate of Q with --value-init fqe"""
-    tau: Annotated[float, between(0, 1)] = 0.005
+    tau: Annotated[float, between(0, 1), only_with(value_init="fqe")] = 0.005
     """Polyak factor of the target critics with --value-init fqe"""
 
     # 2. and 3. constrained fine-tuning
@@ -114,25 +114,25 @@ class Args(cli.OnlineArgs):
     """each network's gradient is clipped at this norm"""
     adam_eps: Annotated[float, above(0)] = 1e-5
     """Adam's ε in fine-tuning"""
-    reference_alpha: Annotated[float, at_least(0)] = 2.0
+    reference_alpha: Annotated[float, at_least(0), only_with(constrain=True)] = 2.0
     """the paper's α: scale of the auxiliary advantage"""
-    beta_start: Annotated[float, at_least(0)] = 1.0
+    beta_start: Annotated[float, at_least(0), only_with(constrain=True)] = 1.0
     """the paper's β at the first step: weight of the auxiliary advantage"""
-    beta_steps: Annotated[int | None, at_least(1)] = None
+    beta_steps: Annotated[int | None, at_least(1), only_with(constrain=True)] = None
     """environment steps over which β falls linearly to zero; None: 250,000, on expert and
     medium-expert data 500,000"""
     max_std_start: Annotated[float | None, above(0)] = None
     """upper limit of the policy's standard deviation at the start; None: 0.05 on hopper's expert and medium-expert
     data, else none"""
-    reference: Literal["best", "interval", "adaptive"] = "best"
+    reference: Annotated[Literal["best", "interval", "adaptive"], only_with(constrain=True)] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
     when the last training episodes beat those of π_ref by more than chance (experiments/reference.py compares them)"""
-    reference_interval: Annotated[int | None, at_least(1)] = None
+    reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
     """environment steps between moves of π_ref, rounded up to whole rollouts; None: 2,500, on hopper's expert
     and medium-expert data 10,000"""
-    reference_window: Annotated[int, at_least(2)] = 10
+    reference_window: Annotated[int, at_least(2), only_with(reference="adaptive")] = 10
     """adaptive: training episodes on either side of that comparison"""
-    reference_margin: Annotated[float, at_least(0)] = 1.0
+    reference_margin: Annotated[float, at_least(0), only_with(reference="adaptive")] = 1.0
     """adaptive: standard errors by which their mean return has to be higher"""
     eval_every: Annotated[int, at_least(1)] = 2_500
     """environment steps between evaluations, rounded up to whole rollouts"""

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import offline
 from common import cli, datasets, envs, report, steps
-from common.bounds import above, at_least, between, even
+from common.bounds import above, at_least, between, even, only_with
 from common.checkpoint import BestPolicy, seed_everything
 from common.loop import Loop
 from common.nn import Adam, clip_grad_norm, ensemble_mlp, in_chunks, mlp, polyak
@@ -51,6 +51,8 @@ FAMILIES = {
     "adroit": dict(online_steps=200_000, eval_every=5_000, eval_episodes=100, best_margin=2.0),
 }  # fmt: skip
 
+NEW_CRITICS = only_with(reevaluate=True, critic_init="random")  # else they are the offline algorithm's, in its shape
+
 
 @dataclass
 class Args(cli.OnlineArgs):
@@ -69,9 +71,9 @@ class Args(cli.OnlineArgs):
     """learning rate of the critics"""
     actor_lr: Annotated[float, at_least(0)] = 1e-4
     """learning rate of the actor"""
-    critic_hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256)
+    critic_hidden: Annotated[tuple[int, ...], at_least(1), NEW_CRITICS] = (256, 256)
     """widths of the hidden layers in each critic"""
-    critic_layer_norm: bool = True
+    critic_layer_norm: Annotated[bool, NEW_CRITICS] = True
     """layer normalisation in the critics (AntMaze: off)"""
     policy_noise: Annotated[float, at_least(0)] = 0.2
     """standard deviation of the noise on target actions"""
@@ -130,32 +132,32 @@ class Args(cli.OnlineArgs):
     0.05"""
     buffer: Literal["half", "all", "part", "none"] = "half"
     """offline data in online batches: half of each batch, all in one buffer, only the best episodes, or none"""
-    part_episodes: Annotated[int, at_least(1)] = 50
+    part_episodes: Annotated[int, at_least(1), only_with(buffer="part")] = 50
     """how many episodes, those of highest return, --buffer part keeps"""
-    lagrange_init: Annotated[float, above(0)] = 1.0
+    lagrange_init: Annotated[float, above(0), only_with(constrain=True, align_constrain=True)] = 1.0
     """λ at the start"""
-    lagrange_lr: Annotated[float, at_least(0)] = 5e-5
+    lagrange_lr: Annotated[float, at_least(0), only_with(constrain=True)] = 5e-5
     """learning rate of log λ"""
-    lagrange_expectile: Annotated[float, between(0, 1)] = 0.7
+    lagrange_expectile: Annotated[float, between(0, 1), only_with(constrain=True)] = 0.7
     """asymmetry of λ's loss: weight of violated states (0.7) against satisfied ones (0.3)"""
-    mse_threshold_start: Annotated[float | None, at_least(0)] = None
+    mse_threshold_start: Annotated[float | None, at_least(0), only_with(constrain=True)] = None
     """the paper's τ at the first step; None: 0.0025, on expert and medium-expert data 2.5e-5"""
-    mse_threshold_end: Annotated[float | None, at_least(0)] = None
+    mse_threshold_end: Annotated[float | None, at_least(0), only_with(constrain=True)] = None
     """the paper's τ after --mse-threshold-steps; None: 0.04, on expert and medium-expert data 6.25e-4, a
     quarter of these with --reference interval"""
-    mse_threshold_steps: Annotated[int, at_least(1)] = 100_000
+    mse_threshold_steps: Annotated[int, at_least(1), only_with(constrain=True)] = 100_000
     """environment steps over which the threshold grows linearly"""
-    reference: Literal["best", "interval", "adaptive"] = "best"
+    reference: Annotated[Literal["best", "interval", "adaptive"], only_with(constrain=True)] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
     when the last training episodes beat those of π_ref by more than chance (experiments/reference.py compares them)"""
-    reference_interval: Annotated[int | None, at_least(1)] = None
+    reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
     """environment steps between moves of π_ref; None: 1,000, on hopper's expert and medium-expert data and on
     walker2d's expert data 10,000"""
     actor_grad_norm: Annotated[float | None, above(0)] = None
     """the actor's gradient is clipped at this norm; None: where π_ref moves every 10,000 steps at 0.25, else not"""
-    reference_window: Annotated[int, at_least(2)] = 10
+    reference_window: Annotated[int, at_least(2), only_with(reference="adaptive")] = 10
     """adaptive: training episodes on either side of that comparison"""
-    reference_margin: Annotated[float, at_least(0)] = 1.0
+    reference_margin: Annotated[float, at_least(0), only_with(reference="adaptive")] = 1.0
     """adaptive: standard errors by which their mean return has to be higher"""
     eval_every: Annotated[int, at_least(1)] = 1_000
     """environment steps between evaluations"""

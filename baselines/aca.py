@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 import offline
 from common import cli, datasets, envs, report, steps
-from common.bounds import above, at_least, between, even
+from common.bounds import above, at_least, between, even, only_with
 from common.checkpoint import BestPolicy, seed_everything
 from common.loop import Loop
 from common.nn import (
@@ -85,7 +85,7 @@ class Args(cli.OnlineArgs):
     buffer: Literal["half", "all", "part", "none"] | None = None
     """offline data in online batches: half of each batch, all in one buffer, only the best episodes, or none; None:
     none, on medium-replay, expert and medium-expert data part"""
-    part_episodes: Annotated[int, at_least(1)] = 50
+    part_episodes: Annotated[int, at_least(1), only_with(buffer="part")] = 50
     """how many episodes, those of highest return, --buffer part keeps"""
     online_steps: Annotated[int, at_least(1)] = 100_000
     """environment steps"""

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 import offline
 from common import cli, datasets, envs, report, steps
-from common.bounds import at_least, between, even, finite
+from common.bounds import at_least, between, even, finite, only_with
 from common.checkpoint import BestPolicy, seed_everything
 from common.loop import Loop
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak, tanh_log_det
@@ -66,13 +66,13 @@ class Args(cli.OnlineArgs):
     """learning rate of the critics and of the multiplier"""
     calibrate_online: bool = True
     """count the policy's actions at the return of the batch's action where their Q is lower"""
-    failure_reward: Annotated[float | None, finite()] = None
+    failure_reward: Annotated[float | None, finite(), only_with(calibrate_online=True)] = None
     """the reward, as training takes it, of every step until a task succeeds (AntMaze: -5); None: rewards are dense"""
     alpha: Annotated[float, at_least(0)] = 10.0
     """weight of the conservative term (AntMaze: 5, Adroit: 1)"""
     lagrange: bool = False
     """multiply that weight by a factor that is tuned until the conservative gap is --target-gap (AntMaze)"""
-    target_gap: Annotated[float, finite()] = 0.8
+    target_gap: Annotated[float, finite(), only_with(lagrange=True)] = 0.8
     """what the conservative gap of a critic is brought to then"""
     min_gap: Annotated[float | None, finite()] = None
     """the conservative gap of a state is clipped from below at this; None: it is not (CORL's: -200)"""

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 import offline
 from common import cli, datasets, envs, report, steps
-from common.bounds import above, at_least, between, even
+from common.bounds import above, at_least, between, even, only_with
 from common.checkpoint import BestPolicy, seed_everything
 from common.loop import Loop
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak
@@ -77,7 +77,7 @@ class Args(cli.OnlineArgs):
     """updates per environment step"""
     buffer: Literal["half", "all", "part", "none"] = "all"
     """offline data in online batches: all in one buffer, half of each batch, only the best episodes, or none"""
-    part_episodes: Annotated[int, at_least(1)] = 50
+    part_episodes: Annotated[int, at_least(1), only_with(buffer="part")] = 50
     """how many episodes, those of highest return, --buffer part keeps"""
     eval_every: Annotated[int, at_least(1)] = 1_000
     """environment steps between evaluations"""

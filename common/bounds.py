@@ -1,7 +1,11 @@
-"""The range of a numeric argument, or of several numbers: `gamma: Annotated[float, between(0, 1)] = 0.99`."""
+"""What stands beside an argument: the range of a number, or of several, and what it changes nothing without.
+
+gamma: Annotated[float, between(0, 1)] = 0.99
+part_episodes: Annotated[int, at_least(1), only_with(buffer="part")] = 50
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import get_type_hints
 
@@ -49,14 +53,39 @@ def finite():
     return bound("be a finite number", lambda value: -math.inf < value < math.inf)
 
 
-def bounds_of(args_class: type) -> dict[str, Bound]:
-    """The bounds of a script's arguments, by their names."""
-    found = {}
+@dataclass(frozen=True)
+class OnlyWith:
+    """Values of other arguments; where none of these holds, the one so marked changes nothing."""
+
+    values: tuple[tuple[str, object], ...]
+
+    def holds(self, args) -> bool:
+        return any(getattr(args, name) == value for name, value in self.values)
+
+    def __str__(self) -> str:
+        """As they are typed."""
+        flags = [
+            f"--{'no-' * (value is False)}{name.replace('_', '-')}{'' if isinstance(value, bool) else f' {value}'}"
+            for name, value in self.values
+        ]
+        return " or ".join(flags)
+
+
+def only_with(**values) -> OnlyWith:
+    return OnlyWith(tuple(values.items()))
+
+
+def marks_of(args_class: type) -> Iterator[tuple[str, object]]:
+    """Whatever is said of a script's arguments, by their names."""
     for name, hint in get_type_hints(args_class, include_extras=True).items():
         for mark in getattr(hint, "__metadata__", ()):
-            if isinstance(inside := getattr(mark, "help_behavior_hint", None), Bound):
-                found[name] = inside
-    return found
+            yield name, mark
+
+
+def bounds_of(args_class: type) -> dict[str, Bound]:
+    """The bounds of a script's arguments, by their names."""
+    found = ((name, getattr(mark, "help_behavior_hint", None)) for name, mark in marks_of(args_class))
+    return {name: inside for name, inside in found if isinstance(inside, Bound)}
 
 
 def check(args) -> None:

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from common import bounds, tasks, usage
-from common.bounds import above, at_least, between, finite
+from common.bounds import above, at_least, between, finite, only_with
 from common.errors import Interrupted, UserError
 from common.identity import script_of
 
@@ -71,9 +71,9 @@ class RunArgs:
     # Weights & Biases
     track: bool = False
     """log to Weights & Biases too (needs `pip install wandb`)"""
-    wandb_project_name: str = "o2rl"
+    wandb_project_name: Annotated[str, only_with(track=True)] = "o2rl"
     """the project there"""
-    wandb_entity: str | None = None
+    wandb_entity: Annotated[str | None, only_with(track=True)] = None
     """the team there"""
 
     # rewards and evaluation

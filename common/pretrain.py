@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 from common import agreement, cli, datasets, loop, steps
-from common.bounds import above, at_least
+from common.bounds import above, at_least, only_with
 from common.checkpoint import seed_everything
 from common.evaluation import make_evaluator
 from common.nn import hidden_of, widths_of
 from common.policies import description_of, examples_of, read, save_policy
 from common.run import Run, dataset_label, plain, script_name
+from common.stages import idle
 from common.tasks import Task
 
 import torch
@@ -27,7 +28,7 @@ class PretrainArgs(cli.RunArgs):
     """steps between evaluations"""
     standardise: bool = True
     """standardise observations with the dataset's mean and std, here and in all that starts from this policy"""
-    clip_observations: Annotated[float | None, above(0)] = None
+    clip_observations: Annotated[float | None, above(0), only_with(standardise=True)] = None
     """hold standardised observations within ± this, there as well; None: at 10 for the Adroit hand and for ids of
     Gymnasium, else nowhere"""
 
@@ -108,6 +109,8 @@ def main(Args, presets: dict, families: dict, train: Callable) -> None:
     """The command line of a script in offline/."""
     args = cli.parse(Args, presets, families)
     device = cli.resolve_device(args.device)
+    for words in idle(args, presets, families):
+        print(f"note: {words}")
     steps.setup(device, args.seed, args.deterministic)
     args = replace(args, compile=args.compile and steps.can_compile(device))
     data = datasets.load(args.env_id, args.dataset_path, device, args.max_episode_steps)

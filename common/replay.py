@@ -89,6 +89,7 @@ class EpisodeBuffer(ReplayBuffer):
         self.ended = self.length
 
     def add(self, *transition) -> None:
+        self.table[self.length, -1] = 0.0  # its return is not known before the end
         super().add(*transition)
         self.size.fill_(self.ended)
 

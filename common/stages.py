@@ -25,7 +25,7 @@ from types import ModuleType
 
 import torch
 
-from common import cli, loop, tasks
+from common import bounds, cli, loop, tasks
 from common.errors import UserError
 from common.identity import ROOT
 from common.plateau import LOOKS, Plateau
@@ -151,17 +151,22 @@ def ablations_of(args) -> tuple[str, ...]:
     return getattr(declared(args), "ABLATIONS", ())
 
 
-def idle(args) -> list[str]:
-    """In words, for each stage that is left out, which of its arguments are the user's own and so change nothing."""
-    script, task, words = declared(args), tasks.resolve(args.env_id, args.dataset_path), []
-    usual = vars(type(args)(**cli.chosen(script.PRESETS, script.FAMILIES, args.preset, task)))
-    constants = args.constants(task)
-    for stage in stages_of(args):
-        if not getattr(args, stage.name, True):
-            own = [k for k, v in vars(args).items() if stage.owns(k) and v not in (usual[k], constants.get(k))]
-            flags = [f"--{name.replace('_', '-')}" for name in own]
-            words += [f"{', '.join(flags)} change{'s' * (len(own) == 1)} nothing with --no-{stage.name}"] * bool(own)
-    return words
+def idle(args, presets: dict[str, dict], families: dict[str, dict]) -> list[str]:
+    """In words, which arguments are the user's own and yet change nothing: those of a stage that is left out, and those
+    that mean nothing without another one's value (`bounds.only_with`)."""
+    task, found = tasks.resolve(args.env_id, args.dataset_path), {}
+    usual, constants = vars(type(args)(**cli.chosen(presets, families, args.preset, task))), args.constants(task)
+    out = [stage for stage in stages_of(args) if not getattr(args, stage.name, True)]
+    needs = {name: mark for name, mark in bounds.marks_of(type(args)) if isinstance(mark, bounds.OnlyWith)}
+    for name, value in vars(args).items():
+        if value in (usual[name], constants.get(name)):
+            continue
+        flag, left_out = f"--{name.replace('_', '-')}", [stage.name for stage in out if stage.owns(name)]
+        if left_out:
+            found.setdefault(f"with --no-{left_out[0]}", []).append(flag)
+        elif name in needs and not needs[name].holds(args):
+            found.setdefault(f"without {needs[name]}", []).append(flag)
+    return [f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing {why}" for why, flags in found.items()]
 
 
 def find(name: str, *folders: str) -> Path:

@@ -20,7 +20,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli, datasets, pretrain, steps
-from common.bounds import at_least, between, finite
+from common.bounds import at_least, between, finite, only_with
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det
 from common.replay import returns_to_go, sample
 
@@ -66,13 +66,13 @@ class Args(pretrain.PretrainArgs):
     """layer normalisation in the critics"""
     calibrate: bool = True
     """count the policy's actions at the data's return where their Q is lower; without it this is CQL"""
-    failure_reward: Annotated[float | None, finite()] = None
+    failure_reward: Annotated[float | None, finite(), only_with(calibrate=True)] = None
     """the reward, as training takes it, of every step until a task succeeds (AntMaze: -5); None: rewards are dense"""
     alpha: Annotated[float, at_least(0)] = 10.0
     """weight of the conservative term"""
     lagrange: bool = False
     """multiply that weight by a factor that is tuned until the conservative gap is --target-gap"""
-    target_gap: Annotated[float, finite()] = 0.8
+    target_gap: Annotated[float, finite(), only_with(lagrange=True)] = 0.8
     """what the conservative gap of a critic is brought to then"""
     min_gap: Annotated[float | None, finite()] = None
     """the conservative gap of a state is clipped from below at this; None: it is not"""

@@ -14,7 +14,7 @@ from typing import Annotated
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli, datasets, pretrain, steps
-from common.bounds import at_least, between, finite
+from common.bounds import at_least, between, finite, only_with
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det
 from common.replay import sample
 
@@ -58,7 +58,7 @@ class Args(pretrain.PretrainArgs):
     """weight of the conservative term"""
     lagrange: bool = False
     """multiply that weight by a factor that is tuned until the conservative gap is --target-gap"""
-    target_gap: Annotated[float, finite()] = 0.8
+    target_gap: Annotated[float, finite(), only_with(lagrange=True)] = 0.8
     """what the conservative gap of a critic is brought to then"""
     min_gap: Annotated[float | None, finite()] = None
     """the conservative gap of a state is clipped from below at this; None: it is not"""

@@ -10,7 +10,8 @@ import torch
 
 from common import datasets, tasks
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell script's `make test &` starts processes that ignore it
+# Where a shell script runs `make test &` it is ignored, by all that is started there
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = [
     "--device", "cpu", "--no-compile", "--checkpoint-seconds", "0", "--batch-size", "32", "--eval-episodes", "2",

@@ -17,6 +17,7 @@ import o2td3
 from benchmarks import kills, protocol, steps
 from common import bounds, cli, datasets, tasks, usage
 from common.foreign import load_policy
+from common.identity import ROOT
 from experiments import alignment, harness
 from offline import awac, bc, cql, iql, rebrac, td3_bc
 
@@ -190,6 +191,23 @@ def test_every_number_has_a_bound(script):
     hints = typing.get_type_hints(script.Args)
     numbers = {field.name for field in dataclasses.fields(script.Args) if numeric(hints[field.name])}
     assert len(numbers) >= 2 and numbers == bounds.bounds_of(script.Args).keys()
+
+
+def choices(hint) -> set:
+    """What may be typed for a word or a switch."""
+    if typing.get_origin(hint) is typing.Literal:
+        return set(typing.get_args(hint))
+    return {True, False} if hint is bool else set().union(*map(choices, typing.get_args(hint)))
+
+
+FILES = [f"{folder}.{path.stem}" for folder in ("offline", "baselines") for path in ROOT.glob(f"{folder}/[!_]*.py")]
+
+
+@pytest.mark.parametrize("script", ["o2sac", "o2td3", "o2ppo", *sorted(FILES)])
+def test_what_an_argument_needs_can_be_set(script):
+    args = importlib.import_module(script).Args
+    hints, marks = typing.get_type_hints(args), [m for _, m in bounds.marks_of(args) if isinstance(m, bounds.OnlyWith)]
+    assert marks and all(value in choices(hints[name]) for mark in marks for name, value in mark.values)
 
 
 @pytest.mark.parametrize(("script", "flag"), [(alignment, "--seeds"), (kills, "--kills"), (steps, "--turns")])

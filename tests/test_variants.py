@@ -222,17 +222,34 @@ def test_arguments_that_exclude_each_other_are_refused(script):
     parsed(script, "--critic-init random --no-reevaluate --online-steps 20 --warmup-steps 20")
 
 
+def idle(script, flags):
+    module = SCRIPTS[script]
+    return stages.idle(parsed(script, flags), module.PRESETS, module.FAMILIES)
+
+
 def test_what_changes_nothing_is_said(monkeypatch):
-    silent = ["--preset demo --no-reevaluate --no-align", "--env-id antmaze-umaze-v2 --no-align", "--align-steps 9"]
-    assert not any(stages.idle(parsed(script, flags)) for script in SCRIPTS for flags in silent)
-    # a constant of the data is no one's own
-    monkeypatch.setattr(o2td3.Args, "constants", lambda *_: dict(align_actor_lr=0.5))
-    assert not stages.idle(parsed("o2td3", "--no-align"))
-    assert stages.idle(parsed("o2sac", "--no-align --align-restore --align-actor-lr 0 --no-reevaluate --gamma 0")) == [
+    silent = ["--preset demo --no-reevaluate --no-align --no-constrain", "--env-id antmaze-umaze-v2 --no-align",
+              "--align-steps 9", "--critic-hidden 8 --no-reevaluate --critic-init random",
+              "--buffer part --part-episodes 3 --reference adaptive --reference-window 5",
+              "--lagrange-init 9 --no-constrain --align-constrain"]  # fmt: skip
+    assert not any(idle(script, flags) for script in SCRIPTS for flags in silent)
+    assert idle("o2sac", "--no-align --align-restore --align-actor-lr 0 --no-reevaluate --gamma 0") == [
         "--align-actor-lr, --align-restore change nothing with --no-align"
     ]
-    found = stages.idle(parsed("o2td3", "--no-reevaluate --reevaluate-steps auto --preset demo"))
+    found = idle("o2td3", "--no-reevaluate --reevaluate-steps auto --preset demo")
     assert found == ["--reevaluate-steps changes nothing with --no-reevaluate"]
+    assert idle("o2sac", "--no-reevaluate --critics 3 --part-episodes 3 --reference-window 5 --no-constrain "
+                "--lagrange-init 9 --per-dimension --wandb-entity me") == [
+        "--wandb-entity changes nothing without --track",
+        "--critics changes nothing without --reevaluate or --critic-init random",
+        "--part-episodes changes nothing without --buffer part",
+        "--lagrange-init changes nothing without --constrain or --align-constrain",
+        "--per-dimension changes nothing without --constrain",
+        "--reference-window changes nothing without --reference adaptive",
+    ]  # fmt: skip
+    # a constant of the data is no one's own
+    monkeypatch.setattr(o2td3.Args, "constants", lambda *_: dict(align_actor_lr=0.5))
+    assert not idle("o2td3", "--no-align")
 
 
 def test_it_is_said_at_the_start_of_a_run(run_script, monkeypatch, capsys):
