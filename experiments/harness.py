@@ -119,7 +119,12 @@ def parsed(args: Args, spec: Spec):
 
 
 def check_stages(args: Args, spec: Spec, *names: str) -> None:
-    """Raises UserError where the run leaves out one of the stages that an experiment is about."""
+    """Raises UserError where the run has not one of the stages that an experiment is about, or leaves it out."""
+    declared = {stage.name for stage in scripts.online(spec.script).STAGES}
+    if lacking := [name for name in names if name not in declared]:
+        raise cli.UserError(
+            f"{spec.script} has no stage {' and no '.join(lacking)}, of which this asks; see --algorithms"
+        )
     chosen = parsed(args, spec)
     if missing := [name for name in names if not getattr(chosen, name, True)]:
         raise cli.UserError(f"this asks what {' and '.join(missing)} does; leave --no-{missing[0]} out of --run-flags")

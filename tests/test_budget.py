@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import o2td3
-from experiments import budget, harness, rollouts
+from experiments import alignment, budget, harness, rollouts
 from tests.conftest import TINY
 
 AUTO = ["--reevaluate-steps", "auto", "--align-steps", "auto"]
@@ -93,7 +93,8 @@ def test_of_finished_runs(tmp_path, run_script, monkeypatch, hdf5):
 
 
 def test_refused(run_script, tmp_path):
-    code, _, err = run_script(budget, "--algorithms", "o2sac", "o2ppo", "--out", tmp_path)
-    assert code == 2 and "o2ppo has no stage align, of which this asks; see --algorithms" in err
+    for experiment in (budget, alignment):
+        code, _, err = run_script(experiment, "--algorithms", "o2sac", "o2ppo", "--out", tmp_path)
+        assert code == 2 and err == "error: o2ppo has no stage align, of which this asks; see --algorithms\n"
     code, _, err = run_script(budget, "--budgets", "0.1", "0")
     assert code == 2 and "--budgets is 0.0, but has to be above 0" in err
