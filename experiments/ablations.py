@@ -17,13 +17,15 @@ from experiments.harness import Args, Spec, full, scripts
 def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     """The runs to compare: each part left out that the script declares, after the full method's earlier stages."""
     method, declared = full(args, script, seed), scripts.online(script)
+    if not (parts := getattr(declared, "ABLATIONS", ())):
+        raise cli.UserError(f"{script} has no ABLATIONS, parts that can be left out; see --algorithms")
     before = [stage.name for stage in declared.STAGES[:-1]]
     runs = {"full": method}
-    for name in declared.ABLATIONS:
+    for name in parts:
         flag = (f"--no-{name}",)
         shared = tuple(before[: before.index(name)] if name in before else before)
         runs[f"no {name}"] = Spec(script, method.offline, seed, flag, method if shared else None, shared)
-    return runs | {"naive": full(args, script, seed, *(f"--no-{name}" for name in declared.ABLATIONS))}
+    return runs | {"naive": full(args, script, seed, *(f"--no-{name}" for name in parts))}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """An experiment is a list of runs of the top-level scripts. Ray schedules them as processes of their own; finished ones
 are kept, so the same command started again does what is missing."""
 
+import contextlib
 import csv
 import dataclasses
+import io
 import os
 import shlex
 import shutil
@@ -113,9 +115,14 @@ def command_line(args: Args, spec: Spec) -> list[str]:
 
 
 def parsed(args: Args, spec: Spec):
-    """The run's own arguments, as its script reads them."""
-    script = scripts.online(spec.script)
-    return cli.parse(script.Args, script.PRESETS, script.FAMILIES, command_line(args, spec))
+    """The run's own arguments, as its script reads them. Raises UserError where it has none of that name."""
+    script, words = scripts.online(spec.script), command_line(args, spec)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # tyro's words are about the script that was started
+            return cli.parse(script.Args, script.PRESETS, script.FAMILIES, words)
+    except SystemExit:
+        unknown = tyro.cli(script.Args, args=words, return_unknown_args=True)[1]
+        raise cli.UserError(f"{spec.script} has no {' '.join(unknown)}, which this experiment gives to it") from None
 
 
 def check_stages(args: Args, spec: Spec, *names: str) -> None:

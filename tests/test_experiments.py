@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +14,17 @@ from common import stages
 from common.cli import UserError
 from common.datasets import load
 from common.identity import code_of
-from experiments import ablations, alignment_variants, analysis, constraint, critic, dimension, harness, q_stability
+from experiments import (
+    ablations,
+    alignment_variants,
+    analysis,
+    constraint,
+    critic,
+    dimension,
+    harness,
+    q_stability,
+    reference,
+)
 from experiments.harness import Spec
 from offline import td3_bc
 
@@ -188,6 +199,21 @@ def test_variants_of_alignment_differ_in_it_alone(script):
         alignment_variants.settings(args, "o2ppo", 0)
     with pytest.raises(UserError, match="leave --no-align out"):
         alignment_variants.settings(alignment_variants.Args(run_flags="--no-align"), script, 0)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "flags", "words"),
+    [
+        (ablations, ["--algorithms", "awac"], "awac has no ABLATIONS, parts that can be left out; see --algorithms"),
+        (reference, ["--algorithms", "awac"], "awac has no --reference interval --reference-interval 1000, which "),
+        (reference, ["--run-flags", "--gama 0.9"], "o2sac has no --gama 0.9, which this experiment gives to it"),
+    ],
+)
+def test_what_a_script_has_not_is_said_before_anything_runs(experiment, flags, words, tmp_path):
+    command = [sys.executable, experiment.__file__, *flags, "--run-dir", str(tmp_path / "runs")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {words}") and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script", ["o2sac", "o2td3"])
