@@ -206,7 +206,7 @@ def test_variants_of_alignment_differ_in_it_alone(script):
     [
         (ablations, ["--algorithms", "awac"], "awac has no ABLATIONS, parts that can be left out; see --algorithms"),
         (reference, ["--algorithms", "awac"], "awac has no --reference interval --reference-interval 1000, which "),
-        (reference, ["--run-flags", "--gama 0.9"], "o2sac has no --gama 0.9, which this experiment gives to it"),
+        (reference, ["--run-flags=--gama 0.9"], "o2sac has no --gama 0.9, which this experiment gives to it"),
     ],
 )
 def test_what_a_script_has_not_is_said_before_anything_runs(experiment, flags, words, tmp_path):
