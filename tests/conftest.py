@@ -14,14 +14,16 @@ from common import datasets, tasks
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = [
-    "--device", "cpu", "--no-compile", "--checkpoint-seconds", "0", "--batch-size", "32", "--eval-episodes", "2",
+    "--device", "cpu", "--no-compile", "--checkpoint-seconds", "3600", "--batch-size", "32", "--eval-episodes", "2",
     "--regime-episodes", "2",
 ]  # fmt: skip
+OFTEN = ["--checkpoint-seconds", "0"]  # a checkpoint with every step, of some megabytes each
 
 
 KILL = """
 import os, signal, sys
 sys.argv[0] = "{script}.py"
+sys.argv += {often}
 import {script} as script
 from common import cli, loop, run
 save, blocks = run.Run.save, loop.Loop.blocks
@@ -38,7 +40,7 @@ cli.run(script.main)
 
 def kill_at(script: str, stage: str, step: int, every: int) -> str:
     """A program that runs a script, saves it every `every` steps, and dies, without a word, at a step of a stage."""
-    return KILL.format(script=script, stage=stage, step=step, every=every)
+    return KILL.format(script=script, often=OFTEN, stage=stage, step=step, every=every)
 
 
 @pytest.fixture(autouse=True)

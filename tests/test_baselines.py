@@ -11,7 +11,7 @@ from baselines import aca, awac, cal_ql, iql, off2on, pex, rlpd, wsrl
 from common import cli, regime
 from common.identity import ROOT
 from common.run import Run, run_name
-from tests.conftest import TINY
+from tests.conftest import OFTEN, TINY
 
 SMALL = ["--env-id", "hopper-medium-demo", "--offline-steps", "4", "--online-steps", "90", "--eval-every", "30"]
 WAIT = ["--learning-starts", "20"]
@@ -73,7 +73,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, run_script, tmp
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "save", stopping)
-    flags = command(script, tmp_path / "stopped")
+    flags = command(script, tmp_path / "stopped", *OFTEN)
     assert run_script(script, *flags)[0] == 130
     monkeypatch.setattr(Run, "save", save)
     code, out, err = run_script(script, *flags)

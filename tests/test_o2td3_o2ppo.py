@@ -25,7 +25,7 @@ COMMON = ["--env-id", "hopper-medium-demo", "--offline-steps", "4", "--reevaluat
 SMALL = {
     "o2td3": [*COMMON, *TINY, "--align-steps", "12", "--online-steps", "120", "--learning-starts", "60",
               "--eval-every", "40", "--align-eval-every", "6"],
-    "o2ppo": [*COMMON, "--device", "cpu", "--no-compile", "--checkpoint-seconds", "0", "--eval-episodes", "2",
+    "o2ppo": [*COMMON, "--device", "cpu", "--no-compile", "--eval-episodes", "2",
               "--regime-episodes", "2", "--online-steps", "192", "--rollout-steps", "64", "--minibatch-size", "16",
               "--num-envs", "4", "--update-epochs", "2", "--eval-every", "64",
               "--reevaluate-batch-size", "32", "--scale-rewards", "True"],

@@ -18,7 +18,7 @@ from common import checkpoint, cli
 from common.cli import UserError
 from common.replay import ReplayBuffer
 from common.run import run_name
-from tests.conftest import TINY, kill_at
+from tests.conftest import OFTEN, TINY, kill_at
 
 ROOT = Path(o2sac.__file__).parent
 SMALL = [
@@ -147,7 +147,8 @@ def test_a_seed_that_fails_is_named(finished, tmp_path):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, "-u", "o2sac.py", *SMALL, *TINY, "--online-steps", "100000", "--run-dir", str(tmp_path)]
+    flags = [*SMALL, *TINY, *OFTEN, "--online-steps", "100000", "--run-dir", str(tmp_path)]
+    command = [sys.executable, "-u", "o2sac.py", *flags]
     process = subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -162,7 +163,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 
 
 def test_ctrl_c_saves_every_seed(tmp_path):
-    flags = [*SMALL, *TINY, "--online-steps", "100000", "--run-dir", str(tmp_path), "--num-seeds", "2"]
+    flags = [*SMALL, *TINY, *OFTEN, "--online-steps", "100000", "--run-dir", str(tmp_path), "--num-seeds", "2"]
     process = subprocess.Popen(
         [sys.executable, "o2sac.py", *flags], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
@@ -366,7 +367,7 @@ def test_a_damaged_stage_checkpoint(finished, run_script, tmp_path):
 
 
 def test_nan_stops_the_run_with_the_last_checkpoint(finished, run_script, tmp_path):
-    flags = ["--offline", finished[0] / NAME / "best.pt", "--critic-lr", "1e18", "--checkpoint-seconds", "1000"]
+    flags = ["--offline", finished[0] / NAME / "best.pt", "--critic-lr", "1e18"]
     code, _, err = run_script(o2sac, *SMALL, *TINY, "--run-dir", tmp_path, *flags)
     assert code == 2 and "in stage 'reevaluate' before step" in err and "checkpoint" in err
     assert not list(tmp_path.rglob("reevaluate.pt"))  # what is no good is not saved
