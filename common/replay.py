@@ -36,7 +36,11 @@ class ReplayBuffer:
         elif mode == "part":
             dataset.need_order("--buffer part")
             start = table[torch.isin(dataset.episode, dataset.best(part_episodes))]
-        self.table = table.new_empty(len(start) + steps, table.shape[1])  # takes memory on the CPU only as it fills up
+        room = len(start) + steps, table.shape[1]
+        if table.is_cpu:  # NumPy's zeros take memory as they are written to, PyTorch's all of it at once
+            self.table = torch.from_numpy(np.zeros(room, table.numpy().dtype))
+        else:
+            self.table = table.new_zeros(room)
         self.table[: len(start)] = start
         self.length = len(start)
         self.size = torch.tensor(self.length, dtype=torch.float64, device=table.device)  # read inside captured steps
@@ -89,7 +93,6 @@ class EpisodeBuffer(ReplayBuffer):
         self.ended = self.length
 
     def add(self, *transition) -> None:
-        self.table[self.length, -1] = 0.0  # its return is not known before the end
         super().add(*transition)
         self.size.fill_(self.ended)
 

@@ -10,8 +10,9 @@ import torch
 
 from common import datasets, tasks
 
-# Where a shell script runs `make test &` it is ignored, by all that is started there
+# Both are ignored by all that `nohup make test &` starts, and runs respect that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TINY = [
     "--device", "cpu", "--no-compile", "--checkpoint-seconds", "3600", "--batch-size", "32", "--eval-episodes", "2",
