@@ -109,7 +109,7 @@ def main(Args, presets: dict, families: dict, train: Callable) -> None:
     """The command line of a script in offline/."""
     args = cli.parse(Args, presets, families)
     device = cli.resolve_device(args.device)
-    for words in idle(args, presets, families):
+    for words in idle(args):
         print(f"note: {words}")
     steps.setup(device, args.seed, args.deterministic)
     args = replace(args, compile=args.compile and steps.can_compile(device))

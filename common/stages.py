@@ -151,11 +151,12 @@ def ablations_of(args) -> tuple[str, ...]:
     return getattr(declared(args), "ABLATIONS", ())
 
 
-def idle(args, presets: dict[str, dict], families: dict[str, dict]) -> list[str]:
+def idle(args) -> list[str]:
     """In words, which arguments are the user's own and yet change nothing: those of a stage that is left out, and those
     that mean nothing without another one's value (`bounds.only_with`)."""
-    task, found = tasks.resolve(args.env_id, args.dataset_path), {}
-    usual, constants = vars(type(args)(**cli.chosen(presets, families, args.preset, task))), args.constants(task)
+    script, task, found = declared(args), tasks.resolve(args.env_id, args.dataset_path), {}
+    usual = vars(type(args)(**cli.chosen(script.PRESETS, script.FAMILIES, args.preset, task)))
+    constants = args.constants(task)
     out = [stage for stage in stages_of(args) if not getattr(args, stage.name, True)]
     needs = {name: mark for name, mark in bounds.marks_of(type(args)) if isinstance(mark, bounds.OnlyWith)}
     for name, value in vars(args).items():

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli
+from experiments import harness
 from experiments.analysis import comparison
 from experiments.harness import Args, Spec, full, scripts
 
@@ -17,7 +18,7 @@ from experiments.harness import Args, Spec, full, scripts
 def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     """The runs to compare: each part left out that the script declares, after the full method's earlier stages."""
     method, declared = full(args, script, seed), scripts.online(script)
-    if not (parts := getattr(declared, "ABLATIONS", ())):
+    if not (parts := scripts.ablations_of(harness.parsed(args, method))):
         raise cli.UserError(f"{script} has no ABLATIONS, parts that can be left out; see --algorithms")
     before = [stage.name for stage in declared.STAGES[:-1]]
     runs = {"full": method}

@@ -207,6 +207,7 @@ FILES = [f"{folder}.{path.stem}" for folder in ("offline", "baselines") for path
 def test_what_an_argument_needs_can_be_set(script):
     args = importlib.import_module(script).Args
     hints, marks = typing.get_type_hints(args), [m for _, m in bounds.marks_of(args) if isinstance(m, bounds.OnlyWith)]
+    assert str(bounds.only_with(align=False, buffer="part")) == "--no-align or --buffer part"  # as it is typed
     assert marks and all(value in choices(hints[name]) for mark in marks for name, value in mark.values)
 
 

@@ -300,6 +300,14 @@ def test_too_little_memory_is_said_in_a_sentence(run_script, tmp_path):
     assert code == 2 and "this machine has too little memory" in err and len(err.strip().splitlines()) == 1
 
 
+def test_what_pytorch_cannot_allocate_is_said_and_no_other_error_hidden(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: torch.empty(10**15))
+    assert end.value.code == 2 and "this machine has too little memory" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="size"):
+        cli.run(lambda: torch.ones(2) + torch.ones(3))
+
+
 def test_part_keeps_the_best_episodes(data):
     buffer = ReplayBuffer(data, 10, "part")
     best = sorted(range(len(data.returns)), key=lambda i: -data.returns[i])[:50]

@@ -223,8 +223,7 @@ def test_arguments_that_exclude_each_other_are_refused(script):
 
 
 def idle(script, flags):
-    module = SCRIPTS[script]
-    return stages.idle(parsed(script, flags), module.PRESETS, module.FAMILIES)
+    return stages.idle(parsed(script, flags))
 
 
 def test_what_changes_nothing_is_said(monkeypatch):
