@@ -18,6 +18,13 @@ def split(table: torch.Tensor, obs_dim: int, action_dim: int) -> tuple[torch.Ten
     return obs, actions, rewards.squeeze(1), next_obs, terminations.squeeze(1)
 
 
+def room(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Zeros for rows that are still to come. On a CPU they take memory as they are written to, not all at once."""
+    if device.type == "cpu":  # NumPy's do, PyTorch's do not
+        return torch.from_numpy(np.zeros(shape, torch.empty(0, dtype=dtype).numpy().dtype))
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
 class ReplayBuffer:
     """Online transitions, and the offline ones that `mode` keeps:
 
@@ -36,11 +43,7 @@ class ReplayBuffer:
         elif mode == "part":
             dataset.need_order("--buffer part")
             start = table[torch.isin(dataset.episode, dataset.best(part_episodes))]
-        room = len(start) + steps, table.shape[1]
-        if table.is_cpu:  # NumPy's zeros take memory as they are written to, PyTorch's all of it at once
-            self.table = torch.from_numpy(np.zeros(room, table.numpy().dtype))
-        else:
-            self.table = table.new_zeros(room)
+        self.table = room(len(start) + steps, table.shape[1], device=table.device)
         self.table[: len(start)] = start
         self.length = len(start)
         self.size = torch.tensor(self.length, dtype=torch.float64, device=table.device)  # read inside captured steps
@@ -132,7 +135,7 @@ class PrioritisedBuffer(ReplayBuffer):
         super().__init__(dataset, steps, "all")
         self.start = self.length  # of the online rows
         n = -(-len(self.table) // BLOCK)
-        self.priorities = torch.zeros(n, BLOCK, dtype=torch.float64, device=self.table.device)
+        self.priorities = room(n, BLOCK, dtype=torch.float64, device=self.table.device)
         self.priorities.view(-1)[: self.start] = 1.0
         self.sums = self.priorities.sum(1)
         self.highest = self.sums.new_tensor(float(priority))

@@ -25,6 +25,7 @@ from common.bounds import at_least, between
 from common.checkpoint import seed_everything, write_atomic
 from common.loop import Loop
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det
+from common.replay import room
 from common.run import Run
 
 import h5py
@@ -102,7 +103,7 @@ class Memory:
 
     def __init__(self, size: int, obs_dim: int, action_dim: int, device: torch.device):
         self.widths = [obs_dim, action_dim, obs_dim, 1, 1, 1]
-        self.table, self.length = torch.zeros(size, sum(self.widths), device=device), 0
+        self.table, self.length = room(size, sum(self.widths), device=device), 0
         self.size = torch.zeros((), dtype=torch.float64, device=device)  # read inside compiled steps
 
     def add(self, *row) -> None:
