@@ -59,8 +59,9 @@ class OnlyWith:
 
     values: tuple[tuple[str, object], ...]
 
-    def holds(self, args) -> bool:
-        return any(getattr(args, name) == value for name, value in self.values)
+    def met(self, args) -> list[str]:
+        """The arguments that have the value which is asked of them."""
+        return [name for name, value in self.values if getattr(args, name) == value]
 
     def __str__(self) -> str:
         """As they are typed."""

@@ -153,21 +153,26 @@ def ablations_of(args) -> tuple[str, ...]:
 
 def idle(args) -> list[str]:
     """In words, which arguments are the user's own and yet change nothing: those of a stage that is left out, and those
-    that mean nothing without another one's value (`bounds.only_with`)."""
+    that mean nothing without another one's value (`bounds.only_with`), which must not be idle itself."""
     script, task, found = declared(args), tasks.resolve(args.env_id, args.dataset_path), {}
     usual = vars(type(args)(**cli.chosen(script.PRESETS, script.FAMILIES, args.preset, task)))
     constants = args.constants(task)
     out = [stage for stage in stages_of(args) if not getattr(args, stage.name, True)]
     needs = {name: mark for name, mark in bounds.marks_of(type(args)) if isinstance(mark, bounds.OnlyWith)}
+
+    def why(name: str) -> str:
+        """Why an argument changes nothing; "" where it changes something."""
+        if left_out := next((stage.name for stage in out if stage.owns(name)), ""):
+            return f"with --no-{left_out}"
+        if name not in needs:
+            return ""
+        reasons = [why(other) for other in needs[name].met(args)] or [f"without {needs[name]}"]
+        return min(reasons, key=bool)  # of what it needs, one that is not idle itself is enough
+
     for name, value in vars(args).items():
-        if value in (usual[name], constants.get(name)):
-            continue
-        flag, left_out = f"--{name.replace('_', '-')}", [stage.name for stage in out if stage.owns(name)]
-        if left_out:
-            found.setdefault(f"with --no-{left_out[0]}", []).append(flag)
-        elif name in needs and not needs[name].holds(args):
-            found.setdefault(f"without {needs[name]}", []).append(flag)
-    return [f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing {why}" for why, flags in found.items()]
+        if value not in (usual[name], constants.get(name)) and (reason := why(name)):
+            found.setdefault(reason, []).append(f"--{name.replace('_', '-')}")
+    return [f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing {words}" for words, flags in found.items()]
 
 
 def find(name: str, *folders: str) -> Path:

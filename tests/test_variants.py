@@ -206,7 +206,7 @@ def test_of_alignment_the_critics_alone_are_kept(script, start, tmp_path):
 
 
 def parsed(script, flags):
-    module = SCRIPTS[script]
+    module = stages.online(script)
     return cli.parse(module.Args, module.PRESETS, module.FAMILIES, flags.split())
 
 
@@ -245,6 +245,15 @@ def test_what_changes_nothing_is_said(monkeypatch):
         "--lagrange-init changes nothing without --constrain or --align-constrain",
         "--per-dimension changes nothing without --constrain",
         "--reference-window changes nothing without --reference adaptive",
+    ]  # fmt: skip
+    # nor does what needs an argument that changes nothing
+    assert idle("o2ppo", "--no-reevaluate --value-init fqe --critic-hidden 8") == [
+        "--value-init, --critic-hidden change nothing without --reevaluate"
+    ]
+    assert idle("o2sac", "--no-align --align-constrain --no-constrain --lagrange-init 9 --reference adaptive "
+                "--reference-window 5") == [
+        "--align-constrain, --lagrange-init change nothing with --no-align",
+        "--reference, --reference-window change nothing without --constrain",
     ]  # fmt: skip
     # a constant of the data is no one's own
     monkeypatch.setattr(o2td3.Args, "constants", lambda *_: dict(align_actor_lr=0.5))
