@@ -9,7 +9,7 @@ import shlex
 import pytest
 
 import export
-from common import stages
+from common import policies, stages
 from common.identity import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
@@ -95,3 +95,14 @@ def test_the_readme_names_every_algorithm():
     text = (ROOT / "README.md").read_text()
     lost = [path for path in SCRIPTS if path.parent.name in ("offline", "baselines") and f"`{path.name}`" not in text]
     assert not lost
+
+
+def test_the_policies_that_ship_are_what_their_page_says():
+    folder = ROOT / "datasets" / "policies"
+    rows = re.findall(r"^\| `(\S+\.pt)` \| (\S+) ± \S+ \| `([^`]+)` \|", (folder / "README.md").read_text(), re.M)
+    assert [name for name, *_ in rows] == sorted((path.name for path in folder.glob("*.pt")), key=str)
+    for name, score, command in rows:
+        policy = policies.read(folder / name)
+        assert policy["made_with"]["command"] == command and command.endswith(f"--steps {policy['steps']}")
+        assert f"{policy['score']:.1f}" == score and policy["made_with"]["score"] == "mean of 100 episodes"
+        assert "learner" not in policy and (folder / name).stat().st_size < 3e6
