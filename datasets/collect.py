@@ -2,9 +2,11 @@
 
 SAC (Haarnoja et al., 2018) learns online. Where its training episodes first reach D4RL's medium return, its policy is
 kept, and what it has seen by then is medium-replay; it stops at D4RL's expert return. Random is the policy before it
-has learned. Where a file of D4RL's own is at hand, `--medium-policy FILE` plays the policy in its `metadata/policy`.
+has learned. Where a file of D4RL's own is at hand, `--medium-policy FILE` plays the policy in its `metadata/policy`,
+and with `--files medium` nothing has to be learned.
 
     python datasets/collect.py --robot hopper
+    python datasets/collect.py --robot hopper --files medium --medium-policy D4RL/hopper_medium-v2.hdf5 --rows 1000000
 
 The files bear D4RL's names, so that `--env-id hopper-expert-v2` finds them; their `source` says whose they are.
 """
@@ -34,6 +36,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from tqdm import tqdm
+from tyro.conf import Suppress
 
 # Mean return ± standard deviation of an episode in D4RL's own v2 files
 D4RL_RETURNS = {
@@ -48,6 +52,8 @@ QUALITIES = ("random", "medium-replay", "medium", "medium-expert", "expert")
 class Args(cli.RunArgs):
     robot: Literal["hopper", "halfcheetah", "walker2d"] = "hopper"
     """whose data"""
+    files: tuple[Literal["random", "medium-replay", "medium", "medium-expert", "expert"], ...] = QUALITIES
+    """which files are made"""
     rows: Annotated[int, at_least(2)] = 200_000
     """transitions in each file (medium-replay: at most)"""
     medium_policy: str = ""
@@ -71,6 +77,18 @@ class Args(cli.RunArgs):
     """learning rate of actor, critics and temperature"""
     window: Annotated[int, at_least(1)] = 10
     """training episodes whose mean return is compared with D4RL's"""
+
+    # what other scripts take and this one has no use for
+    preset: Suppress[str] = "none"
+    exp_name: Suppress[str] = ""
+    env_id: Suppress[str] = "hopper-medium-v2"
+    dataset_path: Suppress[str] = ""
+    max_episode_steps: Suppress[int | None] = None
+    reward_scale: Suppress[float] = 1.0
+    reward_shift: Suppress[float] = 0.0
+    eval_episodes: Suppress[int] = 10
+    final_episodes: Suppress[int | None] = None
+    eval_workers: Suppress[int | None] = None
 
 
 # ---------------------------------------------------------------------------------------------- SAC
@@ -224,10 +242,10 @@ def d4rl_policy(path: str) -> nn.Module:
 
 
 @torch.no_grad()
-def play(task: tasks.Task, actor: nn.Module, rows: int, seed: int) -> dict[str, np.ndarray]:
+def play(task: tasks.Task, actor: nn.Module, rows: int, seed: int, title: str = "") -> dict[str, np.ndarray]:
     """`rows` transitions of a sampled policy, in D4RL's layout."""
     env, columns = envs.Episodes(envs.make_env(task), seed), []
-    for _ in range(rows):
+    for _ in tqdm(range(rows), desc=title, unit="step", miniters=1):
         obs = env.obs
         action = sample(actor, torch.as_tensor(obs, dtype=torch.float32)[None])[0][0].numpy()
         _, reward, terminated, episodic_return = env.step(action)
@@ -272,45 +290,47 @@ def main() -> None:
     args = replace(args, compile=args.compile and steps.can_compile(device))
     folder = Path(args.out or os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     paths = {quality: folder / f"{args.robot}_{quality.replace('-', '_')}-v2.hdf5" for quality in QUALITIES}
-    missing = [quality for quality in QUALITIES if not paths[quality].exists()]
+    missing = [quality for quality in args.files if not paths[quality].exists()]
     if not missing:
-        raise cli.UserError(f"{folder} holds all files of {args.robot} already; choose another --out")
+        which = "all" if set(args.files) == set(QUALITIES) else "these"
+        raise cli.UserError(f"{folder} holds {which} files of {args.robot} already; choose another --out")
     medium = d4rl_policy(args.medium_policy) if args.medium_policy else None
     folder.mkdir(parents=True, exist_ok=True)
 
     task = tasks.resolve(f"{args.robot}-medium-v2")
-    run = Run(args, f"{args.robot}__collect__{args.seed}", None)
     seed_everything(args.seed)
     env = envs.make_env(task)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args.window).to(device)
-    untrained = copy.deepcopy(agent.actor).cpu()
-    memory = Memory(args.total_steps, obs_dim, action_dim, device)
-    learn(args, run, task, agent, memory, device)
-    reached = int(agent.medium_step)
-    if not reached:
-        raise cli.UserError(f"SAC did not reach D4RL's medium return; give it more than {args.total_steps} steps")
-
-    own = f"SAC after {memory.length:,} steps"
-    actors = {"random": (untrained, "an untrained policy"), "expert": (agent.actor.cpu(), own),
-              "medium": (agent.medium.cpu(), f"SAC after {reached:,} steps")}  # fmt: skip
+    actors, data = {"random": (copy.deepcopy(agent.actor).cpu(), "an untrained policy")}, {}
     if medium is not None:
         actors["medium"] = medium, "the policy in D4RL's own medium-v2 file"
-    data = {"medium-replay": (replayed(memory, reached, args.rows), f"what SAC saw in its first {reached:,} steps")}
-    for i, (quality, (actor, what)) in enumerate(actors.items()):
-        seed_everything(args.seed + 1 + i)
-        data[quality] = play(task, actor, args.rows, args.seed + 1 + i), what
-    halves = [data[quality][0] for quality in ("medium", "expert")]
-    cut = [{name: column[: args.rows // 2].copy() for name, column in half.items()} for half in halves]
-    for half in cut:  # an episode that is cut off has no next state
-        half["timeouts"][-1] |= not half["terminals"][-1]
-    both = {name: np.concatenate([half[name] for half in cut]) for name in cut[0]}
-    data["medium-expert"] = both, "half medium, half expert"
+    if not actors.keys() >= set(missing):  # the others are SAC's
+        memory = Memory(args.total_steps, obs_dim, action_dim, device)
+        learn(args, Run(args, f"{args.robot}__collect__{args.seed}", None), task, agent, memory, device)
+        reached = int(agent.medium_step)
+        if not reached:
+            raise cli.UserError(f"SAC did not reach D4RL's medium return; give it more than {args.total_steps} steps")
+        data["medium-replay"] = replayed(memory, reached, args.rows), f"what SAC saw in its first {reached:,} steps"
+        actors["expert"] = agent.actor.cpu(), f"SAC after {memory.length:,} steps"
+        actors.setdefault("medium", (agent.medium.cpu(), f"SAC after {reached:,} steps"))
+    halves = ("medium", "expert")
+    for i, quality in enumerate(("random", "expert", "medium"), start=1):
+        if quality in missing or quality in halves and "medium-expert" in missing:
+            actor, what = actors[quality]
+            seed_everything(args.seed + i)
+            data[quality] = play(task, actor, args.rows, args.seed + i, quality), what
+    if "medium-expert" in missing:
+        cut = [{name: x[: args.rows // 2].copy() for name, x in data[quality][0].items()} for quality in halves]
+        for half in cut:  # an episode that is cut off has no next state
+            half["timeouts"][-1] |= not half["terminals"][-1]
+        both = {name: np.concatenate([half[name] for half in cut]) for name in cut[0]}
+        data["medium-expert"] = both, "half medium, half expert"
 
     table = Table(title=f"{args.robot} in D4RL's physics, in {folder}", title_justify="left")
     for column in ("", "transitions", "episodes", "mean return", "D4RL's own"):
         table.add_column(column, justify="right" if column else "left")
-    for quality in QUALITIES:
+    for quality in [quality for quality in QUALITIES if quality in data]:
         rows, what = data[quality]
         returns, known = episode_returns(rows), D4RL_RETURNS[args.robot].get(quality)
         theirs = f"{known[0]:,.0f} ± {known[1]:,.0f}" if known else ""

@@ -50,6 +50,21 @@ def test_all_files_of_a_robot(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "data" / "hopper_expert-v2.hdf5").stat().st_mtime_ns == before
 
 
+@pytest.mark.skipif(not FRAGMENT.exists(), reason="needs a file of D4RL's")
+def test_what_is_asked_for_is_made_without_learning_what_it_does_not_need(tiny, tmp_path):
+    own = ("--medium-policy", str(FRAGMENT), "--files", "medium")
+    code, out, err = tiny(*own, "--rows", "2000")
+    assert code == 0, err
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["hopper_medium-v2.hdf5"]
+    assert not (tmp_path / "runs").exists() and "expert" not in out
+    with h5py.File(tmp_path / "data" / "hopper_medium-v2.hdf5") as file:
+        assert "D4RL's own medium-v2 file" in file.attrs["source"]
+        returns = collect.episode_returns({name: file[name][()] for name in ("rewards", "terminals", "timeouts")})
+    assert len(returns) >= 3 and 800 < returns.mean() < 2_000  # D4RL's: 1422 ± 379
+    code, _, err = tiny(*own)
+    assert code == 2 and "holds these files of hopper already" in err
+
+
 def test_returns_are_those_of_whole_episodes():
     data = {"rewards": np.arange(6.0), "terminals": np.array([0, 1, 0, 0, 0, 0], bool),
             "timeouts": np.array([0, 0, 0, 1, 0, 0], bool)}  # fmt: skip
@@ -78,6 +93,11 @@ def test_d4rls_own_policy_is_the_one_that_made_its_file():
     expected = collect.gaussian_log_prob(u, mean[inside], log_std[inside].clamp(-20, 2)) - collect.tanh_log_det(u)
     assert inside.sum() > 300
     torch.testing.assert_close(expected, log_probs[inside], atol=2e-2, rtol=1e-3)
+
+
+def test_what_it_has_no_use_for_is_not_taken(tiny, tmp_path):
+    code, _, err = tiny("--env-id", "walker2d-medium-v2")  # the robot is --robot
+    assert code == 2 and "--env-id" in err and not (tmp_path / "data").exists()
 
 
 def test_a_file_without_a_policy_is_named(tiny, tmp_path, hdf5):
