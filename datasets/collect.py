@@ -52,7 +52,7 @@ QUALITIES = ("random", "medium-replay", "medium", "medium-expert", "expert")
 class Args(cli.RunArgs):
     robot: Literal["hopper", "halfcheetah", "walker2d"] = "hopper"
     """whose data"""
-    files: tuple[Literal["random", "medium-replay", "medium", "medium-expert", "expert"], ...] = QUALITIES
+    files: tuple[Literal[QUALITIES], ...] = QUALITIES
     """which files are made"""
     rows: Annotated[int, at_least(2)] = 200_000
     """transitions in each file (medium-replay: at most)"""
@@ -80,7 +80,6 @@ class Args(cli.RunArgs):
 
     # what other scripts take and this one has no use for
     preset: Suppress[str] = "none"
-    exp_name: Suppress[str] = ""
     env_id: Suppress[str] = "hopper-medium-v2"
     dataset_path: Suppress[str] = ""
     max_episode_steps: Suppress[int | None] = None
@@ -242,7 +241,7 @@ def d4rl_policy(path: str) -> nn.Module:
 
 
 @torch.no_grad()
-def play(task: tasks.Task, actor: nn.Module, rows: int, seed: int, title: str = "") -> dict[str, np.ndarray]:
+def play(task: tasks.Task, actor: nn.Module, rows: int, seed: int, title: str) -> dict[str, np.ndarray]:
     """`rows` transitions of a sampled policy, in D4RL's layout."""
     env, columns = envs.Episodes(envs.make_env(task), seed), []
     for _ in tqdm(range(rows), desc=title, unit="step", miniters=1):
@@ -307,7 +306,8 @@ def main() -> None:
         actors["medium"] = medium, "the policy in D4RL's own medium-v2 file"
     if not actors.keys() >= set(missing):  # the others are SAC's
         memory = Memory(args.total_steps, obs_dim, action_dim, device)
-        learn(args, Run(args, f"{args.robot}__collect__{args.seed}", None), task, agent, memory, device)
+        learned = replace(args, files=QUALITIES)  # SAC's run is the same, whichever of them are made of it
+        learn(args, Run(learned, f"{args.robot}__{args.exp_name}__{args.seed}", None), task, agent, memory, device)
         reached = int(agent.medium_step)
         if not reached:
             raise cli.UserError(f"SAC did not reach D4RL's medium return; give it more than {args.total_steps} steps")
@@ -330,14 +330,13 @@ def main() -> None:
     table = Table(title=f"{args.robot} in D4RL's physics, in {folder}", title_justify="left")
     for column in ("", "transitions", "episodes", "mean return", "D4RL's own"):
         table.add_column(column, justify="right" if column else "left")
-    for quality in [quality for quality in QUALITIES if quality in data]:
+    for quality in missing:
         rows, what = data[quality]
         returns, known = episode_returns(rows), D4RL_RETURNS[args.robot].get(quality)
         theirs = f"{known[0]:,.0f} ± {known[1]:,.0f}" if known else ""
         n = len(rows["rewards"])
         table.add_row(quality, f"{n:,}", f"{len(returns):,}", f"{returns.mean():,.0f} ± {returns.std():,.0f}", theirs)
-        if quality in missing:
-            write(paths[quality], rows, f"{n:,} transitions of {what}, in D4RL's physics; not D4RL's rows")
+        write(paths[quality], rows, f"{n:,} transitions of {what}, in D4RL's physics; not D4RL's rows")
     Console().print(table)
 
 

@@ -45,6 +45,9 @@ def test_all_files_of_a_robot(tiny, tmp_path, monkeypatch):
         same_height = (data.next_obs[:, 0] - data.obs[:, 0]).abs().max()  # 8 ms: no row leads into the next episode
         assert same_height < 0.1
     before = (tmp_path / "data" / "hopper_expert-v2.hdf5").stat().st_mtime_ns
+    (tmp_path / "data" / "hopper_medium_expert-v2.hdf5").unlink()
+    code, out, err = tiny("--files", "medium-expert", "medium")  # which of them is there already
+    assert code == 0 and out.count("│ medium") == 1 and "│ medium-expert" in out, err
     code, _, err = tiny()
     assert code == 2 and "holds all files of hopper already" in err
     assert (tmp_path / "data" / "hopper_expert-v2.hdf5").stat().st_mtime_ns == before

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import math
 import re
-import sys
 import typing
 
 import gymnasium as gym
@@ -21,6 +20,7 @@ from common.foreign import load_policy
 from common.identity import ROOT
 from experiments import alignment, harness
 from offline import awac, bc, cql, iql, rebrac, td3_bc
+from tests.test_collect import collect
 
 SCRIPTS = [o2sac, o2td3, o2ppo, awac, bc, cql, iql, rebrac, td3_bc]
 QUALITIES = ["random", "medium", "medium-replay", "full-replay", "medium-expert", "expert"]
@@ -179,15 +179,7 @@ def numeric(hint) -> bool:
     return hint in (int, float) or any(numeric(part) for part in typing.get_args(hint))
 
 
-def collect():
-    """datasets/collect.py, whose folder is no package."""
-    spec = importlib.util.spec_from_file_location("collect", tasks.SHIPPED / "collect.py")
-    sys.modules["collect"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, harness, alignment, kills, protocol, steps, collect()])
+@pytest.mark.parametrize("script", [*SCRIPTS, harness, alignment, kills, protocol, steps, collect])
 def test_every_number_has_a_bound(script):
     hints, marks = typing.get_type_hints(script.Args), list(bounds.marks_of(script.Args))
     [_, suppressed] = typing.get_args(tyro.conf.Suppress[int])  # what nobody can type needs none
