@@ -167,7 +167,7 @@ def idle(args) -> list[str]:
         if name not in needs:
             return ""
         reasons = [why(other) for other in needs[name].met(args)] or [f"without {needs[name]}"]
-        return min(reasons, key=bool)  # of what it needs, one that is not idle itself is enough
+        return "" if "" in reasons else reasons[0]  # of what it needs, one that is not idle itself is enough
 
     for name, value in vars(args).items():
         if value not in (usual[name], constants.get(name)) and (reason := why(name)):
