@@ -43,7 +43,7 @@ def start_run(args_class, offline) -> tuple:
     script = sys.modules[args_class.__module__]
     args = cli.parse(args_class, script.PRESETS, script.FAMILIES)
     device = cli.resolve_device(args.device)
-    for words in idle(args):
+    for words in [*idle(args), *offline.idle(args)]:
         print(f"note: {words}")
     if args.num_seeds > 1:
         # downloaded once, and refused once

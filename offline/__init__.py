@@ -34,6 +34,14 @@ def is_algorithm(name: str) -> bool:
     return name in ALGORITHMS or name.endswith(".py")
 
 
+def idle(args) -> list[str]:
+    """In words, which argument is the user's own and yet changes nothing, with what `--offline` names."""
+    trained = is_algorithm(args.offline)
+    name, kind = ("trust_checkpoint", "an algorithm") if trained else ("offline_steps", "a policy")
+    flag = f"--{name.replace('_', '-')}"
+    return [f"{flag} changes nothing, for --offline {args.offline} is {kind}"] if getattr(args, name) else []
+
+
 def algorithm(name: str) -> ModuleType:
     """The script of an offline algorithm. Raises UserError where it lacks what every script in this folder has."""
     return load(find(name, "offline"), NEEDED, "offline/bc.py is the shortest that has them all")
@@ -90,6 +98,8 @@ def check(args, data: Dataset) -> dict | None:
     """
     if getattr(declared(args), "FROM_SCRATCH", False):
         return None
+    if is_algorithm(args.offline) and args.normalize_from:
+        raise cli.UserError(f"a policy of {args.offline} knows how it sees observations; leave --normalize-from out")
     if is_algorithm(args.offline) and not shipped(args):
         algorithm_args(args)
         return None

@@ -339,6 +339,7 @@ def test_part_keeps_the_best_episodes(data):
         (["--offline-steps", "0"], "--offline-steps is 0"),
         (["--batch-size", "33"], "has to be an even number"),
         (["--offline", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
+        (["--normalize-from", "none"], "leave --normalize-from out"),
         (["--run-dir", "/dev/null/runs"], "choose --run-dir"),
         (["--align-steps", "99"], "holds a run with other arguments"),
         (["--track"], "pip install wandb"),

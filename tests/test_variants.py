@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import offline
 import o2sac
 import o2td3
 from common import cli, policies, report, stages
@@ -255,6 +256,16 @@ def test_what_changes_nothing_is_said(monkeypatch):
         "--align-constrain, --lagrange-init change nothing with --no-align",
         "--reference, --reference-window change nothing without --constrain",
     ]  # fmt: skip
+    path = "datasets/policies/hopper-medium-demo__iql.pt"
+    for flags, found in {
+        f"--offline {path} --offline-steps 9 --trust-checkpoint --normalize-from 1": [
+            f"--offline-steps changes nothing, for --offline {path} is a policy"
+        ],
+        "--offline iql --offline-steps 9 --trust-checkpoint": [
+            "--trust-checkpoint changes nothing, for --offline iql is an algorithm"
+        ],
+    }.items():
+        assert offline.idle(parsed("o2sac", flags)) == found
     # a constant of the data is no one's own
     monkeypatch.setattr(o2td3.Args, "constants", lambda *_: dict(align_actor_lr=0.5))
     assert not idle("o2td3", "--no-align")
