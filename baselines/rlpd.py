@@ -32,7 +32,6 @@ from common.stages import Stage
 
 import torch
 from torch import nn
-from tyro.conf import Suppress
 
 PRESETS = {
     "demo": dict(env_id="hopper-medium-demo", online_steps=10_000, learning_starts=2_000, utd=4),
@@ -76,11 +75,6 @@ class Args(cli.OnlineArgs):
     """updates of the critics per environment step; the actor has one"""
     eval_every: Annotated[int, at_least(1)] = 1_000
     """environment steps between evaluations"""
-
-    # what the scripts that start from a policy take, and this one has no use for
-    offline_steps: Suppress[int | None] = None
-    trust_checkpoint: Suppress[bool] = False
-    normalize_from: Suppress[str] = ""
 
     def check(self) -> None:
         super().check()

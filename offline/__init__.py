@@ -35,11 +35,14 @@ def is_algorithm(name: str) -> bool:
 
 
 def idle(args) -> list[str]:
-    """In words, which argument is the user's own and yet changes nothing, with what `--offline` names."""
-    trained = is_algorithm(args.offline)
-    name, kind = ("trust_checkpoint", "an algorithm") if trained else ("offline_steps", "a policy")
-    flag = f"--{name.replace('_', '-')}"
-    return [f"{flag} changes nothing, for --offline {args.offline} is {kind}"] if getattr(args, name) else []
+    """In words, which arguments are the user's own and yet change nothing, for what `--offline` names has no use."""
+    names, kind = ("offline_steps",), f"--offline {args.offline} is a policy"
+    if is_algorithm(args.offline):
+        names, kind = ("trust_checkpoint",), f"--offline {args.offline} is an algorithm"
+    if from_scratch(args):
+        names, kind = ("offline_steps", "trust_checkpoint", "normalize_from"), f"{args.exp_name} starts from nothing"
+    flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+    return [f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing, for {kind}"] if flags else []
 
 
 def algorithm(name: str) -> ModuleType:
@@ -91,12 +94,17 @@ def goes_on(args) -> bool:
     return getattr(declared(args), "GOES_ON", False)
 
 
+def from_scratch(args) -> bool:
+    """Whether the script starts from no policy at all."""
+    return getattr(declared(args), "FROM_SCRATCH", False)
+
+
 def check(args, data: Dataset) -> dict | None:
     """Refuse what `policy` would only stumble over, before anything is written. Raises UserError.
 
     It gives the policy that `--offline` names; None where that has to be trained, or none is needed.
     """
-    if getattr(declared(args), "FROM_SCRATCH", False):
+    if from_scratch(args):
         return None
     if is_algorithm(args.offline) and args.normalize_from:
         raise cli.UserError(f"a policy of {args.offline} knows how it sees observations; leave --normalize-from out")

@@ -13,6 +13,7 @@ import torch
 import offline
 import o2sac
 import o2td3
+from baselines import rlpd
 from common import cli, policies, report, stages
 from common.replay import ReplayBuffer
 from tests.conftest import TINY
@@ -266,6 +267,8 @@ def test_what_changes_nothing_is_said(monkeypatch):
         ],
     }.items():
         assert offline.idle(parsed("o2sac", flags)) == found
+    args = cli.parse(rlpd.Args, {}, {}, ["--offline-steps", "9", "--normalize-from", "1"])
+    assert offline.idle(args) == ["--offline-steps, --normalize-from change nothing, for rlpd starts from nothing"]
     # a constant of the data is no one's own
     monkeypatch.setattr(o2td3.Args, "constants", lambda *_: dict(align_actor_lr=0.5))
     assert not idle("o2td3", "--no-align")
