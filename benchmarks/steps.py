@@ -14,13 +14,14 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import offline
 from common import cli, datasets, report, stages, steps, tasks, timing
 from common.bounds import above, at_least
+from common.nn import products_of
 
 import torch
 from rich.console import Console
@@ -57,6 +58,8 @@ class Args:
     """hopper's"""
     compile: bool = True
     """time the compiled steps too"""
+    matmul: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: and once more with --matmul bfloat16"""
 
 
 def random_data(args: Args, device: torch.device) -> datasets.Dataset:
@@ -100,11 +103,12 @@ def chosen(name: str) -> list[str]:
         raise
 
 
-def turn(stepper: steps.Stepper, seconds: float, device: torch.device) -> float:
+def turn(stepper: steps.Stepper, dtype: torch.dtype, seconds: float, device: torch.device) -> float:
     """Steps per second over about `seconds`."""
     start, n = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        stepper.run(10)
+        with products_of(dtype):
+            stepper.run(10)
         n += 10
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -160,11 +164,15 @@ def main() -> None:
     device = cli.resolve_device(args.device)
     steps.setup(device, seed=0)
     data = random_data(args, device)
-    kinds = ["eager"] + ["compiled"] * (args.compile and steps.can_compile(device))
+    compile = args.compile and steps.can_compile(device)
+    kinds = {"eager": (False, torch.float32)} | ({"compiled": (True, torch.float32)} if compile else {})
+    if args.matmul != "float32":
+        kinds[args.matmul] = compile, getattr(torch, args.matmul)
+    columns = ["eager", *(column for kind in [*kinds][1:] for column in (kind, "ratio"))]  # to the kind before it
     table = Table(title=f"steps/s, {report.hardware(device)}, PyTorch {torch.__version__}")
     cuda = device.type == "cuda"
     rate, latency = matrix_rate(device), kernel_latency() if cuda else 0.0
-    for column in ("stage", *kinds, "ratio", "GFLOP", *["kernels"] * cuda, "floor", "of floor", *["peak MB"] * cuda):
+    for column in ("stage", *columns, "GFLOP", *["kernels"] * cuda, "floor", "of floor", *["peak MB"] * cuda):
         table.add_column(column, justify="left" if column == "stage" else "right")
     rows = []
     for stage in [stage for name in args.stages for stage in chosen(name)]:
@@ -173,22 +181,25 @@ def main() -> None:
             torch.cuda.reset_peak_memory_stats()
         plain = make_step(stage, data, compile=False)
         flops = (count_flops(plain) + count_flops(plain)) / 2  # every second step of some updates the actor too
-        steppers = [
-            steps.Stepper(make_step(stage, data, k == "compiled"), device, graph=k == "compiled", phases=2)
-            for k in kinds
-        ]
-        for stepper in steppers:
-            stepper.run(3 if stage == "cql" else 20)  # compiles, warms up, captures
-        rates = [[turn(stepper, args.seconds, device) for stepper in steppers] for _ in range(args.turns)]
-        medians = [statistics.median(column) for column in zip(*rates, strict=True)]
-        ratio = statistics.median(row[-1] / row[0] for row in rates)
+        steppers = []
+        for fast, dtype in kinds.values():
+            with products_of(dtype):
+                stepper = steps.Stepper(make_step(stage, data, fast), device, graph=fast, phases=2)
+                stepper.run(3 if stage == "cql" else 20)  # compiles, warms up, captures
+            steppers.append((stepper, dtype))
+        rates = [[turn(*stepper, args.seconds, device) for stepper in steppers] for _ in range(args.turns)]
+        found = [f"{statistics.median(row[0] for row in rates):,.1f}"]
+        for i in range(1, len(kinds)):
+            found.append(f"{statistics.median(row[i] for row in rates):,.1f}")
+            found.append(f"{statistics.median(row[i] / row[i - 1] for row in rates):.2f}")
+        best = statistics.median(row[-1] for row in rates)
         kernels = count_kernels(steppers[-1]) if cuda else 0.0
         peak = torch.cuda.max_memory_allocated() if cuda else 0
-        rows.append((stage, medians, ratio, flops, kernels, peak))
-    for stage, medians, ratio, flops, kernels, peak in rows:
+        rows.append((stage, found, best, flops, kernels, peak))
+    for stage, found, best, flops, kernels, peak in rows:
         floor = 1 / max(flops / rate, kernels * latency)
-        table.add_row(stage, *(f"{median:,.1f}" for median in medians), f"{ratio:.2f}", f"{flops / 1e9:.2f}",
-                      *[f"{kernels:.0f}"] * cuda, f"{floor:,.0f}", f"{medians[-1] / floor:.0%}",
+        table.add_row(stage, *found, f"{flops / 1e9:.2f}",
+                      *[f"{kernels:.0f}"] * cuda, f"{floor:,.0f}", f"{best / floor:.0%}",
                       *[f"{peak / 1e6:,.0f}"] * cuda)  # fmt: skip
     Console(width=120).print(table)
     print(

@@ -1,21 +1,52 @@
 """Layers and an optimiser for networks this small: two critics cost one matrix product, not two."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
+products = torch.float32  # what products between hidden layers are taken of: --matmul
+
+
+@contextlib.contextmanager
+def products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Until the end, products between hidden layers are taken of numbers of this type."""
+    global products
+    before, products = products, dtype
+    try:
+        yield
+    finally:
+        products = before
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight between hidden layers: both, and what comes out, are rounded to `products`."""
+    if products == torch.float32:
+        return x @ weight
+    return (x.to(products) @ weight.to(products)).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A linear layer between hidden ones."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if products == torch.float32 else product(x, self.weight.t()) + self.bias
+
+
 class EnsembleLinear(nn.Module):
     """`n` linear layers side by side: (n, B, inputs) -> (n, B, outputs), in one batched matrix product.
 
     Weights are orthogonal, biases zero. An input of (m, B, inputs) with m < n goes through the first m layers alone.
+    `hidden`: it lies between hidden layers, see `product`.
     """
 
-    def __init__(self, n: int, inputs: int, outputs: int):
+    def __init__(self, n: int, inputs: int, outputs: int, hidden: bool = False):
         super().__init__()
+        self.hidden = hidden
         self.weight = nn.Parameter(torch.empty(n, inputs, outputs))
         self.bias = nn.Parameter(torch.zeros(n, 1, outputs))
         for weight in self.weight:
@@ -25,6 +56,8 @@ class EnsembleLinear(nn.Module):
         weight, bias = self.weight[: len(x)], self.bias[: len(x)]
         if weight.shape[2] == 1:  # a matrix product with a single column is slower than its sum
             return (x * weight.transpose(1, 2)).sum(-1, keepdim=True) + bias
+        if self.hidden:
+            return product(x, weight) + bias
         return x @ weight + bias  # not baddbmm, which would copy the bias into place first: a kernel more on a GPU
 
 
@@ -79,7 +112,7 @@ def mlp(inputs: int, hidden_layers: int | Sequence[int | str], outputs: int, act
         elif layer in SIZED:
             layers.append(SIZED[layer](inputs))
         else:
-            layers.append(nn.Linear(inputs, layer))
+            layers.append((Linear if layers else nn.Linear)(inputs, layer))
             inputs = layer
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
@@ -103,7 +136,7 @@ def ensemble_mlp(
     """
     layers = []
     for width in widths(hidden_layers):
-        layers.append(EnsembleLinear(n, inputs, width))
+        layers.append(EnsembleLinear(n, inputs, width, hidden=bool(layers)))
         if layer_norm == "after":
             layers += [nn.ReLU(inplace=True), EnsembleLayerNorm(n, width)]
         elif layer_norm:

@@ -111,7 +111,7 @@ def main(Args, presets: dict, families: dict, train: Callable) -> None:
     device = cli.resolve_device(args.device)
     for words in idle(args):
         print(f"note: {words}")
-    steps.setup(device, args.seed, args.deterministic)
+    steps.setup(device, args.seed, args.deterministic, args.matmul)
     args = replace(args, compile=args.compile and steps.can_compile(device))
     data = datasets.load(args.env_id, args.dataset_path, device, args.max_episode_steps)
     print(data.describe())

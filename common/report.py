@@ -49,7 +49,7 @@ def start_run(args_class, offline) -> tuple:
         # downloaded once, and refused once
         offline.check(args, datasets.load(args.env_id, args.dataset_path, "cpu", args.max_episode_steps))
         sys.exit(seeds.train(args, device))
-    steps.setup(device, args.seed, args.deterministic)
+    steps.setup(device, args.seed, args.deterministic, args.matmul)
     args = dataclasses.replace(args, compile=args.compile and steps.can_compile(device))
     data = datasets.load(args.env_id, args.dataset_path, device, args.max_episode_steps)
     found = offline.check(args, data)

@@ -19,12 +19,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common import nn
 from common.cli import HOW_TO_SCHEDULE, UserError
 
 
-def setup(device: torch.device, seed: int, deterministic: bool = False) -> None:
-    """Seed PyTorch and set what makes it fast on `device`."""
+def setup(device: torch.device, seed: int, deterministic: bool = False, matmul: str = "float32") -> None:
+    """Seed PyTorch and set what makes it fast on `device`. `matmul`: see --matmul."""
     torch.manual_seed(seed)
+    nn.products = getattr(torch, matmul)
+    if matmul != "float32" and device.type == "cpu" and (ratio := speed_of(nn.products)) < 1:
+        print(f"note: --matmul {matmul} is slower on this processor, {ratio:.1f} times as fast as float32")
     choose_cache_folder()
     if deterministic != torch.are_deterministic_algorithms_enabled():  # it loads the compiler, for seconds
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -40,6 +44,15 @@ def setup(device: torch.device, seed: int, deterministic: bool = False) -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(-3, 1 << 30)
             libc.mallopt(-1, 1 << 30)
+
+
+def speed_of(dtype: torch.dtype) -> float:
+    """How many times as fast as in float32 a product of two layers is on this processor."""
+    times = {}
+    for kind in (torch.float32, dtype):
+        x = torch.ones(256, 256, dtype=kind)
+        times[kind] = seconds_per_step(lambda x=x: x @ x, torch.device("cpu"), n=20)
+    return times[torch.float32] / times[dtype]
 
 
 compiler_works = True  # until a step could not be compiled

@@ -285,7 +285,7 @@ def write(path: Path, data: dict[str, np.ndarray], source: str) -> None:
 def main() -> None:
     args = cli.parse(Args, {}, {})
     device = cli.resolve_device(args.device)
-    steps.setup(device, args.seed, args.deterministic)
+    steps.setup(device, args.seed, args.deterministic, args.matmul)
     args = replace(args, compile=args.compile and steps.can_compile(device))
     folder = Path(args.out or os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     paths = {quality: folder / f"{args.robot}_{quality.replace('-', '_')}-v2.hdf5" for quality in QUALITIES}

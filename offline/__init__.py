@@ -26,7 +26,8 @@ NEEDED = ("Args", "PRESETS", "FAMILIES", "Agent", "Optimizers", "training_step",
 
 # What an online script hands on to the offline one that it calls
 SHARED = ("preset", "env_id", "dataset_path", "max_episode_steps", "seed", "device", "compile", "deterministic",
-          "run_dir", "checkpoint_seconds", "eval_episodes", "final_episodes", "eval_workers", "go_on")  # fmt: skip
+          "matmul", "run_dir", "checkpoint_seconds", "eval_episodes", "final_episodes", "eval_workers",
+          "go_on")  # fmt: skip
 
 
 def is_algorithm(name: str) -> bool:

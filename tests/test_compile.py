@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import o2sac
-from common import cli
+from common import cli, nn
 from common.replay import ReplayBuffer
 from offline import cql
 
@@ -37,14 +37,16 @@ def make(stage, data, compile, dtype=torch.float32):
     return step, {"agent": agent, **optimizers}
 
 
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stage", ["cql", "reevaluate", "align", "finetune"])
-def test_compiling_moves_gradients_no_further_than_rounding_does(stage, data, monkeypatch):
+def test_compiling_moves_gradients_no_further_than_rounding_does(stage, products, data, monkeypatch):
     """Twenty steps, each from where an eager run stands, beside the same step in double precision as the yardstick.
 
     A whole run has no yardstick that holds on every processor: training is chaotic, and how far it carries a rounding
     is luck. Medians, for here and there a unit lies so close to zero that a rounding switches it on or off.
     """
-    eager, fast = make(stage, data, compile=False), make(stage, data, compile=True)
+    with nn.products_of(products):
+        eager, fast = make(stage, data, compile=False), make(stage, data, compile=True)
     exact = make(stage, data, compile=False, dtype=torch.float64)
     normal, found = torch.randn_like, {}
     for _ in range(20):
@@ -57,7 +59,8 @@ def test_compiling_moves_gradients_no_further_than_rounding_does(stage, data, mo
             with monkeypatch.context() as patch:
                 if step is exact[0]:  # the same noise: in double precision other numbers would be drawn
                     patch.setattr(torch, "randn_like", lambda x: normal(x.float()).double())
-                values = step()
+                with nn.products_of(torch.float32 if step is exact[0] else products):
+                    values = step()
             for name, optimizer in state.items():
                 if name != "agent":
                     values[name] = torch.cat([gradient.flatten() for gradient in optimizer.exp_avg])
