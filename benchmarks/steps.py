@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import offline
 from common import cli, datasets, report, stages, steps, tasks, timing
 from common.bounds import above, at_least
-from common.nn import products_of
 
 import torch
 from rich.console import Console
@@ -103,12 +102,11 @@ def chosen(name: str) -> list[str]:
         raise
 
 
-def turn(stepper: steps.Stepper, dtype: torch.dtype, seconds: float, device: torch.device) -> float:
+def turn(stepper: steps.Stepper, seconds: float, device: torch.device) -> float:
     """Steps per second over about `seconds`."""
     start, n = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        with products_of(dtype):
-            stepper.run(10)
+        stepper.run(10)
         n += 10
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -183,11 +181,10 @@ def main() -> None:
         flops = (count_flops(plain) + count_flops(plain)) / 2  # every second step of some updates the actor too
         steppers = []
         for fast, dtype in kinds.values():
-            with products_of(dtype):
-                stepper = steps.Stepper(make_step(stage, data, fast), device, graph=fast, phases=2)
-                stepper.run(3 if stage == "cql" else 20)  # compiles, warms up, captures
-            steppers.append((stepper, dtype))
-        rates = [[turn(*stepper, args.seconds, device) for stepper in steppers] for _ in range(args.turns)]
+            steps.products = dtype
+            steppers.append(steps.Stepper(make_step(stage, data, fast), device, graph=fast, phases=2))
+            steppers[-1].run(3 if stage == "cql" else 20)  # compiles, warms up, captures
+        rates = [[turn(stepper, args.seconds, device) for stepper in steppers] for _ in range(args.turns)]
         found = [f"{statistics.median(row[0] for row in rates):,.1f}"]
         for i in range(1, len(kinds)):
             found.append(f"{statistics.median(row[i] for row in rates):,.1f}")

@@ -15,7 +15,6 @@ import torch
 
 from common.cli import UserError
 from common.envs import make_env, standardised
-from common.nn import products_of
 from common.tasks import Task
 
 FRESH = 1 << 60  # seeds from here on are no training episode's, whatever --seed is, and no evaluation's
@@ -130,8 +129,8 @@ def play(envs: list[gym.Env], seeds, share, seen: tuple, policy, device, observe
     `observe` is called with the rewards (seeds,) of each step.
 
     A policy always acts on a row for each of `seeds`, those of others being zero: the order in which a product is
-    summed may depend on the number of rows, on their place in memory and on the number of threads. It acts in float32,
-    as it does elsewhere. `seen`: how policies see observations, mean and std (S,) and where these are cut off.
+    summed may depend on the number of rows, on their place in memory and on the number of threads. `seen`: how policies
+    see observations, mean and std (S,) and where these are cut off.
     """
     envs = dict(zip(share, envs, strict=False))
     starts = {i: env.reset(seed=int(seeds[i]))[0] for i, env in envs.items()}
@@ -144,8 +143,7 @@ def play(envs: list[gym.Env], seeds, share, seen: tuple, policy, device, observe
         torch.set_num_threads(1)
         while running.any():
             x = standardised(obs, *seen)  # at once for all, as `Standardised` does for one
-            with products_of(torch.float32):
-                actions = policy(torch.tensor(x, device=device)).cpu().numpy()
+            actions = policy(torch.tensor(x, device=device)).cpu().numpy()
             rewards = np.zeros(len(seeds))
             for i in np.flatnonzero(running):  # a vector environment would step those that are done, too
                 obs[i], rewards[i], terminated, truncated, info = envs[i].step(actions[i])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-products = torch.float32  # what products between hidden layers are taken of: --matmul
+products = torch.float32  # what products between hidden layers are taken of
 
 
 @contextlib.contextmanager

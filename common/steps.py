@@ -19,15 +19,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import nn
 from common.cli import HOW_TO_SCHEDULE, UserError
+from common.nn import products_of
 
 
 def setup(device: torch.device, seed: int, deterministic: bool = False, matmul: str = "float32") -> None:
     """Seed PyTorch and set what makes it fast on `device`. `matmul`: see --matmul."""
     torch.manual_seed(seed)
-    nn.products = getattr(torch, matmul)
-    if matmul != "float32" and device.type == "cpu" and (ratio := speed_of(nn.products)) < 1:
+    global products
+    products = getattr(torch, matmul)
+    if matmul != "float32" and device.type == "cpu" and (ratio := speed_of(products)) < 1:
         print(f"note: --matmul {matmul} is slower on this processor, {ratio:.1f} times as fast as float32")
     choose_cache_folder()
     if deterministic != torch.are_deterministic_algorithms_enabled():  # it loads the compiler, for seconds
@@ -56,6 +57,7 @@ def speed_of(dtype: torch.dtype) -> float:
 
 
 compiler_works = True  # until a step could not be compiled
+products = torch.float32  # what those between hidden layers are taken of in a step: --matmul
 
 
 def say(words: str) -> None:
@@ -65,10 +67,11 @@ def say(words: str) -> None:
 def compiled(fn, enabled: bool, long_sums: bool = False):
     """`torch.compile(fn)` as one graph, its backward passes included, drawing the same random numbers as eagerly.
 
-    `long_sums`: gradients are sums over thousands of rows, not over a batch of hundreds.
+    Inside, and nowhere else, products between hidden layers are taken as --matmul says. `long_sums`: gradients are sums
+    over thousands of rows, not over a batch of hundreds.
     """
     if not enabled:
-        return fn
+        return products_of(products)(fn)
     torch._dynamo.config.trace_autograd_ops = True
     torch._dynamo.config.error_on_recompile = True
     options = {
@@ -112,7 +115,7 @@ def compiled(fn, enabled: bool, long_sums: bool = False):
             if first:
                 say("")
 
-    return call
+    return products_of(products)(call)
 
 
 def numbers(guards) -> list[bool]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import o2sac
-from common import cli, nn
+from common import cli, steps
 from common.replay import ReplayBuffer
 from offline import cql
 
@@ -45,8 +45,9 @@ def test_compiling_moves_gradients_no_further_than_rounding_does(stage, products
     A whole run has no yardstick that holds on every processor: training is chaotic, and how far it carries a rounding
     is luck. Medians, for here and there a unit lies so close to zero that a rounding switches it on or off.
     """
-    with nn.products_of(products):
-        eager, fast = make(stage, data, compile=False), make(stage, data, compile=True)
+    monkeypatch.setattr(steps, "products", products)
+    eager, fast = make(stage, data, compile=False), make(stage, data, compile=True)
+    monkeypatch.setattr(steps, "products", torch.float32)
     exact = make(stage, data, compile=False, dtype=torch.float64)
     normal, found = torch.randn_like, {}
     for _ in range(20):
@@ -59,8 +60,7 @@ def test_compiling_moves_gradients_no_further_than_rounding_does(stage, products
             with monkeypatch.context() as patch:
                 if step is exact[0]:  # the same noise: in double precision other numbers would be drawn
                     patch.setattr(torch, "randn_like", lambda x: normal(x.float()).double())
-                with nn.products_of(torch.float32 if step is exact[0] else products):
-                    values = step()
+                values = step()
             for name, optimizer in state.items():
                 if name != "agent":
                     values[name] = torch.cat([gradient.flatten() for gradient in optimizer.exp_avg])

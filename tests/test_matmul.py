@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import o2td3
-from common import evaluation, nn, steps, tasks
+from common import nn, steps, tasks
 from common.log import read_rows
 from tests.conftest import TINY
 from tests.test_pipeline import SMALL
@@ -52,20 +52,18 @@ def test_float32_is_what_it_was_and_comes_back():
     assert nn.products == torch.float32
 
 
-def test_policies_are_evaluated_in_float32():
-    task, seen = tasks.resolve(tasks.DEMO), []
-
-    def policy(obs):
-        seen.append(nn.products)
-        return torch.zeros(len(obs), 3)
-
-    with nn.products_of(torch.bfloat16):
-        evaluation.Evaluator(task, torch.zeros(11), torch.ones(11), 1).returns(policy, "cpu")
-    assert set(seen) == {torch.float32}
+def test_it_ends_where_the_step_does(monkeypatch):
+    """What a policy does elsewhere, and its file is checked by, is float32's."""
+    seen = []
+    monkeypatch.setattr(steps, "products", torch.bfloat16)
+    step = steps.compiled(lambda: seen.append(nn.products), enabled=False)
+    monkeypatch.setattr(steps, "products", torch.float32)
+    step()
+    assert seen == [torch.bfloat16] and nn.products == torch.float32
 
 
 def test_a_run_takes_it_from_its_offline_policy_to_its_end(run_script, tmp_path, monkeypatch):
-    monkeypatch.setattr(nn, "products", torch.float32)
+    monkeypatch.setattr(steps, "products", torch.float32)
     flags = [*SMALL, *TINY, "--offline", "td3_bc"]
     losses = {}
     for matmul in ("float32", "bfloat16"):
@@ -83,15 +81,24 @@ def test_a_run_takes_it_from_its_offline_policy_to_its_end(run_script, tmp_path,
         assert len(exact) == len(fast) and 0 < (fast - exact).norm() < 0.1 * exact.norm(), name
 
 
+def test_a_policy_of_float32_goes_on_in_bfloat16(run_script, tmp_path, monkeypatch):
+    """It is checked, when it is read, by how it acted when it was written."""
+    monkeypatch.setattr(steps, "products", torch.float32)
+    path = tasks.SHIPPED / "policies" / "hopper-medium-demo__td3_bc.pt"
+    flags = [*SMALL, *TINY, "--offline", path, "--no-reevaluate", "--no-align", "--online-steps", "70"]
+    code, _, err = run_script(o2td3, *flags, "--run-dir", tmp_path, "--matmul", "bfloat16")
+    assert code == 0, err
+
+
 def test_a_processor_that_is_slower_with_it_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(nn, "products", torch.float32)
+    monkeypatch.setattr(steps, "products", torch.float32)
     for ratio, said in ((2.5, ""), (0.4, "note: --matmul bfloat16 is slower on this processor, 0.4 times as fast")):
         monkeypatch.setattr(steps, "speed_of", lambda _, ratio=ratio: ratio)
         steps.setup(torch.device("cpu"), 0, matmul="bfloat16")
-        assert nn.products == torch.bfloat16
+        assert steps.products == torch.bfloat16
         assert capsys.readouterr().out.startswith(said)
         steps.setup(torch.device("cpu"), 0)
-        assert nn.products == torch.float32
+        assert steps.products == torch.float32
 
 
 def test_its_speed_is_measured():
