@@ -177,19 +177,19 @@ def main() -> None:
         rate = max(rate, matrix_rate(device))  # the best of the whole run, for a busy moment is no floor
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        plain = make_step(stage, data, compile=False)
-        flops = (count_flops(plain) + count_flops(plain)) / 2  # every second step of some updates the actor too
         steppers = []
         for fast, dtype in kinds.values():
             steps.products = dtype
             steppers.append(steps.Stepper(make_step(stage, data, fast), device, graph=fast, phases=2))
             steppers[-1].run(3 if stage == "cql" else 20)  # compiles, warms up, captures
+        plain = steppers[0].step
+        flops = (count_flops(plain) + count_flops(plain)) / 2  # every second step of some updates the actor too
         rates = [[turn(stepper, args.seconds, device) for stepper in steppers] for _ in range(args.turns)]
-        found = [f"{statistics.median(row[0] for row in rates):,.1f}"]
-        for i in range(1, len(kinds)):
-            found.append(f"{statistics.median(row[i] for row in rates):,.1f}")
-            found.append(f"{statistics.median(row[i] / row[i - 1] for row in rates):.2f}")
-        exact = statistics.median(row[compile] for row in rates)  # the best in float32, as the floor is
+        medians = [statistics.median(column) for column in zip(*rates, strict=True)]
+        found = [f"{medians[0]:,.1f}"]
+        for i, median in enumerate(medians[1:], start=1):
+            found += [f"{median:,.1f}", f"{statistics.median(row[i] / row[i - 1] for row in rates):.2f}"]
+        exact = medians[1 if compile else 0]  # in float32, as the floor is
         kernels = count_kernels(steppers[-1]) if cuda else 0.0
         peak = torch.cuda.max_memory_allocated() if cuda else 0
         rows.append((stage, found, exact, flops, kernels, peak))

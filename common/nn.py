@@ -56,9 +56,8 @@ class EnsembleLinear(nn.Module):
         weight, bias = self.weight[: len(x)], self.bias[: len(x)]
         if weight.shape[2] == 1:  # a matrix product with a single column is slower than its sum
             return (x * weight.transpose(1, 2)).sum(-1, keepdim=True) + bias
-        if self.hidden:
-            return product(x, weight) + bias
-        return x @ weight + bias  # not baddbmm, which would copy the bias into place first: a kernel more on a GPU
+        y = product(x, weight) if self.hidden else x @ weight
+        return y + bias  # not baddbmm, which would copy the bias into place first: a kernel more on a GPU
 
 
 class EnsembleLayerNorm(nn.Module):

@@ -23,10 +23,13 @@ from common.cli import HOW_TO_SCHEDULE, UserError
 from common.nn import products_of
 
 
+products = torch.float32  # what those between hidden layers are taken of in a step: --matmul
+
+
 def setup(device: torch.device, seed: int, deterministic: bool = False, matmul: str = "float32") -> None:
     """Seed PyTorch and set what makes it fast on `device`. `matmul`: see --matmul."""
-    torch.manual_seed(seed)
     global products
+    torch.manual_seed(seed)
     products = getattr(torch, matmul)
     if matmul != "float32" and device.type == "cpu" and (ratio := speed_of(products)) < 1:
         print(f"note: --matmul {matmul} is slower on this processor, {ratio:.1f} times as fast as float32")
@@ -57,7 +60,6 @@ def speed_of(dtype: torch.dtype) -> float:
 
 
 compiler_works = True  # until a step could not be compiled
-products = torch.float32  # what those between hidden layers are taken of in a step: --matmul
 
 
 def say(words: str) -> None:

@@ -37,11 +37,12 @@ def is_algorithm(name: str) -> bool:
 
 def idle(args) -> list[str]:
     """In words, which arguments are the user's own and yet change nothing, for what `--offline` names has no use."""
-    names, kind = ("offline_steps",), f"--offline {args.offline} is a policy"
-    if is_algorithm(args.offline):
-        names, kind = ("trust_checkpoint",), f"--offline {args.offline} is an algorithm"
     if from_scratch(args):
         names, kind = ("offline_steps", "trust_checkpoint", "normalize_from"), f"{args.exp_name} starts from nothing"
+    elif is_algorithm(args.offline):
+        names, kind = ("trust_checkpoint",), f"--offline {args.offline} is an algorithm"
+    else:
+        names, kind = ("offline_steps",), f"--offline {args.offline} is a policy"
     flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
     return [f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing, for {kind}"] if flags else []
 
