@@ -143,23 +143,33 @@ def folder(args: Args, spec: Spec) -> Path:
     return Path(found.run_dir) / run_name(found)
 
 
-def offline_policy(args: Args, name: str, seed: int) -> Path:
-    """Where the policy of an offline algorithm is, or will be."""
-    if not args.dataset_path and (path := offline.shipped_file(args.env_id, name)):
-        return path
-    script = offline.algorithm(name)
-    found = cli.parse(script.Args, script.PRESETS, script.FAMILIES, flags_of(args, seed))
-    return Path(found.run_dir) / pretrain.run_name(found) / "policy.pt"
+def offline_policy(args: Args, spec: Spec) -> Path:
+    """Where the policy that a run starts from is, or will be."""
+    found, trained = parsed(args, spec), trained_for(args, spec)
+    return trained[0] if trained else offline.shipped(found) or Path(found.offline)
 
 
-def trained_for(args: Args, spec: Spec) -> tuple[Path, bool] | None:
-    """The policy that is trained for a run, and whether it is the one that `offline_policy` names and not a variant of
-    the run's own; None where none is trained."""
+def trained_for(args: Args, spec: Spec) -> tuple[Path, list[str]] | None:
+    """The policy that is trained for a run, and the command that does it with the arguments which the run itself would
+    train it with; None where none is trained."""
     found = parsed(args, spec)
     if not offline.is_algorithm(found.offline) or offline.shipped(found):
         return None
-    _, chosen = offline.algorithm_args(found)
-    return Path(chosen.run_dir) / pretrain.run_name(chosen) / "policy.pt", chosen.exp_name == Path(found.offline).stem
+    script, chosen = offline.algorithm_args(found)
+    words = flags_of(args, spec.seed)
+    usual = cli.parse(script.Args, script.PRESETS, script.FAMILIES, words)
+    words += [
+        word for name, value in vars(chosen).items() if value != getattr(usual, name) for word in flag(name, value)
+    ]
+    return Path(chosen.run_dir) / pretrain.run_name(chosen) / "policy.pt", [script.__file__, *words]
+
+
+def flag(name: str, value) -> list[str]:
+    """An argument as it is typed."""
+    name = {"go_on": "continue"}.get(name, name).replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
 
 
 def check_shared(args: Args, spec: Spec) -> None:
@@ -251,18 +261,17 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
     check_code(args, done)
     missing = [spec for spec in everything if spec not in done]
     jobs = {}
-    for spec in missing:
-        path, plain = trained_for(args, spec) or (None, False)
-        if plain and not path.exists():  # a variant is trained by the run itself
-            command = [offline.algorithm(spec.offline).__file__, *flags_of(args, spec.seed)]
-            jobs[spec.offline, spec.seed] = (command, [], [])
+    policies = {spec: trained_for(args, spec) for spec in missing}
+    for path, command in filter(None, policies.values()):  # once for all the runs that start from it
+        if not path.exists():
+            jobs[path] = (command, [], [])
     for spec in missing:
         share = []
         if spec.base:
             check_shared(args, spec)
             here, there = folder(args, spec), folder(args, spec.base)
             share = [(there / n, here / n) for n in (*(f"{s}.pt" for s in spec.shared), "offline.pt", "progress.csv")]
-        needed = [(spec.offline, spec.seed), spec.base]
+        needed = [policies[spec][0] if policies[spec] else None, spec.base]
         jobs[spec] = ([str(file_of(spec.script)), *command_line(args, spec)], share, needed)
     failures = schedule(args, jobs) if jobs else []
     if not finished(args, specs):

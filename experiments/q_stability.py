@@ -13,7 +13,7 @@ from common import cli, datasets, policies
 from common.foreign import load_policy
 from common.probe import STATES
 from experiments import analysis, harness, rollouts
-from experiments.harness import Args, Spec, full, offline_of
+from experiments.harness import Args, Spec, full
 
 import numpy as np
 import torch
@@ -43,10 +43,11 @@ def true_values(args: Args, script: str, seed: int) -> np.ndarray:
     π_off plays them as in the script's Bellman equation: see `rollouts.returns_ahead`. States that the simulator cannot
     be put into are left out.
     """
-    spec = harness.parsed(args, full(args, script, seed))
+    method = full(args, script, seed)
+    spec = harness.parsed(args, method)
     data = datasets.load(args.env_id, args.dataset_path)
     handed_on = harness.folder(args, settings(args, script, seed)["with re-evaluation"]) / "offline.pt"
-    path = handed_on if handed_on.exists() else harness.offline_policy(args, offline_of(args, script), seed)
+    path = handed_on if handed_on.exists() else harness.offline_policy(args, method)
     net = policies.module(load_policy(path, data))  # one of another kind was handed on to the script's own
     data = data.hold_out(spec.holdout, STATES)[1]
     rows = rollouts.rebuilt(data)
@@ -112,9 +113,9 @@ def main() -> None:
     specs = {(y, seed): settings(args, y, seed) for y in args.algorithms for seed in range(args.seeds)}
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
     report = analysis.Report(args, "q_stability", "Does Q jump when fine-tuning starts?")
-    figure, panels = analysis.panels(
-        [f"{Path(y).stem} from {offline_of(args, y)}" for y in args.algorithms], sharey=False
-    )
+    starts = [harness.parsed(args, specs[y, 0]["without"]).offline for y in args.algorithms]
+    titles = [f"{Path(y).stem} from {Path(start).stem}" for y, start in zip(args.algorithms, starts, strict=True)]
+    figure, panels = analysis.panels(titles, sharey=False)
     lines, everything = [], []
     of_values = [y for y in args.algorithms if hasattr(harness.parsed(args, specs[y, 0]["without"]), "rollout_steps")]
     for panel, y in zip(panels, args.algorithms, strict=True):

@@ -5,12 +5,14 @@ import json
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from common import stages
+import offline
+from common import cli, pretrain, stages
 from common.cli import UserError
 from common.datasets import load
 from common.identity import code_of
@@ -167,7 +169,6 @@ def test_arms_of_many_dimensions(script, own):
     args = dimension.Args(env_id="hopper-medium-demo", offline="bc", run_flags="--eval-every 77")
     arms = {label: vars(harness.parsed(args, spec)) for label, spec in dimension.settings(args, script, 3).items()}
     paper, scaled = arms.pop("the paper's"), arms.pop("rewards × 0.1")
-    assert harness.offline_policy(args, "bc", 3).parts[-2:] == ("hopper-medium-demo__bc__3__demo", "policy.pt")
     changes = {"reward_scale": 0.1} | ({"alpha": 0.02} if script == "o2sac" else {})
 
     def differ(arm):
@@ -175,6 +176,26 @@ def test_arms_of_many_dimensions(script, own):
 
     assert (paper["seed"], paper["offline"], paper["eval_every"]) == (3, "bc", 77) and differ(scaled) == changes
     assert [differ(arm) for arm in arms.values()] == ([own, own | changes] if own else [])
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--matmul bfloat16 --eval-episodes 3 --no-compile", "--offline-steps 7 --hidden 8 8 --continue"]
+)
+@pytest.mark.parametrize(
+    ("script", "algorithm"), [("o2td3", "iql"), ("o2ppo", "bc"), ("off2on", "cql"), ("wsrl", "cal_ql")]
+)
+def test_a_policy_is_trained_with_the_arguments_of_the_run_that_starts_from_it(script, algorithm, flags):
+    args, spec = harness.Args(env_id="hopper-medium-v2", run_flags=flags), Spec(script, algorithm, 3)
+    path, (file, *words) = harness.trained_for(args, spec)
+    theirs, wanted = offline.algorithm_args(harness.parsed(args, spec))
+    assert file == theirs.__file__ and cli.parse(theirs.Args, theirs.PRESETS, theirs.FAMILIES, words) == wanted
+    assert path == harness.offline_policy(args, spec) == Path(wanted.run_dir) / pretrain.run_name(wanted) / "policy.pt"
+
+
+@pytest.mark.parametrize(("flags", "name"), [("", "hopper-medium-demo__iql.pt"), ("--offline here.pt", "here.pt")])
+def test_a_policy_that_is_there_is_not_trained(flags, name):
+    args, spec = harness.Args(run_flags=flags), Spec("o2ppo", "iql", 0)
+    assert harness.trained_for(args, spec) is None and harness.offline_policy(args, spec).name == name
 
 
 @pytest.mark.parametrize("script", ["o2sac", "o2td3"])
