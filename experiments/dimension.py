@@ -17,9 +17,9 @@ from experiments.analysis import comparison
 from experiments.harness import Spec, scripts
 
 SCALE = 0.1  # of rewards, and with them of O2SAC's temperature, or entropy would weigh ten times more
-OWN = {  # an argument of a script, what turns it on, and what to call it
-    "per_dimension": (["--per-dimension"], "τ and floor per dimension"),
-    "align_radius": (["--align-radius", "uniform"], "uniform radius"),
+OWN = {  # an argument of a script, what turns it on, what to call it, the stages before it (None: all but the last)
+    "per_dimension": (["--per-dimension"], "τ and floor per dimension", None),
+    "align_radius": (["--align-radius", "uniform"], "uniform radius", ("reevaluate",)),
 }
 
 
@@ -38,17 +38,14 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     chosen = harness.parsed(args, paper)
     scale = ["--reward-scale", f"{SCALE * chosen.reward_scale:g}"]
     scale += ["--alpha", f"{SCALE * chosen.alpha:g}"] if hasattr(chosen, "alpha") else []
-    runs = {"the paper's": paper, f"rewards × {SCALE:g}": variant(paper, f"{name}-scaled", scale)}
-    for argument, (flags, label) in OWN.items():
+    scaled = Spec(script, args.offline, seed, ("--exp-name", f"{name}-scaled", *scale))
+    runs = {"the paper's": paper, f"rewards × {SCALE:g}": scaled}
+    for argument, (flags, label, before) in OWN.items():
         if hasattr(scripts.online(script).Args, argument):
-            runs[label] = variant(paper, f"{name}-own", flags)
-            runs["both"] = variant(paper, f"{name}-both", scale + flags)
+            runs[label] = paper.variant("own", *flags, stages=before)
+            both = ("--exp-name", f"{name}-both", *scale, *flags)
+            runs["both"] = Spec(script, args.offline, seed, both, scaled, before)
     return runs
-
-
-def variant(spec: Spec, exp_name: str, flags: list[str]) -> Spec:
-    """That run with other arguments in all its stages."""
-    return Spec(spec.script, spec.offline, spec.seed, ("--exp-name", exp_name, *flags))
 
 
 def main() -> None:
