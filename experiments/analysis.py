@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common.checkpoint import aside, write_atomic
+from common.run import origin
 from experiments import harness
 
 import numpy as np
@@ -203,6 +204,11 @@ def compare(report: Report, title: str, groups: dict[str, list[Path]], baseline:
 CURVES = "Lines: interquartile means over seeds, as in the table; bands: their range; dotted: the offline policies."
 
 
+def title_of(args: harness.Args, spec: harness.Spec) -> str:
+    """A run's script, and what it starts from."""
+    return f"{Path(spec.script).stem} from {origin(harness.parsed(args, spec))}"
+
+
 def comparison(
     args: harness.Args, name: str, question: str, settings: Callable, baseline="", draw=None, caption: str = CURVES
 ):
@@ -213,8 +219,7 @@ def comparison(
     specs = {(y, seed): settings(args, y, seed) for y in args.algorithms for seed in range(args.seeds)}
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
     report = Report(args, name, question)
-    starts = {y: next(iter(specs[y, 0].values())).offline for y in args.algorithms}
-    titles = [f"{Path(y).stem} from {start}" for y, start in starts.items()]
+    titles = [title_of(args, next(iter(specs[y, 0].values()))) for y in args.algorithms]
     figure, axes = panels(titles)
     names = [setting for runs in specs.values() for setting in runs]
     everything = []

@@ -7,7 +7,7 @@ actions, how far the actor drifts, the score in the end, and the time that is sa
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -58,16 +58,11 @@ def settings(args: Args, script: str, seed: int) -> dict[str, dict[str, Spec]]:
         if stage.name in MEASURES:
             n, flag, before = stage.limit(harness.parsed(args, own)), f"--{stage.steps.replace('_', '-')}", tuple(runs)
             steps = sorted({n, *(max(1, round(share * n)) for share in shares)})
-            runs[stage.name] = {f"{m:,}": own if m == n else other(own, f"{stage.name}{m}", [flag, str(m)], before)
-                                for m in steps}  # fmt: skip
+            runs[stage.name] = {
+                f"{m:,}": own if m == n else own.variant(f"{stage.name}{m}", flag, str(m), stages=before) for m in steps
+            }
             flags += [flag, AUTO]
-    return {stage: found | {AUTO: other(own, AUTO, flags, ())} for stage, found in runs.items()}
-
-
-def other(own: Spec, name: str, flags: list[str], before: tuple[str, ...]) -> Spec:
-    """That run with other budgets, and the stages `before` in common."""
-    spec = own.variant(name, *flags, stages=before)
-    return spec if before else replace(spec, base=None)
+    return {stage: found | {AUTO: own.variant(AUTO, *flags, stages=())} for stage, found in runs.items()}
 
 
 def steps_of(name: str, stage: str, paths: list[Path]) -> str:

@@ -34,17 +34,16 @@ class Args(harness.Args):
 
 
 def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
-    paper, name = Spec(script, args.offline, seed), Path(script).stem
+    paper = Spec(script, args.offline, seed)
     chosen = harness.parsed(args, paper)
     scale = ["--reward-scale", f"{SCALE * chosen.reward_scale:g}"]
     scale += ["--alpha", f"{SCALE * chosen.alpha:g}"] if hasattr(chosen, "alpha") else []
-    scaled = Spec(script, args.offline, seed, ("--exp-name", f"{name}-scaled", *scale))
+    scaled = paper.variant("scaled", *scale, stages=())
     runs = {"the paper's": paper, f"rewards × {SCALE:g}": scaled}
     for argument, (flags, label, before) in OWN.items():
         if hasattr(scripts.online(script).Args, argument):
             runs[label] = paper.variant("own", *flags, stages=before)
-            both = ("--exp-name", f"{name}-both", *scale, *flags)
-            runs["both"] = Spec(script, args.offline, seed, both, scaled, before)
+            runs["both"] = scaled.variant("both", *scale, *flags, stages=before)
     return runs
 
 

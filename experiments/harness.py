@@ -78,9 +78,10 @@ class Spec:
 
     def variant(self, name: str, *flags: str, stages: tuple[str, ...] | None = None) -> "Spec":
         """This run with other arguments, under a name of its own; it has those `stages` in common, None: all but the
-        last."""
+        last, (): none, so that it does not wait for this one."""
         exp_name = f"{Path(self.script).stem}-{name}"
-        return Spec(self.script, self.offline, self.seed, ("--exp-name", exp_name, *flags), self, stages)
+        base = None if stages == () else self
+        return Spec(self.script, self.offline, self.seed, ("--exp-name", exp_name, *flags), base, stages)
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -260,11 +261,9 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
     done = [spec for spec in everything if (folder(args, spec) / "result.json").exists()]
     check_code(args, done)
     missing = [spec for spec in everything if spec not in done]
-    jobs = {}
     policies = {spec: trained_for(args, spec) for spec in missing}
-    for path, command in filter(None, policies.values()):  # once for all the runs that start from it
-        if not path.exists():
-            jobs[path] = (command, [], [])
+    trained = dict(filter(None, policies.values()))  # once for all the runs that start from it
+    jobs = {path: (command, [], []) for path, command in trained.items() if not path.exists()}
     for spec in missing:
         share = []
         if spec.base:

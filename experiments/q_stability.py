@@ -113,8 +113,7 @@ def main() -> None:
     specs = {(y, seed): settings(args, y, seed) for y in args.algorithms for seed in range(args.seeds)}
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
     report = analysis.Report(args, "q_stability", "Does Q jump when fine-tuning starts?")
-    starts = [harness.parsed(args, specs[y, 0]["without"]).offline for y in args.algorithms]
-    titles = [f"{Path(y).stem} from {Path(start).stem}" for y, start in zip(args.algorithms, starts, strict=True)]
+    titles = [analysis.title_of(args, specs[y, 0]["without"]) for y in args.algorithms]
     figure, panels = analysis.panels(titles, sharey=False)
     lines, everything = [], []
     of_values = [y for y in args.algorithms if hasattr(harness.parsed(args, specs[y, 0]["without"]), "rollout_steps")]

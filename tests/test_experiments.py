@@ -167,7 +167,12 @@ def test_threshold_is_scaled_at_both_ends(script):
 )
 def test_arms_of_many_dimensions(script, own):
     args = dimension.Args(env_id="hopper-medium-demo", offline="bc", run_flags="--eval-every 77")
-    arms = {label: vars(harness.parsed(args, spec)) for label, spec in dimension.settings(args, script, 3).items()}
+    runs = dimension.settings(args, script, 3)
+    policy = harness.offline_policy(args, runs["the paper's"])
+    assert policy.parts[-2:] == ("hopper-medium-demo__bc__3__demo", "policy.pt")
+    for spec in filter(lambda spec: spec.base, runs.values()):
+        harness.check_shared(args, spec)
+    arms = {label: vars(harness.parsed(args, spec)) for label, spec in runs.items()}
     paper, scaled = arms.pop("the paper's"), arms.pop("rewards × 0.1")
     changes = {"reward_scale": 0.1} | ({"alpha": 0.02} if script == "o2sac" else {})
 
@@ -196,6 +201,7 @@ def test_a_policy_is_trained_with_the_arguments_of_the_run_that_starts_from_it(s
 def test_a_policy_that_is_there_is_not_trained(flags, name):
     args, spec = harness.Args(run_flags=flags), Spec("o2ppo", "iql", 0)
     assert harness.trained_for(args, spec) is None and harness.offline_policy(args, spec).name == name
+    assert analysis.title_of(args, spec) == f"o2ppo from {'here' if flags else 'iql'}"
 
 
 @pytest.mark.parametrize("script", ["o2sac", "o2td3"])
