@@ -34,7 +34,10 @@ class Linear(nn.Linear):
     """A linear layer between hidden ones."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) if products == torch.float32 else product(x, self.weight.t()) + self.bias
+        if products == torch.float32:
+            return super().forward(x)
+        # not `product` with the weight transposed, whose gradient would be transposed twice on its way back
+        return F.linear(x.to(products), self.weight.to(products)).to(x.dtype) + self.bias
 
 
 class EnsembleLinear(nn.Module):

@@ -41,6 +41,19 @@ def test_products_between_hidden_layers_are_rounded_and_no_others(make):
     assert error < rounding / 10 and rounding > 1e-3 * want.norm()
 
 
+def test_a_compiled_gradient_is_the_eager_one(monkeypatch):
+    """GCC 12 spoils gradients that are transposed on their way, on processors that it does not know."""
+    monkeypatch.setattr(steps, "products", torch.bfloat16)
+    net, x = nn.mlp(11, (256, 256, 256), 6), torch.randn(256, 11)
+    parameters = list(net.parameters())
+
+    def gradients():
+        return torch.autograd.grad(net(x).square().sum(), parameters)
+
+    for found, want in zip(steps.compiled(gradients, True)(), steps.compiled(gradients, False)(), strict=True):
+        assert (found - want).norm() < 0.01 * want.norm()
+
+
 def test_float32_is_what_it_was_and_comes_back():
     net, x = nn.mlp(11, 2, 6), torch.randn(32, 11)
     before = net(x)
