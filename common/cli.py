@@ -65,7 +65,7 @@ class RunArgs:
     """bitwise repeatable kernels, and no TF32 on a GPU"""
     matmul: Literal["float32", "bfloat16"] = "float32"
     """numbers that the products between hidden layers are taken of in training; bfloat16, of 8 significant bits, is
-    faster on CPUs that have instructions for it (README, Speed)"""
+    faster on some CPUs, and a run says if it is slower (README, Speed)"""
     run_dir: str = "runs"
     """where run folders are made"""
     checkpoint_seconds: Annotated[float, at_least(0)] = 60.0
