@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 PRESETS = {
-    # The demo is 1/2.5 to 1/200 of the paper's stages, so the learning rates are larger and the anchor is weaker
+    # The demo is 1/1.7 to 1/200 of the paper's stages, so the learning rates are larger and the anchor is weaker
     "demo": dict(
         env_id="hopper-medium-demo", reevaluate_steps=5_000, value_lr=1e-3, online_steps=150_000, actor_lr=3e-4,
         beta_start=0.2, beta_steps=150_000, eval_every=5_000, log_every=500, compile=False,
@@ -55,8 +55,6 @@ FAMILIES = {
 @dataclass
 class Args(cli.OnlineArgs):
     offline: str = "iql"
-    """a file in offline/ as cql, iql or td3_bc, or the PATH of your own (trained first if there is none yet); or the
-    PATH of any policy"""
 
     gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 PRESETS = {
-    # The demo is 1/60 to 1/250 of the paper's stages, so what moves slowly there moves faster here: the targets of
+    # The demo is 1/80 to 1/250 of the paper's stages, so what moves slowly there moves faster here: the targets of
     # re-evaluation and λ. The constraint is tighter, for critics that have seen so little are to be trusted less. So
     # tight a τ lies below the noise of f, which `lagrange_loss` counts as a violation: λ's learning rate limits how far
     # λ grows in a run, here to e^1.8 times its start (the paper's to e^5), and with 1e-3 it would be e^6.
@@ -67,8 +67,6 @@ class Args(cli.OnlineArgs):
     """transitions in a batch, with --buffer half as many of either kind"""
     gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
-    tau: Annotated[float, between(0, 1)] = 0.005
-    """Polyak factor of the target critics (the paper's τ is --kl-threshold-…)"""
     critic_lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the critics"""
     actor_lr: Annotated[float, at_least(0)] = 1e-4
@@ -121,6 +119,8 @@ class Args(cli.OnlineArgs):
     """environment steps that π_off plays before π does, while the critics alone learn (after --learning-starts)"""
     utd: Annotated[int, at_least(1)] = 10
     """updates per environment step"""
+    tau: Annotated[float, between(0, 1)] = 0.005
+    """Polyak factor of the target critics (the paper's τ is --kl-threshold-…)"""
     buffer: Literal["half", "all", "part", "none"] = "half"
     """offline data in online batches: half of each batch, all in one buffer, only the best episodes, or none"""
     part_episodes: Annotated[int, at_least(1), only_with(buffer="part")] = 50
@@ -153,7 +153,8 @@ class Args(cli.OnlineArgs):
     reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
     """environment steps between moves of π_ref; None: 1,000, on hopper's expert and medium-expert data 10,000"""
     actor_grad_norm: Annotated[float | None, above(0)] = None
-    """the actor's gradient is clipped at this norm; None: where π_ref moves every 10,000 steps at 0.25, else not"""
+    """the actor's gradient is clipped at this norm; None: 0.25 where --reference interval has 10,000 steps by default,
+    else not"""
     reference_window: Annotated[int, at_least(2), only_with(reference="adaptive")] = 10
     """adaptive: training episodes on either side of that comparison"""
     reference_margin: Annotated[float, at_least(0), only_with(reference="adaptive")] = 1.0

@@ -57,16 +57,12 @@ NEW_CRITICS = only_with(reevaluate=True, critic_init="random")  # else they are 
 @dataclass
 class Args(cli.OnlineArgs):
     offline: str = "td3_bc"
-    """a file in offline/ as cql, iql or td3_bc, or the PATH of your own (trained first if there is none yet); or the
-    PATH of any policy"""
 
     # every stage
     batch_size: Annotated[int, even()] = 256
     """transitions in a batch, with --buffer half as many of either kind"""
     gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
-    tau: Annotated[float, between(0, 1)] = 0.005
-    """Polyak factor of the targets (the paper's τ is --mse-threshold-…)"""
     critic_lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the critics"""
     actor_lr: Annotated[float, at_least(0)] = 1e-4
@@ -130,6 +126,8 @@ class Args(cli.OnlineArgs):
     exploration_noise: Annotated[float | None, at_least(0)] = None
     """standard deviation of the Gaussian noise on executed actions; None: 0.1, on expert and medium-expert data
     0.05"""
+    tau: Annotated[float, between(0, 1)] = 0.005
+    """Polyak factor of the targets (the paper's τ is --mse-threshold-…)"""
     buffer: Literal["half", "all", "part", "none"] = "half"
     """offline data in online batches: half of each batch, all in one buffer, only the best episodes, or none"""
     part_episodes: Annotated[int, at_least(1), only_with(buffer="part")] = 50
@@ -154,7 +152,8 @@ class Args(cli.OnlineArgs):
     """environment steps between moves of π_ref; None: 1,000, on hopper's expert and medium-expert data and on
     walker2d's expert data 10,000"""
     actor_grad_norm: Annotated[float | None, above(0)] = None
-    """the actor's gradient is clipped at this norm; None: where π_ref moves every 10,000 steps at 0.25, else not"""
+    """the actor's gradient is clipped at this norm; None: 0.25 where --reference interval has 10,000 steps by default,
+    else not"""
     reference_window: Annotated[int, at_least(2), only_with(reference="adaptive")] = 10
     """adaptive: training episodes on either side of that comparison"""
     reference_margin: Annotated[float, at_least(0), only_with(reference="adaptive")] = 1.0
@@ -505,9 +504,10 @@ FINETUNE = Stage("finetune", "online_steps", finetuning_step, "fine-tuned", "eva
 STAGES = (REEVALUATE, ALIGN, FINETUNE)
 ABLATIONS = ("reevaluate", "align", "constrain")  # --no-… leaves that part of the method out
 FINETUNING_ARGS = (  # what fine-tuning alone reads: runs that differ in nothing else share the stages before it
-    "constrain", "online_steps", "learning_starts", "warmup_steps", "utd", "mse_threshold_start", "mse_threshold_end",
-    "mse_threshold_steps", "reference", "reference_interval", "reference_window", "reference_margin", "actor_grad_norm",
-    "eval_every", "probe_every", "align_restore",
+    "constrain", "online_steps", "learning_starts", "warmup_steps", "utd", "policy_freq", "tau", "buffer",
+    "part_episodes", "exploration_noise", "lagrange_lr", "lagrange_expectile", "mse_threshold_start",
+    "mse_threshold_end", "mse_threshold_steps", "reference", "reference_interval", "actor_grad_norm",
+    "reference_window", "reference_margin", "eval_every", "probe_every", "align_restore",
 )  # fmt: skip
 
 

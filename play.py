@@ -49,6 +49,8 @@ def read(args: Args) -> tuple[dict, tasks.Task]:
     if args.env_id:
         data = datasets.load(args.env_id, args.dataset_path, "cpu", args.max_episode_steps)
         return load_policy(path, data, args.trust_checkpoint, args.normalize_from), data.task
+    if args.dataset_path or args.normalize_from:
+        raise cli.UserError("--dataset-path and --normalize-from need --env-id, which says where it is played; add it")
     if not path.is_file():
         raise cli.UserError(f"there is no file {path}")
     if path.suffix in (".onnx", ".zip") or not policies.is_ours(read_tensors(path, "cpu")):

@@ -43,7 +43,7 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, failure_reward=-5.0, alpha=5.0, lagrange=True, min_gap=-200.0,
+    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, failure_reward=0.0, alpha=5.0, lagrange=True, min_gap=-200.0,
                     online_steps=200_000, eval_every=5_000, eval_episodes=20, final_episodes=100, best_margin=2.0),
     "adroit": dict(alpha=1.0, min_gap=-200.0, online_steps=200_000, eval_every=5_000,
                     eval_episodes=100, best_margin=2.0),
@@ -67,7 +67,7 @@ class Args(cli.OnlineArgs):
     calibrate_online: bool = True
     """count the policy's actions at the return of the batch's action where their Q is lower"""
     failure_reward: Annotated[float | None, finite(), only_with(calibrate_online=True)] = None
-    """the reward, as training takes it, of every step until a task succeeds (AntMaze: -5); None: rewards are dense"""
+    """the environment's reward in every step until a task succeeds (AntMaze: 0); None: rewards are dense"""
     alpha: Annotated[float, at_least(0)] = 10.0
     """weight of the conservative term (AntMaze: 5, Adroit: 1)"""
     lagrange: bool = False
@@ -165,7 +165,8 @@ def critic_probe(agent: Agent, held_out: datasets.Dataset) -> Probe:
 
 def follow(args: Args, rewards: torch.Tensor, terminations: torch.Tensor, episode=None) -> torch.Tensor:
     """The discounted return that follows each row (N,), by which Q is calibrated."""
-    return returns_to_go(rewards, terminations, args.gamma, episode, args.failure_reward)
+    failure = None if args.failure_reward is None else args.failure_reward * args.reward_scale + args.reward_shift
+    return returns_to_go(rewards, terminations, args.gamma, episode, failure)
 
 
 def experience(args: Args, data: datasets.Dataset) -> EpisodeBuffer:

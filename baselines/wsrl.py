@@ -75,7 +75,12 @@ class Args(cli.OnlineArgs):
 
     def offline_changes(self, task) -> dict:
         changes = dict(critics=10, layer_norm=True)
-        return changes if task.matches("antmaze") else changes | dict(calibrate=False, alpha=5.0)
+        if task.matches("antmaze"):
+            return changes | dict(critic_hidden=(256,) * 4)
+        if task.matches("adroit"):
+            return changes | dict(hidden=(512, 512), critic_hidden=(512,) * 3)
+        changes |= dict(calibrate=False, alpha=5.0, hidden=(256, 256), critic_hidden=(256, 256))  # CQL
+        return changes | dict(steps=250_000) if self.preset == "none" else changes
 
 
 # ---------------------------------------------------------------------------------------------- networks

@@ -94,13 +94,15 @@ def main() -> None:
     run = cli.parse(script.Args, script.PRESETS, script.FAMILIES, flags)
     results = [times(replace(run, seed=seed)) for seed in range(run.seed, run.seed + run.num_seeds)]
     result, seconds = max(results, key=lambda found: sum(found[1].values()))
-    steps = [run.offline_steps, *(getattr(run, stage.steps) for stage in script.STAGES if stage.name in seconds)]
+    steps = {stage.name: getattr(run, stage.steps) for stage in script.STAGES}
+    steps[next(iter(seconds))] = run.offline_steps
     name = run_name(run) + f" and {args.num_seeds - 1} more" * (args.num_seeds > 1)
     table = Table(title=f"{name}, {result['hardware']}, PyTorch {torch.__version__}", title_justify="left")
     for column in ("stage", "steps", "time", "steps/s"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for (stage, spent), n in zip(seconds.items(), steps, strict=True):
-        table.add_row(stage, f"{n:,}", duration(spent), f"{n / spent:,.0f}")
+    for stage, spent in seconds.items():
+        n = steps.get(stage)  # none where a policy was handed on
+        table.add_row(stage, *([f"{n:,}", duration(spent), f"{n / spent:,.0f}"] if n else ["", duration(spent), ""]))
     table.add_row("all stages", "", duration(sum(seconds.values())), "")
     evaluation = result["seconds_per_evaluation"]
     share = evaluation * result["evaluations"] / seconds["finetune"]

@@ -33,7 +33,7 @@ class Evaluator:
 
     def __init__(self, task: Task, mean: torch.Tensor, std: torch.Tensor, episodes: int = 10, seed: int = 10_000,
                  workers: int = 0, final: int | None = None):  # fmt: skip
-        # The seeds start far from the training environment's, so that no evaluation start state is ever trained on.
+        # The seeds start far from the training environment's: its first 10,000 episodes start elsewhere
         self.seeds = list(range(seed, seed + episodes))
         self.final_seeds = list(range(seed, seed + max(episodes, final or 0)))
         self.last = np.zeros(0)
@@ -60,7 +60,7 @@ class Evaluator:
         """
         seeds = seeds or self.seeds
         whole = isinstance(getattr(policy, "__self__", None), torch.nn.Module)
-        if whole and torch.device(device).type != "cpu":
+        if whole:  # a copy, as workers have: what a policy keeps of an evaluation does not reach the next one
             policy, device = getattr(copy.deepcopy(policy.__self__).cpu(), policy.__name__), "cpu"
         if self.pool is None or not whole:
             self.envs += [make_env(self.task, evaluation=True) for _ in seeds[len(self.envs) :]]

@@ -10,6 +10,7 @@ import numpy as np
 from common.checkpoint import aside
 from common.log import read_rows
 from common.run import script_name
+from common.stages import declared
 from common.tasks import DEMO, SHIPPED
 
 UNITS = {"finetune": "environment", "kl": "nats", "mse": "action²"}  # of steps, else gradient steps; of constraints
@@ -42,7 +43,8 @@ def naive_switch(args) -> list[np.ndarray]:
     demo's, env_id.
     """
     path = SHIPPED / f"demo_naive_{script_name(args)}.csv"
-    if args.preset != "demo" or args.dataset_path or not path.exists():
+    usual = declared(args).PRESETS.get("demo", {}).get("offline", type(args).offline)
+    if args.preset != "demo" or args.dataset_path or args.offline != usual or not path.exists():
         return []
     seeds = {}
     with open(path, newline="") as file:
@@ -178,7 +180,7 @@ def draw_values(panel, line: Line) -> None:
         plot(panel, x, mean, style, color=colour, label=f"{label} (held-out states: mean, 10 to 90%)")
         low, high = (line.points(f"probe/{name}_{end}")[1] for end in ("low", "high"))
         panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-    if line.stages[0] != "reevaluate":
+    if line.stages[0] not in ("reevaluate", "align", "finetune"):
         for name, colour in (("q", "C2"), ("v", "C1")):
             label = f"{name.upper()} of the offline algorithm"
             plot(panel, *line.points(f"{line.stages[0]}/{name}"), ":", color=colour, label=label)

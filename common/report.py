@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import platform
 import sys
 
@@ -115,6 +116,7 @@ def measured(run: Run, policy: dict, agent, best, data, evaluator, start: float 
     player = copy.deepcopy(agent)
     player.actor.load_state_dict(best.weights)
     fresh = [evaluator.score(r) for r in evaluator.fresh_returns(player.act, data.obs.device)]
+    exported = agent.actor.exported() if hasattr(agent.actor, "exported") else {}  # of more than a network
     scores = run.scores("finetune")
     successes = [row["charts/success"] for row in run.logged.rows if "charts/success" in row]
     best_step, best_online = max(run.logged.evaluations("finetune"), key=lambda evaluation: evaluation[1])
@@ -122,7 +124,8 @@ def measured(run: Run, policy: dict, agent, best, data, evaluator, start: float 
         **before, "evaluated": list(before), "start": list(before.values())[-1] if start is None else start,
         "best_online": best_online, "best_online_step": best_step, "last_online": scores[-1],
         "mean_of_last_3": float(np.mean(scores[-3:])),
-        "best": best.score, "best_from": best.origin, "best_fresh": float(np.mean(fresh)), "fresh_episodes": len(fresh),
+        "best": best.score, "best_from": best.origin, "best_alone": not math.isnan(exported.get("score", 0.0)),
+         "best_fresh": float(np.mean(fresh)), "fresh_episodes": len(fresh),
         "best_fresh_error": float(np.std(fresh, ddof=1) / len(fresh) ** 0.5), "references": data.task.references,
         "measure": run.measure, "scale": data.scale(), "script": script_name(run.args), "dataset": data.task.data,
         "data": run.data, "simulator": data.task.simulator, "source": data.source,
@@ -159,9 +162,10 @@ def show(run: Run, result: dict) -> None:
     table.add_row(f"best online (step {result['best_online_step']:,})", f"{result['best_online']:.1f}")
     table.add_row("last online", f"{result['last_online']:.1f}", seconds["finetune"])
     table.add_row("mean of the last 3", f"{result['mean_of_last_3']:.1f}")
-    table.add_row(f"best.pt ({result['best_from']})", f"{result['best']:.1f}")
+    best = "best.pt" if result.get("best_alone", True) else "best"
+    table.add_row(f"{best} ({result['best_from']})", f"{result['best']:.1f}")
     fresh = f"{result['best_fresh']:.1f} ± {result['best_fresh_error']:.1f}"
-    table.add_row(f"best.pt on {result['fresh_episodes']} fresh starts", fresh)
+    table.add_row(f"{best} on {result['fresh_episodes']} fresh starts", fresh)
     Console(markup=False).print(table)
     episodes = f"{run.args.eval_episodes} episode{'s' * (run.args.eval_episodes > 1)} an evaluation"
     if result.get("final_episodes", 0) > run.args.eval_episodes:
@@ -171,6 +175,8 @@ def show(run: Run, result: dict) -> None:
         print(f"A policy counts as the best where its evaluation is more than {margin} above that of the best before.")
     if result.get("last_success") is not None:
         print(f"success in {result['last_success']:.0%} of the last evaluation's episodes.")
+    if best == "best":
+        print("What is played is more than a network: best.pt holds its new policy alone, whose score nobody measured.")
     print(f"1 seed, {episodes}; {result['scale']}.\n{run.dir}/curve.png shows the whole run.")
     if (run.dir / "paths.png").exists():
         print(f"{run.dir}/paths.png shows the ways that the evaluation's episodes took.")

@@ -65,14 +65,14 @@ def run_name(args) -> str:
     return f"{dataset_label(args)}__{args.exp_name}{ablations}__{origin(args)}__{args.seed}{preset}"
 
 
-def make_folder(folder: Path) -> None:
-    """Make a run folder. Raises UserError where it cannot be written to."""
+def make_folder(folder: Path, chosen_by: str = "--run-dir") -> None:
+    """Make a folder, which the user chose by that argument. Raises UserError where it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)  # another process may have been as far
     except OSError as error:
-        raise UserError(f"cannot write to the run folder {folder} ({error.strerror}); choose --run-dir") from error
+        raise UserError(f"cannot write to the folder {folder} ({error.strerror}); choose {chosen_by}") from error
 
 
 def own_run(folder: Path, wait: bool = False):
@@ -116,9 +116,9 @@ class Run:
         self.measure = data.task.measure if data else "return"
         self.made_with = {"versions": versions(), "code": code_of(script_of(args)), "data": fingerprint(data)}
         self._earlier()  # refused before anything is written, and before waiting
-        send = track.start(args, name) if args.track else None
         make_folder(self.dir)
         self.lock = own_run(self.dir, wait)
+        send = track.start(args, name) if args.track else None
         for left in self.dir.glob("*.part"):  # by a process that was killed
             left.unlink()
         self._keep_args()

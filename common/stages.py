@@ -153,7 +153,8 @@ def ablations_of(args) -> tuple[str, ...]:
 
 def idle(args) -> list[str]:
     """In words, which arguments are the user's own and yet change nothing: those of a stage that is left out, and those
-    that mean nothing without another one's value (`bounds.only_with`), which must not be idle itself."""
+    that mean nothing without another one's value (`bounds.only_with`), which must not be idle itself. And whether
+    fine-tuning ends before the policy's first update."""
     script, task, found = declared(args), tasks.resolve(args.env_id, args.dataset_path), {}
     usual = vars(type(args)(**cli.chosen(script.PRESETS, script.FAMILIES, args.preset, task)))
     constants = args.constants(task)
@@ -172,7 +173,12 @@ def idle(args) -> list[str]:
     for name, value in vars(args).items():
         if value not in (usual[name], constants.get(name)) and (reason := why(name)):
             found.setdefault(reason, []).append(f"--{name.replace('_', '-')}")
-    return [f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing {words}" for words, flags in found.items()]
+    said = [f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing {words}" for words, flags in found.items()]
+    for name in ("learning_starts", "warmup_steps"):
+        if (n := getattr(args, name, 0)) and n >= args.online_steps:
+            flag = f"--{name.replace('_', '-')} {n}"
+            said.append(f"{flag} leaves nothing of --online-steps {args.online_steps}: the policy stays as it is")
+    return said
 
 
 def find(name: str, *folders: str) -> Path:

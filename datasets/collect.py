@@ -28,7 +28,7 @@ from common.checkpoint import seed_everything, write_atomic
 from common.loop import Loop
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det
 from common.replay import room
-from common.run import Run
+from common.run import Run, make_folder
 
 import h5py
 import numpy as np
@@ -294,7 +294,7 @@ def main() -> None:
         which = "all" if set(args.files) == set(QUALITIES) else "these"
         raise cli.UserError(f"{folder} holds {which} files of {args.robot} already; choose another --out")
     medium = d4rl_policy(args.medium_policy) if args.medium_policy else None
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--out")
 
     task = tasks.resolve(f"{args.robot}-medium-v2")
     seed_everything(args.seed)

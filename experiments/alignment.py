@@ -43,6 +43,8 @@ def main() -> None:
     for i, y in enumerate(args.algorithms):
         paths = harness.finished(args, specs[y])
         everything += paths
+        if not paths:
+            continue
         for panel, (name, label) in zip(panels, MEASURES.items(), strict=True):
             stages = ("reevaluate", "align", "finetune")
             ends = [np.array([analysis.series(p, s, f"probe/{name}")[1][-1] for p in paths]) for s in stages]

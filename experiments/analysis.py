@@ -1,6 +1,5 @@
 """From finished runs to numbers with intervals, tables and figures."""
 
-import json
 import shlex
 import sys
 import warnings
@@ -8,7 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common.checkpoint import aside, write_atomic
-from common.run import origin
+from common.log import read_rows
+from common.run import origin, read_json
 from experiments import harness
 
 import numpy as np
@@ -29,7 +29,8 @@ def scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def series(path: Path, stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a logged scalar in one stage."""
-    points = [(row["step"], row[name]) for row in harness.rows(path) if row["stage"] == stage and name in row]
+    rows = read_rows(path / "progress.csv")
+    points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
     return tuple(np.array(points, float).reshape(-1, 2).T)
 
 
@@ -40,7 +41,7 @@ def curve(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def result(path: Path) -> dict:
-    return json.loads((path / "result.json").read_text())
+    return read_json(path / "result.json", "delete it, and the same command makes it again")
 
 
 def measure(paths: list[Path]) -> str:
@@ -74,7 +75,8 @@ def summary(path: Path) -> dict[str, float]:
 def interval(values: dict[str, np.ndarray], reps: int = 5_000) -> dict[str, tuple[float, float, float]]:
     """Interquartile mean of each setting's runs with a 95% stratified bootstrap interval: name -> (iqm, low, high).
 
-    Values are (runs,) of one task or (runs, tasks). With three runs the interval is their spread, hardly more.
+    Values are (runs,) of one task or (runs, tasks). With two or three runs the interval is from the lowest to the
+    highest, and with five it holds the mean of normal values nine times in ten.
     """
     matrices = {name: np.asarray(v, float).reshape(len(v), -1) for name, v in values.items()}
     points, bounds = rly.get_interval_estimates(
@@ -132,7 +134,8 @@ class Report:
         self.text += [
             f"\nMade by `python {command}`: {len(runs)} runs at the scale `{self.args.scale}`, data: "
             f"{'; '.join(sorted(sources))}. {made[0]['eval_episodes']} episodes an evaluation. Machine: "
-            f"{'; '.join(sorted(machines))}, PyTorch {torch.__version__}. Intervals: 95%, stratified bootstrap."
+            f"{'; '.join(sorted(machines))}, PyTorch {torch.__version__}. Intervals: 95%, stratified bootstrap; with "
+            "two or three runs that is from the lowest to the highest."
         ]
         write_atomic(self.folder / f"{self.name}.md", ("\n".join(self.text) + "\n").encode())
         print(f"{self.folder / self.name}.md holds the page")

@@ -59,8 +59,8 @@ class Args(harness.Args):
     out: str = "runs/comparison"
     """where figures and tables are written"""
     env_ids: tuple[str, ...] = ()
-    """the datasets; none: --env-id at the scale demo, else medium and medium-replay of three robots, AntMaze umaze and
-    umaze-diverse, and pen-cloned"""
+    """the datasets; none: --env-id at the scale demo or where it is given, else medium and medium-replay of three
+    robots, AntMaze umaze and umaze-diverse, and pen-cloned"""
     online_steps: Annotated[int | None, at_least(1)] = None
     """environment steps of every run; None: 10,000, at the scale quick 20,000, paper 100,000"""
     offline_steps: Annotated[int | None, at_least(1)] = None
@@ -70,7 +70,7 @@ class Args(harness.Args):
 
 
 def env_ids(args: Args) -> tuple[str, ...]:
-    return args.env_ids or ((args.env_id,) if args.scale == "demo" else TASKS)
+    return args.env_ids or (TASKS if args.scale != "demo" and args.env_id == harness.Args.env_id else (args.env_id,))
 
 
 def pairs(args: Args) -> dict[str, tuple[str, str]]:

@@ -2,7 +2,6 @@
 are kept, so the same command started again does what is missing."""
 
 import contextlib
-import csv
 import dataclasses
 import io
 import os
@@ -20,8 +19,9 @@ import offline
 from common import cli, pretrain
 from common import stages as scripts
 from common.bounds import at_least
+from common.checkpoint import aside
 from common.identity import changed, code_of
-from common.run import read_json, run_name
+from common.run import make_folder, read_json, run_name
 
 import tyro
 from tqdm import tqdm
@@ -111,8 +111,16 @@ def flags_of(args: Args, seed: int) -> list[str]:
 
 def command_line(args: Args, spec: Spec) -> list[str]:
     file = Path(spec.offline)  # runs are started in the project's folder
+    try:
+        typed = shlex.split(args.run_flags)
+    except ValueError as error:
+        raise cli.UserError(f"--run-flags cannot be read ({error}): {args.run_flags}") from error
+    names = [{word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+             for words in (typed, spec.flags)]  # fmt: skip
+    if both := set.intersection(*names):
+        raise cli.UserError(f"this experiment sets {', '.join(sorted(both))} itself; leave that out of --run-flags")
     return [*flags_of(args, spec.seed), "--offline", str(file.absolute() if file.is_file() else file),
-            *shlex.split(args.run_flags), *spec.flags]  # fmt: skip
+            *typed, *spec.flags]  # fmt: skip
 
 
 def parsed(args: Args, spec: Spec):
@@ -174,14 +182,17 @@ def flag(name: str, value) -> list[str]:
 
 
 def check_shared(args: Args, spec: Spec) -> None:
-    """Raises ValueError if `spec` differs from its base in more than what it may."""
+    """Raises UserError if `spec` differs from its base in more than what it may."""
     mine, theirs = (dataclasses.asdict(parsed(args, s)) for s in (spec, spec.base))
     script = scripts.online(spec.script)
     own = [stage for stage in script.STAGES if stage.name not in spec.shared]
     allowed = {"exp_name", *getattr(script, "FINETUNING_ARGS", ()), *(stage.name for stage in own)}
     differ = [name for name in mine if mine[name] != theirs[name] and name not in allowed]
     if differ := [name for name in differ if not any(stage.owns(name) for stage in own)]:
-        raise ValueError(f"{spec} cannot share the stages of its base: {', '.join(differ)} differ")
+        raise cli.UserError(
+            f"{spec.script}: runs that differ in {', '.join(differ)} cannot share stages; if fine-tuning alone reads "
+            "that, the script's FINETUNING_ARGS have to name it"
+        )
 
 
 def check_code(args: Args, done: list[Spec]) -> None:
@@ -213,7 +224,8 @@ def execute(command: list[str], threads: int, retries: int, share: list[tuple[Pa
     for source, target in share:
         if source.exists() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
+            with aside(target) as temporary:
+                shutil.copy(source, temporary)
     for _ in range(retries + 1):
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -257,6 +269,7 @@ def schedule(args: Args, jobs: dict) -> list[str]:
 
 def run_all(args: Args, specs: list[Spec]) -> list[str]:
     """Do what is missing of `specs`, their bases and their offline policies; what failed, a line each."""
+    make_folder(ROOT / args.out, "--out")
     everything = dict.fromkeys(s for spec in specs for s in ([spec.base] if spec.base else []) + [spec])
     done = [spec for spec in everything if (folder(args, spec) / "result.json").exists()]
     check_code(args, done)
@@ -276,12 +289,6 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
     if not finished(args, specs):
         raise cli.UserError(f"no run came to its end: {'; '.join(failures[:3]) or 'there is nothing to run'}")
     return failures
-
-
-def rows(path: Path) -> list[dict]:
-    """A run's progress.csv: one dictionary a row, numbers as floats, empty cells left out."""
-    with open(path / "progress.csv", newline="") as file:
-        return [{k: v if k == "stage" else float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def finished(args: Args, specs: list[Spec]) -> list[Path]:

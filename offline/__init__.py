@@ -30,6 +30,9 @@ SHARED = ("preset", "env_id", "dataset_path", "max_episode_steps", "seed", "devi
           "go_on")  # fmt: skip
 
 
+VALUED = ("reward_scale", "reward_shift", "gamma")  # what Q and V are values of, beside a policy
+
+
 def is_algorithm(name: str) -> bool:
     """Whether `--offline` names an algorithm: a file of this folder, or a script of the user's; else it is a policy."""
     return name in ALGORITHMS or name.endswith(".py")
@@ -112,6 +115,7 @@ def check(args, data: Dataset) -> dict | None:
         raise cli.UserError(f"a policy of {args.offline} knows how it sees observations; leave --normalize-from out")
     if is_algorithm(args.offline) and not shipped(args):
         algorithm_args(args)
+        check_valued(args, {})
         return None
     return checked(args, read(args, shipped(args) or Path(args.offline), data))
 
@@ -127,7 +131,26 @@ def checked(args, found: dict) -> dict:
     """The same policy. Raises UserError where it lacks what the script needs of it."""
     check_critic(args, found)
     check_learner(args, found)
+    check_valued(args, found)
     return found
+
+
+def other_values(args, found: dict) -> str:
+    """In words, of what else Q and V of the policy that `--offline` names are values than this run's; "" of nothing."""
+    known = found.get("learner", {}).get("args", {})  # of a file without these nobody knows
+    theirs = vars(algorithm_args(args)[1]) if is_algorithm(args.offline) else known
+    differ = [name for name in VALUED if name in theirs and theirs[name] != getattr(args, name)]
+    flags = [(f"--{name.replace('_', '-')}", f"{theirs[name]:g}", f"{getattr(args, name):g}") for name in differ]
+    return ", ".join(f"{flag} {there} (here {here})" for flag, there, here in flags)
+
+
+def check_valued(args, found: dict) -> None:
+    """Refuse to go on with what was learned from other rewards, or with another discount factor. Raises UserError."""
+    if goes_on(args) and (differ := other_values(args, found)):
+        raise cli.UserError(
+            f"{args.exp_name} goes on with the Q and V of {args.offline}, which are learned with {differ}; give both "
+            "the same, the offline run by a command of its own, whose policy.pt --offline takes"
+        )
 
 
 def check_learner(args, found: dict) -> None:
@@ -155,9 +178,14 @@ def check_hidden(args, found: dict) -> None:
     found["hidden_layers"] = hidden_of(mlp(found["obs_dim"], args.hidden, found["action_dim"]))
 
 
-def check_critic(args, found: dict) -> None:
+def takes_critic(args) -> bool:
+    """Whether fine-tuning starts from the offline algorithm's own critic: the naive switch."""
     random = getattr(args, "critic_init", "") == "random" or declared(args).KIND == "gaussian"
-    if not getattr(args, "reevaluate", True) and "critic" not in found and not random:
+    return not (getattr(args, "reevaluate", True) or random or goes_on(args) or from_scratch(args))
+
+
+def check_critic(args, found: dict) -> None:
+    if takes_critic(args) and "critic" not in found:
         remedy = "leave that flag out" + ", or add --critic-init random" * hasattr(args, "critic_init")
         raise cli.UserError(f"{args.offline} has no critic, which --no-reevaluate needs; {remedy}")
 
@@ -180,11 +208,13 @@ def policy(args, run, data: Dataset, alone: bool = True) -> tuple[dict, Evaluato
     here = f"{data.task.measure} {found['score']:.1f} here, {said}"
     trained = f", {found['steps']:,} steps" if found["steps"] else ""  # else nobody knows
     print(f"offline policy: {found['algorithm']}{trained}; {here}")
-    if alone:
-        regime.announce(run, data, evaluator, player(found).mode)
+    if takes_critic(args) and (differ := other_values(args, found)):
+        print(f"note: its critic, which this run starts from, is learned with {differ}")
     if found["kind"] != declared(args).KIND:
         found = transfer(found, declared(args).KIND, data, evaluator, run)
         save_policy(handed_on, **found)
+    if alone:  # of the policy that goes online, and so the same when a run goes on
+        regime.announce(run, data, evaluator, player(found).mode)
     found["progress"] = path.parent / "progress.csv"
     run.last_score, run.last_returns = found["score"], evaluator.last.tolist()
     return found, evaluator

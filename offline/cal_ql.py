@@ -35,10 +35,10 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, failure_reward=-5.0, standardise=False,
+    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, failure_reward=0.0, standardise=False,
                     critic_hidden=(256,) * 5, hidden=(256, 256), alpha=5.0, lagrange=True, min_gap=-200.0,
-                    eval_every=50_000),
-    "adroit": dict(alpha=1.0, min_gap=-200.0, standardise=False),
+                    eval_every=50_000, eval_episodes=20, final_episodes=100),
+    "adroit": dict(alpha=1.0, min_gap=-200.0, standardise=False, eval_every=50_000, eval_episodes=100),
 }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ class Args(pretrain.PretrainArgs):
     calibrate: bool = True
     """count the policy's actions at the data's return where their Q is lower; without it this is CQL"""
     failure_reward: Annotated[float | None, finite(), only_with(calibrate=True)] = None
-    """the reward, as training takes it, of every step until a task succeeds (AntMaze: -5); None: rewards are dense"""
+    """the environment's reward in every step until a task succeeds (AntMaze: 0); None: rewards are dense"""
     alpha: Annotated[float, at_least(0)] = 10.0
     """weight of the conservative term"""
     lagrange: bool = False
@@ -163,7 +163,8 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
     returns = torch.full_like(data.rewards, -math.inf)  # no bound
     if args.calibrate:
         data.need_order("calibration by returns")
-        returns = returns_to_go(data.rewards, data.terminations, args.gamma, data.episode, args.failure_reward)
+        failure = None if args.failure_reward is None else args.failure_reward * args.reward_scale + args.reward_shift
+        returns = returns_to_go(data.rewards, data.terminations, args.gamma, data.episode, failure)
 
     def gradients():
         obs, actions, rewards, next_obs, terminations, rows = sample(data, batch_size)

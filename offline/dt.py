@@ -32,6 +32,7 @@ PRESETS = {
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
     "antmaze": dict(return_scale=1.0, eval_every=50_000, eval_episodes=20, final_episodes=100),
+    "adroit": dict(eval_every=50_000, eval_episodes=100),
 }
 
 
@@ -80,6 +81,11 @@ class Args(pretrain.PretrainArgs):
     def check(self) -> None:
         if self.target_return is None:
             raise cli.UserError("nobody knows a good return here; say with --target-return which one to ask for")
+        if (self.reward_scale, self.reward_shift) != (1.0, 0.0):
+            raise cli.UserError(
+                "a Decision Transformer asks for returns as the environment pays them, which --return-scale divides; "
+                "leave --reward-scale and --reward-shift out"
+            )
         if self.width % self.heads:
             raise cli.UserError(f"--width {self.width} cannot be shared by {self.heads} heads; take a multiple of them")
 

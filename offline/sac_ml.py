@@ -32,7 +32,8 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_shift=-1.0, target_entropy=-0.5, eval_every=50_000),
+    "antmaze": dict(reward_shift=-1.0, target_entropy=-0.5, eval_every=50_000, eval_episodes=20, final_episodes=100),
+    "adroit": dict(eval_every=50_000, eval_episodes=100),
 }
 
 

@@ -1,16 +1,21 @@
 """Runs of the compared methods at tiny budgets: what they leave, how they resume, what they refuse."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import o2sac
+import o2td3
+import offline
 
 from baselines import aca, awac, cal_ql, iql, off2on, pex, rlpd, wsrl
-from common import cli, regime
+from common import cli, datasets, regime, tasks
+from common.evaluation import Evaluator
 from common.identity import ROOT
-from common.run import Run, run_name
+from common.run import FREE_ARGS, Run, run_name
 from tests.conftest import OFTEN, TINY
 
 SMALL = ["--env-id", "hopper-medium-demo", "--offline-steps", "4", "--online-steps", "90", "--eval-every", "30"]
@@ -107,3 +112,67 @@ def test_a_policy_alone_is_refused_before_anything_is_written(run_script, tmp_pa
     code, _, err = run_script(iql, *command(iql, tmp_path / "runs", "--offline", shipped))
     assert code == 2 and "does not hold what iql goes on with ('learner')" in err and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+# ------------------------------------------------------------------------------- what they go on from
+
+
+def parsed(script, *flags):
+    return cli.parse(script.Args, script.PRESETS, script.FAMILIES, list(flags))
+
+
+@pytest.mark.parametrize("env_id", ["hopper-medium-v2", "antmaze-umaze-v2", "antmaze-large-play-v2", "pen-cloned-v1"])
+@pytest.mark.parametrize("preset", ["none", "quick", "demo"])
+def test_an_offline_run_of_its_own_is_the_one_that_a_script_would_train(env_id, preset):
+    """Else `offline/NAME.py`, and then the script that starts from it, ends in "a run with other arguments"."""
+    flags = ["--env-id", env_id, "--preset", preset]
+    for script in (o2sac, aca, awac, cal_ql, iql, off2on, pex, wsrl):
+        args = parsed(script, *flags)
+        names = offline.ALGORITHMS if script is o2sac else [args.offline]
+        for name in names:
+            algorithm, found = offline.algorithm_args(dataclasses.replace(args, offline=name))
+            alone = parsed(algorithm, *flags)
+            if found.exp_name == alone.exp_name:
+                differ = {k: (v, getattr(found, k)) for k, v in vars(alone).items() if v != getattr(found, k)}
+                assert set(differ) <= set(FREE_ARGS), (script.__name__, name, differ)
+            if script is not o2sac:
+                assert offline.other_values(args, {}) == ""
+
+
+def test_q_and_v_of_other_rewards_are_not_gone_on_with():
+    data = datasets.load("hopper-medium-demo", "", "cpu")
+    flags = ["--env-id", "hopper-medium-demo", "--reward-scale", "0.1", "--gamma", "0.999"]
+    with pytest.raises(cli.UserError, match=r"reward-scale 1 \(here 0.1\), --gamma 0.99 \(here 0.999\)"):
+        offline.check(parsed(iql, *flags), data)
+    naive, usual = parsed(o2td3, *flags, "--no-reevaluate"), parsed(o2td3, "--env-id", "hopper-medium-demo")
+    assert offline.takes_critic(naive) and "reward-scale 1 (here 0.1)" in offline.other_values(naive, {})
+    assert not offline.takes_critic(usual) and offline.other_values(usual, {}) == ""
+    mine = {"learner": {"args": {"reward_scale": 2.0, "gamma": 0.99}}}
+    by_path = dataclasses.replace(usual, offline="some/policy.pt")
+    assert (
+        offline.other_values(by_path, mine) == "--reward-scale 2 (here 1)" and offline.other_values(by_path, {}) == ""
+    )
+
+
+def test_calibration_knows_failures_whatever_the_rewards_are_scaled_by():
+    """A maze's episode that never succeeds goes on failing: r / (1 - γ), r = scale · 0 + shift."""
+    for scale, shift in ((10.0, -5.0), (1.0, -1.0)):
+        flags = ["--env-id", "antmaze-umaze-v2", "--reward-scale", str(scale), "--reward-shift", str(shift)]
+        args = parsed(cal_ql, *flags)
+        rewards = scale * torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0]) + shift
+        found = cal_ql.follow(args, rewards, torch.zeros(5), torch.tensor([0, 0, 1, 1, 1]))
+        torch.testing.assert_close(found[:2], torch.full((2,), shift / (1 - args.gamma)))
+        assert (found[2:] > found[0]).all()
+
+
+def test_pex_is_evaluated_alike_however_often_and_by_however_many():
+    """What an evaluation draws does not depend on those before it, and so not on who plays it."""
+    torch.manual_seed(0)
+    task = tasks.resolve("hopper-medium-demo")
+    actors = [iql.Actor(11, 3, (8,)) for _ in range(2)]
+    agent = torch.nn.Module()
+    agent.actor = pex.Composition(*actors, pex.Critic(11, 3, (8,)), 1.0, 0.5)
+    agent.act = agent.actor.mode
+    evaluator = Evaluator(task, torch.zeros(11), torch.ones(11), episodes=2)
+    first, second = (evaluator.returns(agent.actor.mode, "cpu") for _ in range(2))
+    assert np.array_equal(first, second) and int(agent.actor.played) == 0

@@ -112,11 +112,12 @@ def test_an_exported_policy_is_taken_back(run_script, tmp_path):
     assert code == 2 and "Traceback" not in err and re.search("policy.onnx", err)
 
 
-def made_up_run(folder: Path, scores: list[float], dataset: str = "some-data") -> Path:
+def made_up_run(folder: Path, scores: list[float], dataset: str = "some-data", **result) -> Path:
     folder.mkdir(parents=True)
     rows = [f"finetune,{10 * (i + 1)},{score}" for i, score in enumerate(scores)]
     (folder / "progress.csv").write_text("\n".join(["stage,step,charts/score", *rows]) + "\n")
-    (folder / "result.json").write_text(json.dumps({"offline": 20.0, "dataset": dataset, "measure": "score"}))
+    result = {"offline": 20.0, "dataset": dataset, "measure": "score", "seed": int(folder.name[-1])} | result
+    (folder / "result.json").write_text(json.dumps(result))
     return folder
 
 
@@ -140,3 +141,27 @@ def test_two_sets_of_runs_are_compared(run_script, tmp_path, monkeypatch):
     assert code == 2 and "no dataset has runs of both: some-data here, other-data there" in err
     code, _, err = run_script(compare, *mine, "--against", tmp_path / "nowhere")
     assert code == 2 and "no finished run" in err
+    (left := tmp_path / "d__o2sac__iql__0-2").mkdir()  # what --num-seeds leaves beside its runs
+    code, out, err = run_script(compare, *mine, "--against", *theirs, left, "--out", out_file)
+    assert code == 0 and f"left out: {left}: no finished run" in out, err
+
+
+def test_runs_that_do_not_belong_together_are_not_averaged(run_script, tmp_path):
+    theirs = made_up_run(tmp_path / "d__o2sac__iql__0", [30, 10, 30])
+    first, scores = made_up_run(tmp_path / "d__mine__iql__0", [1, 2, 3], preset="demo"), [1, 2, 3]
+    others = {
+        "the preset demo and quick are mixed": made_up_run(tmp_path / "d__mine__iql__1", scores, preset="quick"),
+        "different steps (up to [30, 40])": made_up_run(tmp_path / "d__mine__iql__2", [1, 2, 3, 4], preset="demo"),
+        "seed 0 is there 2 times": made_up_run(tmp_path / "again" / "d__mine__iql__0", scores, preset="demo"),
+        "measure return and score are": made_up_run(
+            tmp_path / "d__mine__iql__3", scores, preset="demo", measure="return"
+        ),
+    }
+    for words, other in others.items():
+        code, _, err = run_script(compare, first, other, "--against", theirs)
+        assert code == 2 and words in err and "mine from iql on some-data" in err
+    (first / "result.json").write_text("{")
+    code, _, err = run_script(compare, first, "--against", theirs)
+    assert code == 2 and "result.json is damaged" in err and "Traceback" not in err
+    code, _, err = run_script(compare, theirs, "--against", theirs, "--out", tmp_path / "nowhere" / "x.png")
+    assert code == 2 and "there is no folder for" in err

@@ -16,6 +16,7 @@ from common import cli, pretrain, stages
 from common.cli import UserError
 from common.datasets import load
 from common.identity import code_of
+from common.log import read_rows
 from experiments import (
     ablations,
     alignment_variants,
@@ -136,7 +137,7 @@ def test_shared_stages_change_nothing(tmp_path, ray_is_local, monkeypatch):
     weights = [torch.load(harness.folder(args, s) / "policy.pt", weights_only=True)["actor"] for s in (shared, alone)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     mine, theirs = ([{k: v for k, v in row.items() if k != "charts/SPS"} for row in
-                     harness.rows(harness.folder(args, s))] for s in (shared, alone))  # fmt: skip
+                     read_rows(harness.folder(args, s) / "progress.csv")] for s in (shared, alone))  # fmt: skip
     assert mine == theirs
 
     stamp = (harness.folder(args, alone) / "policy.pt").stat().st_mtime_ns

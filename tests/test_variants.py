@@ -234,6 +234,10 @@ def test_what_changes_nothing_is_said(monkeypatch):
               "--buffer part --part-episodes 3 --reference adaptive --reference-window 5",
               "--lagrange-init 9 --no-constrain --align-constrain"]  # fmt: skip
     assert not any(idle(script, flags) for script in SCRIPTS for flags in silent)
+    assert idle("o2td3", "--online-steps 1000 --warmup-steps 1000") == [
+        "--learning-starts 1000 leaves nothing of --online-steps 1000: the policy stays as it is",
+        "--warmup-steps 1000 leaves nothing of --online-steps 1000: the policy stays as it is",
+    ]
     assert idle("o2sac", "--no-align --align-restore --align-actor-lr 0 --no-reevaluate --gamma 0") == [
         "--align-actor-lr, --align-restore change nothing with --no-align"
     ]

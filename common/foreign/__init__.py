@@ -26,6 +26,15 @@ TRANSFORMER = "is a Decision Transformer, which acts on a history and cannot be 
 OTHERS = {"model_state": TRANSFORMER, "q_funcs": D3RLPY}  # what else a checkpoint may hold, by its keys
 
 
+def names_in(path: Path) -> list[str]:
+    """The names in a zip archive; none in what is no such archive, or a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except Exception:  # whatever a damaged directory makes of it, `read_tensors` refuses the file in a sentence
+        return []
+
+
 def load_policy(path: str | Path, data, trust: bool = False, normalize_from: str = "") -> dict:
     """Read a policy of any of these formats and check that it fits `data`, which is not standardised yet.
 
@@ -41,7 +50,7 @@ def load_policy(path: str | Path, data, trust: bool = False, normalize_from: str
     view = view_named(normalize_from, data)
     if path.suffix == ".onnx":
         return onnx(path, data, view or raw_view(data), trust)
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    names = names_in(path)
     if "policy.pth" in names:
         return stable_baselines(path, data, view)
     if any("/code/" in name for name in names):
