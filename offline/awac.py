@@ -117,40 +117,39 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
     actor, critic, critic_target = agent.actor, agent.critic, agent.critic_target
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
 
-    def gradients():
+    def critic_gradients():
         obs, actions, rewards, next_obs, terminations, _ = sample(data, args.batch_size)
-
-        # critic: y = r + γ (1 - d) min_i Q̄_i(s', a'),  a' ~ π
+        # y = r + γ (1 - d) min_i Q̄_i(s', a'),  a' ~ π
         with torch.no_grad():
             next_q = critic_target(next_obs, sample_actions(*actor(next_obs))).amin(0)
             y = rewards + args.gamma * (1 - terminations) * next_q
         q = critic(obs, actions)
         critic_loss = ((q - y) ** 2).mean(1).sum()
+        metrics = {"critic_loss": critic_loss.detach(), "q": q.detach().mean()}
+        return torch.autograd.grad(critic_loss, critic_params), metrics, obs, actions
 
-        # actor: -exp(A / λ) log π(a|s),  A = min_i Q_i(s, a) - min_i Q_i(s, ã),  ã ~ π
+    def actor_gradients(obs, actions):
+        # -exp(A / λ) log π(a|s),  A = min_i Q_i(s, a) - min_i Q_i(s, ã),  ã ~ π
         mean, log_std = actor(obs)
         with torch.no_grad():
-            advantage = q.amin(0) - critic(obs, sample_actions(mean, log_std)).amin(0)
+            advantage = critic(obs, actions).amin(0) - critic(obs, sample_actions(mean, log_std)).amin(0)
             weight = (advantage / args.temperature).exp().clamp(max=args.max_weight)
         log_prob = gaussian_log_prob(actions, mean, log_std)
         actor_loss = -(weight * log_prob).mean()
+        metrics = {"actor_loss": actor_loss, "advantage_weight": weight.mean(), "log_prob": log_prob.mean()}
+        metrics = {name: metric.detach() for name, metric in metrics.items()}
+        return torch.autograd.grad(actor_loss, actor_params), metrics
 
-        metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, "q": q.mean(),
-                   "advantage_weight": weight.mean(), "log_prob": log_prob.mean()}  # fmt: skip
-        return (
-            torch.autograd.grad(critic_loss, critic_params),
-            torch.autograd.grad(actor_loss, actor_params),
-            {name: metric.detach() for name, metric in metrics.items()},
-        )
-
-    gradients = steps.compiled(gradients, args.compile)
+    critic_gradients = steps.compiled(critic_gradients, args.compile)
+    actor_gradients = steps.compiled(actor_gradients, args.compile)
 
     def step():
-        critic_grads, actor_grads, metrics = gradients()
+        critic_grads, metrics, obs, actions = critic_gradients()
         optimizers["critic_optimizer"].step(critic_grads)
+        actor_grads, actor_metrics = actor_gradients(obs, actions)  # with the new critics
         optimizers["actor_optimizer"].step(actor_grads)
         polyak(critic_target, critic, args.tau)
-        return metrics
+        return metrics | actor_metrics
 
     return step
 

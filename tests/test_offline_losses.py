@@ -147,7 +147,14 @@ def test_awac(data, monkeypatch):
     args, agent, optimizers = make(awac, temperature=0.5)
     obs, actions, rewards, next_obs, terminations, _ = fixed_rows(monkeypatch, awac, data)
     noise = noises(monkeypatch, (B, A), (B, A))
-    before = copy.deepcopy(agent)
+    before, record = copy.deepcopy(agent), optimizers["critic_optimizer"].step
+
+    def step(grads):  # the actor has to learn from the critics after it
+        record(grads)
+        for parameter in agent.critic.parameters():
+            parameter.data.add_(0.1 * torch.rand_like(parameter))
+
+    optimizers["critic_optimizer"].step = step
     awac.training_step(args, data, agent, optimizers)()
 
     def execute(states, eps):
@@ -156,9 +163,8 @@ def test_awac(data, monkeypatch):
 
     q_next = critic64(before.critic_target, next_obs, execute(next_obs, noise[0])).min(0).values
     y = rewards.double() + 0.99 * (1 - terminations.double()) * q_next
-    same(
-        optimizers["critic_optimizer"].calls[0], critic_loss64(agent, obs, actions, y), list(agent.critic.parameters())
-    )
+    loss, critic_params = critic_loss64(before, obs, actions, y), list(before.critic.parameters())
+    same(optimizers["critic_optimizer"].calls[0], loss, critic_params)
     advantage = critic64(agent.critic, obs, actions).min(0).values
     advantage = advantage - critic64(agent.critic, obs, execute(obs, noise[1])).min(0).values
     weight = torch.exp(advantage / 0.5).clamp(max=100).detach()
