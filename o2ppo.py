@@ -12,7 +12,7 @@ Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & H
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import offline
@@ -24,6 +24,7 @@ from common.nn import Adam, clip_grad_norm, ensemble_mlp, gaussian_entropy, gaus
 from common.probe import STATES, spread
 from common.reference import Outplayed
 from common.replay import sample
+from common.rewards import RewardScale, discounted_tails, scaled
 from common.run import Run
 from common.stages import Stage, train
 from common.tasks import Task
@@ -247,60 +248,6 @@ def executed(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
 # ALGO LOGIC: each stage's losses and targets; all that is in `metrics` is logged
 
 
-class RewardScale:
-    """Rewards over a running standard deviation of the discounted return R ← γR + r.
-
-    It is taken over the dataset first and goes on through the online episodes; R starts at zero in each of them.
-    """
-
-    def __init__(self, gamma: float):
-        self.gamma, self.now = gamma, np.zeros(1)
-        self.count, self.mean, self.squares = 0, 0.0, 0.0  # of every R so far; squares: the sum of (R - mean)²
-
-    def __call__(self, rewards: np.ndarray, ended: np.ndarray) -> np.ndarray:
-        """The scaled rewards of steps that follow those of the last call, (T, num_envs); `ended` as in `gae`."""
-        returns = np.zeros(rewards.shape)
-        for t in range(len(rewards)):
-            returns[t] = self.gamma * self.now + rewards[t]
-            self.now = np.where(ended[t], 0.0, returns[t])
-        n, total, shift = returns.size, self.count + returns.size, float(returns.mean()) - self.mean
-        self.squares += n * float(returns.var()) + shift**2 * self.count * n / total
-        self.mean, self.count = self.mean + shift * n / total, total
-        return (rewards / (math.sqrt(self.squares / total) + 1e-8)).astype(np.float32)
-
-    def state_dict(self) -> dict:
-        return vars(self) | {"now": self.now.tolist()}
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state, now=np.array(state["now"]))
-
-
-def scaled(data: datasets.Dataset, scale: RewardScale) -> datasets.Dataset:
-    """The dataset with its rewards scaled, the first that `scale` sees."""
-    ended = np.append(np.diff(data.episode.cpu()) != 0, True)
-    rewards = scale(data.rewards.cpu().numpy()[:, None], ended[:, None])
-    return replace(data, rewards=torch.as_tensor(rewards[:, 0], device=data.rewards.device))
-
-
-def discounted_tails(data: datasets.Dataset, gamma: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The return of every step as R + c V(s_T): (R, c, T), (N,) each.
-
-    R is discounted to the end of the step's own episode and T is the row in which that ends. After a real end nothing
-    is left (c = 0), even where the episode's rows go on; where the time limit or the file cut it off, V at its last
-    state stands for the rest.
-    """
-    rewards, terminations = data.rewards.tolist(), data.terminations.tolist()
-    episode, n = data.episode.tolist(), len(data)
-    tails, coefficients, ends = [0.0] * n, [0.0] * n, [0] * n
-    for i in reversed(range(n)):
-        if i + 1 < n and episode[i] == episode[i + 1] and not terminations[i]:
-            tails[i] = rewards[i] + gamma * tails[i + 1]
-            coefficients[i], ends[i] = gamma * coefficients[i + 1], ends[i + 1]
-        else:
-            tails[i], coefficients[i], ends[i] = rewards[i], gamma * (1 - terminations[i]), i
-    return tuple(torch.tensor(column, device=data.obs.device) for column in (tails, coefficients, ends))
-
-
 def reevaluation_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: Optimizers):
     """V of the offline policy, by regression on the data's returns or by fitted Q evaluation."""
     actor, value, critic, critic_target = agent.actor_offline, agent.value, agent.critic, agent.critic_target
@@ -485,6 +432,9 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         run.log("finetune", 0, probe())
     player = copy.deepcopy(agent.actor).cpu()  # a network this small acts faster beside the environments than on a GPU
 
+    def reached(every, step):  # whether the last rollout came to a multiple of it
+        return step // every > (step - per_rollout) // every
+
     # TRY NOT TO MODIFY: the order of what happens in a rollout, which a resumed run repeats
     for env_step, _ in loop.blocks(per_rollout):
         fraction_left = 1 - (env_step - per_rollout) / total
@@ -498,16 +448,13 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         auxiliary = fill(args, batch, collected, agent, beta)
         stepper.run(args.update_epochs)
 
-        scalars = env.outcomes()
-        if env_step // args.eval_every > (env_step - per_rollout) // args.eval_every or env_step == total:
+        scalars, improved = env.outcomes(), False
+        if reached(args.eval_every, env_step) or env_step == total:
             more = {"charts/beta": beta, "losses/reference_advantage": auxiliary.item()}
             improved = loop.evaluate(evaluator, more)
-            if improved and args.reference == "best":
-                agent.move_reference()
-        interval = args.reference_interval
-        if args.reference == "interval" and env_step // interval > (env_step - per_rollout) // interval:
-            agent.move_reference()
-        if any([outplayed.add(value) for value in finished]) and args.reference == "adaptive":
+        outplays = any([outplayed.add(value) for value in finished])
+        moves = {"best": improved, "adaptive": outplays, "interval": reached(args.reference_interval, env_step)}
+        if moves[args.reference]:
             agent.move_reference()
         run.log("finetune", env_step, scalars | probe())
 

@@ -481,15 +481,14 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
             stepper.run(1)
         next_obs, reward, terminated, episodic_return = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated)  # the executed action; a truncation is no end
+        improved = outplays = False
         if episodic_return is not None:
             run.log("finetune", env_step, env.outcome)
-            if not warming_up and outplayed.add(episodic_return) and args.reference == "adaptive":
-                agent.move_reference()
+            outplays = not warming_up and outplayed.add(episodic_return)
         if env_step % args.eval_every == 0 or env_step == args.online_steps:
             improved = loop.evaluate(evaluator, schedule.scalars())
-            if improved and args.reference == "best":
-                agent.move_reference()
-        if args.reference == "interval" and env_step % args.reference_interval == 0:
+        moves = {"best": improved, "adaptive": outplays, "interval": env_step % args.reference_interval == 0}
+        if moves[args.reference]:
             agent.move_reference()
 
 
