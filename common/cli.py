@@ -139,8 +139,8 @@ class OnlineArgs(RunArgs):
     """episodes by which the policy is compared with the data before it goes online; fewer than 2: it is not; None: five
     for each of --eval-episodes, up to 50"""
     best_margin: Annotated[float, at_least(0)] = 0.0
-    """standard errors by which an evaluation has to beat that of the best policy so far, start by start, to take its
-    place, and with --reference best that of π_ref; 0: any higher score does (the paper)"""
+    """an evaluation replaces the best so far, and with --reference best π_ref, only if it is better by this many
+    standard errors of the difference, start by start; 0: any higher score does (the paper)"""
     capture_video: bool = False
     """film an episode of the final policy (needs `pip install moviepy`)"""
 

@@ -73,8 +73,8 @@ def estimate(run: Run, seconds: dict[str, float]) -> None:
     print(f"run: {run.dir}\nestimated time: {most}{duration(total)} ({parts}), less what is done already")
     if total > DAY:
         print(
-            f"WARNING: that is {total / DAY:.1f} days on this device. --preset quick takes about an hour on 2 cores or "
-            "minutes on a GPU; --preset demo takes ten minutes."
+            f"WARNING: that is {total / DAY:.1f} days on this device. --preset quick takes about an hour on 2 cores, "
+            "--preset demo some minutes."
         )
 
 

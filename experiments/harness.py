@@ -246,6 +246,9 @@ def schedule(args: Args, jobs: dict) -> list[str]:
     environment = {"env_vars": {"PYTHONPATH": path}}
     ray.init(args.ray_address, include_dashboard=False, log_to_driver=False, logging_level="warning",
              runtime_env=environment)  # fmt: skip
+    have, needs = ray.cluster_resources(), {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run}
+    if lacking := [f"{n:g} {kind}s a run" for kind, n in needs.items() if n > have.get(kind, 0)]:
+        raise cli.UserError(f"there are fewer than {' and '.join(lacking)} here; see --cpus-per-run and --gpus-per-run")
     remote = ray.remote(execute).options(
         num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=args.retries
     )

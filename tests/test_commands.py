@@ -165,3 +165,10 @@ def test_runs_that_do_not_belong_together_are_not_averaged(run_script, tmp_path)
     assert code == 2 and "result.json is damaged" in err and "Traceback" not in err
     code, _, err = run_script(compare, theirs, "--against", theirs, "--out", tmp_path / "nowhere" / "x.png")
     assert code == 2 and "there is no folder for" in err
+
+
+def test_play_does_not_ignore_what_is_typed(run_script):
+    policy = SHIPPED / "hopper-medium-demo__iql.pt"
+    for flags in (["--normalize-from", "1"], ["--dataset-path", "nowhere.hdf5"]):
+        code, _, err = run_script(play, policy, *flags)
+        assert code == 2 and "need --env-id" in err

@@ -116,3 +116,11 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
         rows = list(csv.DictReader(file))
     assert len(rows) == 16 and {row["offline_seconds"] for row in rows} == {"600.0", ""}
     assert {row["regime"] for row in rows} == {"superior"} and {float(row["policy_mean"]) for row in rows} == {40}
+
+
+def test_the_datasets_are_those_that_are_asked_for():
+    walker = "walker2d-medium-v2"
+    assert comparison.env_ids(comparison.Args()) == (harness.Args.env_id,)
+    assert comparison.env_ids(comparison.Args(scale="quick")) == comparison.TASKS
+    for args in (dict(env_id=walker), dict(env_id=walker, scale="quick"), dict(env_ids=(walker,), scale="paper")):
+        assert comparison.env_ids(comparison.Args(**args)) == (walker,)

@@ -196,3 +196,8 @@ def test_fine_tuning_starts_from_the_policy_of_one_state(run_script, tmp_path):
     assert code == 0, err
     assert "offline policy: dt, 2 steps; score" in out and "transfer:" not in out
     assert "dt/score_with_history" in (tmp_path / "hopper-medium-demo__dt-2__0" / "progress.csv").read_text()
+
+
+def test_rewards_on_another_scale_are_refused():
+    with pytest.raises(cli.UserError, match="as the environment pays them"):
+        cli.parse(dt.Args, dt.PRESETS, dt.FAMILIES, ["--reward-scale", "0.1"])

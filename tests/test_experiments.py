@@ -148,8 +148,20 @@ def test_shared_stages_change_nothing(tmp_path, ray_is_local, monkeypatch):
     with pytest.raises(UserError, match=r"3 finished runs are of other code .*o2td3.py changed since.*--continue"):
         harness.run_all(args, [shared, alone])
     assert harness.run_all(dataclasses.replace(args, go_on=True), [shared, alone]) == []
-    with pytest.raises(ValueError, match="gamma"):
+    with pytest.raises(UserError, match="differ in gamma .* FINETUNING_ARGS"):
         harness.check_shared(args, Spec("o2td3", policy, 0, (*TINY, "--gamma", "0.9"), base))
+
+
+def test_flags_of_runs_that_cannot_be_are_refused_before_any_run(tmp_path):
+    spec = Spec("o2td3", "iql", 0, ("--online-steps", "9"))
+    for flags, words in {'--gamma "0.9': "cannot be read", "--online_steps=5": "sets --online-steps itself"}.items():
+        with pytest.raises(UserError, match=words):
+            harness.command_line(harness.Args(run_flags=flags), spec)
+    with pytest.raises(UserError, match="fewer than 9999 CPUs a run"):
+        harness.schedule(harness.Args(cpus_per_run=9999), {})
+    (file := tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to the folder .*; choose --out"):
+        harness.run_all(harness.Args(out=str(file / "pages")), [spec])
 
 
 @pytest.mark.parametrize("script", ["o2sac", "o2td3"])

@@ -9,6 +9,8 @@ import torch
 from common import policies
 from common.checkpoint import save_tensors
 from common.cli import UserError
+from common.datasets import load
+from common.foreign import load_policy
 from common.nn import Clip, ensemble_mlp, hidden_of, mlp, widths_of
 from tests.test_transfer import A, S, checkpoint
 
@@ -133,3 +135,16 @@ def test_a_file_that_is_none_is_refused(tmp_path):
     for name, words in (("none.pt", "no file"), ("other.pt", "no policy of this project")):
         with pytest.raises(UserError, match=words):
             policies.read(tmp_path / name)
+
+
+def test_a_file_with_any_damaged_byte_in_its_directory_is_refused_in_a_sentence(tmp_path):
+    policies.save_policy(path := tmp_path / "policy.pt", **{k: v for k, v in checkpoint("deterministic").items()
+                                                          if k != "format"})  # fmt: skip
+    whole, data = path.read_bytes(), load("hopper-medium-demo")
+    start = whole.rindex(b"PK\x01\x02")
+    for place in range(start, start + 40, 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            load_policy(path, data)
+        except UserError as error:
+            assert str(path) in str(error)

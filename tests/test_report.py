@@ -241,12 +241,21 @@ def test_the_demos_show_the_naive_switch_beside_their_own_curve(tmp_path, monkey
     (tmp_path / "demo_naive_o2td3.csv").write_text("\n".join(lines))
     demo = dict(preset="demo", env_id="here", learning_starts=20, online_steps=20)
     assert not plots.naive_switch(o2sac.Args(**demo))  # another script
-    for other in (dict(preset="none"), dict(env_id="elsewhere"), dict(dataset_path="mine.hdf5"), dict(online_steps=30)):
+    for other in (dict(preset="none"), dict(env_id="elsewhere"), dict(dataset_path="mine.hdf5"), dict(online_steps=30),
+                  dict(offline="cql")):  # fmt: skip
         assert not plots.naive_switch(o2td3.Args(**demo | other))
     figure, args = Figure(), o2td3.Args(**demo)
     plots.curve(figure, *made_up_run(args, "mse"), args)
     shown = curves(figure.axes[0])["naive switch, same budget (mean ± std of 2 seeds)"]
     assert shown.tolist() == [[3.75, 5], [4.5, 1]]
+
+
+def test_q_of_alignment_is_not_said_to_be_the_offline_algorithms(tmp_path):
+    for first, names in (("align", []), ("td3_bc", ["Q of the offline algorithm"])):
+        figure = Figure()
+        panel = figure.subplots()
+        plots.draw_values(panel, plots.Line([{"stage": first, "step": 10, f"{first}/q": 5.0}]))
+        assert [name for name in curves(panel) if "offline" in name] == names
 
 
 def test_the_picture_of_several_seeds_shows_the_tables_statistic(tmp_path):

@@ -55,6 +55,12 @@ def test_returns_are_those_of_one_episode_after_the_other(held_out, td3_bc):
     assert abs(found[1] - found[2]) > 1e-3
 
 
+def test_a_scene_that_stands_in_another_row_is_not_rebuilt(held_out):
+    """The Adroit hand's: truth.py says so of all its rows, and does not stumble over one."""
+    hand = SimpleNamespace(unwrapped=SimpleNamespace(place=None))
+    assert not rollouts.place(hand, held_out, 0)
+
+
 def test_what_comes_with_a_reward_is_discounted_like_it(held_out):
     """O2SAC's entropy, from the second action on."""
     net, first = policies.module(checkpoint("squashed_gaussian")), torch.full((1, A), 0.5)
