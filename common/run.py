@@ -116,9 +116,9 @@ class Run:
         self.measure = data.task.measure if data else "return"
         self.made_with = {"versions": versions(), "code": code_of(script_of(args)), "data": fingerprint(data)}
         self._earlier()  # refused before anything is written, and before waiting
+        send = track.start(args, name) if args.track else None
         make_folder(self.dir)
         self.lock = own_run(self.dir, wait)
-        send = track.start(args, name) if args.track else None
         for left in self.dir.glob("*.part"):  # by a process that was killed
             left.unlink()
         self._keep_args()

@@ -7,6 +7,8 @@ import shutil
 import pytest
 
 import o2td3
+from common.cli import UserError
+from common.log import read_rows
 from experiments import alignment, budget, harness, rollouts
 from tests.conftest import TINY
 
@@ -49,7 +51,7 @@ def test_stages_that_are_shared_may_not_differ():
     of_alignment = ("--align-steps", "7", "--align-eval-every", "7")
     harness.check_shared(args, own.variant("x", *of_alignment, stages=("reevaluate",)))
     for flag, stages in (("--align-steps", None), ("--reevaluate-steps", ("reevaluate",))):
-        with pytest.raises(ValueError, match=flag[2:].replace("-", "_")):
+        with pytest.raises(UserError, match=flag[2:].replace("-", "_")):
             harness.check_shared(args, own.variant("x", flag, "7", stages=stages))
 
 
@@ -82,11 +84,11 @@ def test_of_finished_runs(tmp_path, run_script, monkeypatch, hdf5):
     assert short[3] == "9 min" and short[4:8] == own[4:8] == auto[4:8]
     q, returned, bias = (float(cell.split(" ")[0]) for cell in own[4:7])
     assert 100 <= returned <= 106 and q - returned == pytest.approx(bias, abs=0.11)
-    last = [row for row in harness.rows(first) if row["stage"] == "reevaluate"][-1]
+    last = [row for row in read_rows(first / "progress.csv") if row["stage"] == "reevaluate"][-1]
     assert q == pytest.approx(last["probe/q_policy"], abs=0.051)  # the probe's states are the same
     short, own, auto = rows[3:6]  # of alignment
     assert [(row[1], row[3], row[6]) for row in (short, own)] == [("4", "10 min", "31.0"), ("8", "20 min", "32.0")]
-    last = [row for row in harness.rows(first) if row["stage"] == "align"][-1]
+    last = [row for row in read_rows(first / "progress.csv") if row["stage"] == "align"][-1]
     assert own[4:6] == [f"{last[f'probe/{name}']:.2f}" for name in ("rank_correlation", "drift")]
     assert [row[1:5] for row in rows[6:7]] == [["as at this scale", "1", "29 min", "0%"]]
     assert rows[7][1] == "auto" and rows[7][4] in ("99%", "100%") and (tmp_path / "budget.png").exists()

@@ -11,7 +11,7 @@ from common.evaluation import make_evaluator
 from common.nn import clip_grad_norm
 from offline import dt
 from tests.conftest import TINY
-from tests.reference import A, Recorder, S, same
+from tests.reference import A, Recorder, S, check_trained_alike, same
 from tests.test_transfer import SMALL
 
 K = 6
@@ -160,9 +160,7 @@ def test_compiled_steps_equal_eager_ones(data, monkeypatch):
             step()
         return agent.state_dict()
 
-    eager, fast = trained(False), trained(True)
-    for name in eager:
-        torch.testing.assert_close(fast[name], eager[name], rtol=1e-3, atol=2e-4, msg=lambda t, n=name: f"{n}: {t}")
+    check_trained_alike(trained(True), trained(False))
 
 
 def test_it_warms_up(data):

@@ -17,6 +17,7 @@ import o2td3
 from common import policies
 from common.evaluation import Evaluator
 from common.replay import ReplayBuffer
+from tests.reference import check_trained_alike
 from tests.conftest import TINY, kill_at
 
 ROOT = Path(o2td3.__file__).parent
@@ -219,6 +220,4 @@ def test_compiled_steps_equal_eager_ones(script, data):
                 step()
         return agent.state_dict()
 
-    eager, fast = trained(False), trained(True)
-    for name in eager:
-        torch.testing.assert_close(fast[name], eager[name], rtol=1e-3, atol=2e-4, msg=lambda t, n=name: f"{n}: {t}")
+    check_trained_alike(trained(True), trained(False))
