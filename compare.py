@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common import cli
 from common.checkpoint import aside
+from common.run import read_json
 from experiments import analysis
 
 import numpy as np
@@ -39,11 +40,13 @@ class Args:
 
 
 def finished(folders: tuple[str, ...]) -> list[Path]:
-    """Those folders that hold a finished run; others, as of an offline policy, are named. Raises UserError."""
+    """Those folders that hold a finished run; what is no run, as an offline policy, is named. Raises UserError."""
     paths = [Path(folder) for folder in folders]
     lacking = [path for path in paths if not (path / "result.json").is_file()]
-    words = f"{', '.join(map(str, lacking[:3]))}: no finished run (there is no result.json)"
-    if len(lacking) == len(paths):
+    words = f"{', '.join(map(str, lacking))}: no finished run (there is no result.json)"
+    args = [path / "args.json" for path in lacking if (path / "args.json").is_file()]
+    unfinished = any("offline" in read_json(path, "delete that folder") for path in args)
+    if len(lacking) == len(paths) or unfinished:
         raise cli.UserError(words)
     if lacking:
         print(f"left out: {words}")
@@ -56,10 +59,10 @@ def check_alike(paths: list[Path], side: str) -> None:
     for name in ("preset", "simulator", "measure"):
         if len(found := sorted({str(result.get(name)) for result in results})) > 1:
             raise cli.UserError(f"{side}: runs of the {name} {' and '.join(found)} are mixed; choose those of one")
-    ends = sorted({int(analysis.scores(path)[0][-1]) for path in paths})
-    if len({tuple(analysis.scores(path)[0]) for path in paths}) > 1:
-        raise cli.UserError(f"{side}: runs evaluated at different steps (up to {ends}) are mixed; choose alike ones")
-    seed, times = Counter(result["seed"] for result in results).most_common(1)[0]
+    if len(steps := {tuple(analysis.scores(path)[0].astype(int)) for path in paths}) > 1:
+        words = " and ".join(f"{len(found)} times up to {max(found, default=0)}" for found in sorted(steps))
+        raise cli.UserError(f"{side}: runs evaluated at different steps ({words}) are mixed; choose alike ones")
+    seed, times = Counter(result.get("seed") for result in results).most_common(1)[0]
     if times > 1:
         raise cli.UserError(f"{side}: seed {seed} is there {times} times; choose the runs of one setting")
 

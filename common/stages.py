@@ -17,6 +17,7 @@ From ABLATIONS on all but main may be missing. A copy of a script under another 
 
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -175,9 +176,10 @@ def idle(args) -> list[str]:
             found.setdefault(reason, []).append(f"--{name.replace('_', '-')}")
     said = [f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing {words}" for words, flags in found.items()]
     for name in ("learning_starts", "warmup_steps"):
-        if (n := getattr(args, name, 0)) and n >= args.online_steps:
+        n, whole = getattr(args, name, 0), getattr(args, "online_steps", math.inf)
+        if n and n >= whole:
             flag = f"--{name.replace('_', '-')} {n}"
-            said.append(f"{flag} leaves nothing of --online-steps {args.online_steps}: the policy stays as it is")
+            said.append(f"{flag} leaves nothing of --online-steps {whole}: the policy stays as it is")
     return said
 
 

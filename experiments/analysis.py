@@ -41,7 +41,7 @@ def curve(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def result(path: Path) -> dict:
-    return read_json(path / "result.json", "delete it, and the same command makes it again")
+    return read_json(path / "result.json", "delete it, and the command that made the run makes it again")
 
 
 def measure(paths: list[Path]) -> str:

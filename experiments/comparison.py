@@ -59,7 +59,7 @@ class Args(harness.Args):
     out: str = "runs/comparison"
     """where figures and tables are written"""
     env_ids: tuple[str, ...] = ()
-    """the datasets; none: --env-id at the scale demo or where it is given, else medium and medium-replay of three
+    """the datasets; none: --env-id at the scale demo or if it is another one, else medium and medium-replay of three
     robots, AntMaze umaze and umaze-diverse, and pen-cloned"""
     online_steps: Annotated[int | None, at_least(1)] = None
     """environment steps of every run; None: 10,000, at the scale quick 20,000, paper 100,000"""
@@ -84,6 +84,7 @@ def pairs(args: Args) -> dict[str, tuple[str, str]]:
 
 
 def spec(args: Args, pair: tuple[str, str], seed: int) -> Spec:
+    harness.check_own(args, "--online-steps", "--offline-steps")  # they are arguments here
     steps = args.online_steps or BUDGETS[args.scale]
     flags = ("--online-steps", str(steps))
     if args.offline_steps and pair[1] != "scratch":

@@ -109,16 +109,19 @@ def flags_of(args: Args, seed: int) -> list[str]:
     return flags + (["--dataset-path", str(Path(args.dataset_path).absolute())] if args.dataset_path else [])
 
 
+def check_own(args: Args, *flags: str) -> None:
+    """Refuse to have an experiment's own budgets in --run-flags, where they would change nothing. Raises UserError."""
+    typed = {word.split("=")[0].replace("_", "-") for word in args.run_flags.split()}
+    if both := typed.intersection(flags):
+        raise cli.UserError(f"this experiment sets {', '.join(sorted(both))} itself; leave that out of --run-flags")
+
+
 def command_line(args: Args, spec: Spec) -> list[str]:
     file = Path(spec.offline)  # runs are started in the project's folder
     try:
         typed = shlex.split(args.run_flags)
     except ValueError as error:
         raise cli.UserError(f"--run-flags cannot be read ({error}): {args.run_flags}") from error
-    names = [{word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
-             for words in (typed, spec.flags)]  # fmt: skip
-    if both := set.intersection(*names):
-        raise cli.UserError(f"this experiment sets {', '.join(sorted(both))} itself; leave that out of --run-flags")
     return [*flags_of(args, spec.seed), "--offline", str(file.absolute() if file.is_file() else file),
             *typed, *spec.flags]  # fmt: skip
 
@@ -247,7 +250,9 @@ def schedule(args: Args, jobs: dict) -> list[str]:
     ray.init(args.ray_address, include_dashboard=False, log_to_driver=False, logging_level="warning",
              runtime_env=environment)  # fmt: skip
     have, needs = ray.cluster_resources(), {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run}
-    if lacking := [f"{n:g} {kind}s a run" for kind, n in needs.items() if n > have.get(kind, 0)]:
+    lacking = [f"{n:g} {kind}s a run" for kind, n in needs.items() if n > have.get(kind, 0)]
+    if lacking and args.ray_address is None:  # a cluster may grow
+        ray.shutdown()
         raise cli.UserError(f"there are fewer than {' and '.join(lacking)} here; see --cpus-per-run and --gpus-per-run")
     remote = ray.remote(execute).options(
         num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run, max_retries=args.retries
@@ -277,6 +282,8 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
     done = [spec for spec in everything if (folder(args, spec) / "result.json").exists()]
     check_code(args, done)
     missing = [spec for spec in everything if spec not in done]
+    for spec in missing:
+        offline.check_valued(parsed(args, spec), {})  # before its policy is trained
     policies = {spec: trained_for(args, spec) for spec in missing}
     trained = dict(filter(None, policies.values()))  # once for all the runs that start from it
     jobs = {path: (command, [], []) for path, command in trained.items() if not path.exists()}

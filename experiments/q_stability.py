@@ -24,6 +24,7 @@ WINDOW = 1_000  # environment steps within which a jump counts
 
 def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     """With re-evaluation, and without: then Q is the offline algorithm's (O2PPO: V starts at random)."""
+    harness.check_own(args, "--online-steps", "--probe-every")
     method = full(args, script, seed)
     starts = harness.parsed(args, method)
     if hasattr(starts, "rollout_steps"):  # the probe comes with every rollout

@@ -139,7 +139,7 @@ def other_values(args, found: dict) -> str:
     """In words, of what else Q and V of the policy that `--offline` names are values than this run's; "" of nothing."""
     known = found.get("learner", {}).get("args", {})  # of a file without these nobody knows
     theirs = vars(algorithm_args(args)[1]) if is_algorithm(args.offline) else known
-    differ = [name for name in VALUED if name in theirs and theirs[name] != getattr(args, name)]
+    differ = [name for name in VALUED if hasattr(args, name) and theirs.get(name) not in (None, getattr(args, name))]
     flags = [(f"--{name.replace('_', '-')}", f"{theirs[name]:g}", f"{getattr(args, name):g}") for name in differ]
     return ", ".join(f"{flag} {there} (here {here})" for flag, there, here in flags)
 
@@ -147,10 +147,10 @@ def other_values(args, found: dict) -> str:
 def check_valued(args, found: dict) -> None:
     """Refuse to go on with what was learned from other rewards, or with another discount factor. Raises UserError."""
     if goes_on(args) and (differ := other_values(args, found)):
-        raise cli.UserError(
-            f"{args.exp_name} goes on with the Q and V of {args.offline}, which are learned with {differ}; give both "
-            "the same, the offline run by a command of its own, whose policy.pt --offline takes"
-        )
+        own = args.offline_changes(tasks.resolve(args.env_id, args.dataset_path))  # no command makes such a one
+        other = "" if own else ", or give the policy.pt of an offline run with the same"
+        words = f"{args.exp_name} goes on with the Q and V of {args.offline}, which are learned with {differ}"
+        raise cli.UserError(f"{words}; leave that out{other}")
 
 
 def check_learner(args, found: dict) -> None:

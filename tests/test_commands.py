@@ -144,6 +144,9 @@ def test_two_sets_of_runs_are_compared(run_script, tmp_path, monkeypatch):
     (left := tmp_path / "d__o2sac__iql__0-2").mkdir()  # what --num-seeds leaves beside its runs
     code, out, err = run_script(compare, *mine, "--against", *theirs, left, "--out", out_file)
     assert code == 0 and f"left out: {left}: no finished run" in out, err
+    (left / "args.json").write_text('{"offline": "iql"}')  # a run that has not ended: others are no fair sample without
+    code, _, err = run_script(compare, *mine, "--against", *theirs, left)
+    assert code == 2 and f"{left}: no finished run" in err
 
 
 def test_runs_that_do_not_belong_together_are_not_averaged(run_script, tmp_path):
@@ -151,7 +154,9 @@ def test_runs_that_do_not_belong_together_are_not_averaged(run_script, tmp_path)
     first, scores = made_up_run(tmp_path / "d__mine__iql__0", [1, 2, 3], preset="demo"), [1, 2, 3]
     others = {
         "the preset demo and quick are mixed": made_up_run(tmp_path / "d__mine__iql__1", scores, preset="quick"),
-        "different steps (up to [30, 40])": made_up_run(tmp_path / "d__mine__iql__2", [1, 2, 3, 4], preset="demo"),
+        "different steps (3 times up to 30 and 4 times up to 40)": made_up_run(
+            tmp_path / "d__mine__iql__2", [1, 2, 3, 4], preset="demo"
+        ),
         "seed 0 is there 2 times": made_up_run(tmp_path / "again" / "d__mine__iql__0", scores, preset="demo"),
         "measure return and score are": made_up_run(
             tmp_path / "d__mine__iql__3", scores, preset="demo", measure="return"

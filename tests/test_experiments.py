@@ -153,10 +153,16 @@ def test_shared_stages_change_nothing(tmp_path, ray_is_local, monkeypatch):
 
 
 def test_flags_of_runs_that_cannot_be_are_refused_before_any_run(tmp_path):
-    spec = Spec("o2td3", "iql", 0, ("--online-steps", "9"))
-    for flags, words in {'--gamma "0.9': "cannot be read", "--online_steps=5": "sets --online-steps itself"}.items():
-        with pytest.raises(UserError, match=words):
-            harness.command_line(harness.Args(run_flags=flags), spec)
+    spec = Spec("o2td3", "iql", 0)
+    with pytest.raises(UserError, match="cannot be read"):
+        harness.command_line(harness.Args(run_flags='--gamma "0.9'), spec)
+    for experiment in (q_stability, comparison):
+        with pytest.raises(UserError, match="sets --online-steps itself"):
+            harness.check_own(experiment.Args(run_flags="--gamma 0.9 --online_steps=5"), "--online-steps")
+    with pytest.raises(UserError, match="iql goes on with the Q and V of iql"):
+        harness.run_all(harness.Args(out=str(tmp_path), run_dir=str(tmp_path / "runs"), run_flags="--gamma 0.9"),
+                        [Spec("iql", "iql", 0)])  # fmt: skip
+    assert not (tmp_path / "runs").exists()
     with pytest.raises(UserError, match="fewer than 9999 CPUs a run"):
         harness.schedule(harness.Args(cpus_per_run=9999), {})
     (file := tmp_path / "file").touch()
