@@ -60,9 +60,8 @@ class Evaluator:
         """
         seeds = seeds or self.seeds
         whole = isinstance(getattr(policy, "__self__", None), torch.nn.Module)
-        if (
-            whole and observe is None
-        ):  # a copy, as workers have: what a policy keeps of an evaluation does not reach the next one
+        # A copy, as workers have: what a policy keeps of an evaluation does not reach the next one
+        if whole and (observe is None or torch.device(device).type != "cpu"):
             policy, device = getattr(copy.deepcopy(policy.__self__).cpu(), policy.__name__), "cpu"
         if self.pool is None or not whole:
             self.envs += [make_env(self.task, evaluation=True) for _ in seeds[len(self.envs) :]]
