@@ -162,7 +162,8 @@ def show(run: Run, result: dict) -> None:
     table.add_row(f"best online (step {result['best_online_step']:,})", f"{result['best_online']:.1f}")
     table.add_row("last online", f"{result['last_online']:.1f}", seconds["finetune"])
     table.add_row("mean of the last 3", f"{result['mean_of_last_3']:.1f}")
-    best = "best.pt" if result.get("best_alone", True) else "best"
+    alone = result.get("best_alone", True)
+    best = "best.pt" if alone else "best"
     table.add_row(f"{best} ({result['best_from']})", f"{result['best']:.1f}")
     fresh = f"{result['best_fresh']:.1f} ± {result['best_fresh_error']:.1f}"
     table.add_row(f"{best} on {result['fresh_episodes']} fresh starts", fresh)
@@ -175,7 +176,7 @@ def show(run: Run, result: dict) -> None:
         print(f"A policy counts as the best where its evaluation is more than {margin} above that of the best before.")
     if result.get("last_success") is not None:
         print(f"success in {result['last_success']:.0%} of the last evaluation's episodes.")
-    if best == "best":
+    if not alone:
         print("What is played is more than a network: best.pt holds its new policy alone, whose score nobody measured.")
     print(f"1 seed, {episodes}; {result['scale']}.\n{run.dir}/curve.png shows the whole run.")
     if (run.dir / "paths.png").exists():

@@ -28,8 +28,6 @@ NEEDED = ("Args", "PRESETS", "FAMILIES", "Agent", "Optimizers", "training_step",
 SHARED = ("preset", "env_id", "dataset_path", "max_episode_steps", "seed", "device", "compile", "deterministic",
           "matmul", "run_dir", "checkpoint_seconds", "eval_episodes", "final_episodes", "eval_workers",
           "go_on")  # fmt: skip
-
-
 VALUED = ("reward_scale", "reward_shift", "gamma")  # what Q and V are values of, beside a policy
 
 
@@ -181,7 +179,7 @@ def check_hidden(args, found: dict) -> None:
 def takes_critic(args) -> bool:
     """Whether fine-tuning starts from the offline algorithm's own critic: the naive switch."""
     random = getattr(args, "critic_init", "") == "random" or declared(args).KIND == "gaussian"
-    return not (getattr(args, "reevaluate", True) or random or goes_on(args) or from_scratch(args))
+    return not (getattr(args, "reevaluate", True) or random)
 
 
 def check_critic(args, found: dict) -> None:

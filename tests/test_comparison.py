@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.cli import UserError
 from experiments import analysis, comparison, harness
 
 
@@ -116,6 +117,11 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
         rows = list(csv.DictReader(file))
     assert len(rows) == 16 and {row["offline_seconds"] for row in rows} == {"600.0", ""}
     assert {row["regime"] for row in rows} == {"superior"} and {float(row["policy_mean"]) for row in rows} == {40}
+
+
+def test_its_own_budgets_are_no_run_flags():
+    with pytest.raises(UserError, match="sets --online-steps itself"):
+        comparison.spec(comparison.Args(run_flags="--gamma 0.9 --online-steps 5"), ("o2td3", "iql"), 0)
 
 
 def test_the_datasets_are_those_that_are_asked_for():

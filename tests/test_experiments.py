@@ -156,9 +156,8 @@ def test_flags_of_runs_that_cannot_be_are_refused_before_any_run(tmp_path):
     spec = Spec("o2td3", "iql", 0)
     with pytest.raises(UserError, match="cannot be read"):
         harness.command_line(harness.Args(run_flags='--gamma "0.9'), spec)
-    for experiment in (q_stability, harness):
-        with pytest.raises(UserError, match="sets --online-steps itself"):
-            harness.check_own(experiment.Args(run_flags="--gamma 0.9 --online_steps=5"), "--online-steps")
+    with pytest.raises(UserError, match="sets --online-steps itself"):
+        q_stability.settings(q_stability.Args(run_flags="--gamma 0.9 --online_steps=5"), "o2td3", 0)
     with pytest.raises(UserError, match="iql goes on with the Q and V of iql"):
         harness.run_all(harness.Args(out=str(tmp_path), run_dir=str(tmp_path / "runs"), run_flags="--gamma 0.9"),
                         [Spec("iql", "iql", 0)])  # fmt: skip

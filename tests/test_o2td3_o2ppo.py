@@ -17,8 +17,8 @@ import o2td3
 from common import policies
 from common.evaluation import Evaluator
 from common.replay import ReplayBuffer
-from tests.reference import check_trained_alike
 from tests.conftest import TINY, kill_at
+from tests.reference import check_trained_alike
 
 ROOT = Path(o2td3.__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
