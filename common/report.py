@@ -5,7 +5,9 @@ import dataclasses
 import json
 import math
 import platform
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,11 +30,18 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def processor() -> str:
+    """The CPU's name, or its architecture where that is not found."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return named[1] if named else f"{platform.processor() or platform.machine()} CPU"
+
+
 def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
+    return f"{processor()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def start_run(args_class, offline) -> tuple:

@@ -63,7 +63,7 @@ def main() -> None:
     columns = ["", "", "re-evaluated", "aligned", "fine-tuned"]
     report.table("On held-out states, 32 sampled actions each", columns, lines)
     report.figure(figure)
-    report.finish(everything, failures)
+    report.finish(analysis.results(everything), failures)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """From finished runs to numbers with intervals, tables and figures."""
 
+import itertools
+import math
 import shlex
 import sys
 import warnings
@@ -38,6 +40,10 @@ def curve(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The same, with the offline policy's score at step 0 before them."""
     steps, values = scores(path)
     return np.concatenate([[0.0], steps]), np.concatenate([[result(path)["offline"]], values])
+
+
+def results(paths: Iterable[Path]) -> list[dict]:
+    return [result(path) for path in paths]
 
 
 def result(path: Path) -> dict:
@@ -122,19 +128,23 @@ class Report:
             figure.savefig(temporary, dpi=110, format="png")
         self.text.append(f"\n![{self.name}]({path.name})")
 
-    def finish(self, runs: list[Path], failures: list[str]) -> None:
-        """Write the page, with what every number depends on beneath it; leave with exit code 2 if runs failed."""
+    def finish(self, made: list[dict], failures: list[str]) -> None:
+        """Write the page, with what every number depends on beneath it; leave with exit code 2 if runs failed.
+
+        `made` are the runs' results, of which "source", "hardware" and "eval_episodes" are read.
+        """
         for failure in failures:
             print(f"failed: {failure}", file=sys.stderr)
-        if not runs:
+        if not made:
             sys.exit("error: no run came to its end, so there is nothing to show; look at the messages above")
-        made = [result(path) for path in runs]
-        sources, machines = ({r[key] for r in made} for key in ("source", "hardware"))
+        sources, machines, episodes = (
+            sorted({f"{r[key]}" for r in made}) for key in ("source", "hardware", "eval_episodes")
+        )
         command = shlex.join([f"experiments/{self.name}.py", *sys.argv[1:]])
         self.text += [
-            f"\nMade by `python {command}`: {len(runs)} runs at the scale `{self.args.scale}`, data: "
-            f"{'; '.join(sorted(sources))}. {made[0]['eval_episodes']} episodes an evaluation. Machine: "
-            f"{'; '.join(sorted(machines))}, PyTorch {torch.__version__}. Intervals: 95%, stratified bootstrap; with "
+            f"\nMade by `python {command}`: {len(made)} runs at the scale `{self.args.scale}`, data: "
+            f"{'; '.join(sources)}. {' or '.join(episodes)} episodes an evaluation. Machine: "
+            f"{'; '.join(machines)}, PyTorch {torch.__version__}. Intervals: 95%, stratified bootstrap; with "
             "two or three runs that is from the lowest to the highest."
         ]
         write_atomic(self.folder / f"{self.name}.md", ("\n".join(self.text) + "\n").encode())
@@ -149,36 +159,53 @@ def plt():
     return matplotlib.pyplot
 
 
-def panels(names, sharey: bool = True) -> tuple:
-    """A figure with one panel for each name, side by side."""
+def panels(names, sharey: bool = True, across: int | None = None) -> tuple:
+    """A figure with one panel for each name, side by side, or `across` of them in a row."""
+    across = min(across or len(names), len(names))
+    rows = math.ceil(len(names) / across)
     figure, axes = plt().subplots(
-        1, len(names), figsize=(4.2 * len(names), 3.6), sharey=sharey, squeeze=False, layout="constrained"
+        rows, across, figsize=(4.2 * across, 3.6 * rows), sharey=sharey, squeeze=False, layout="constrained"
     )
-    for panel, name in zip(axes[0], names, strict=True):
+    for panel, name in itertools.zip_longest(axes.flat, names):
+        if name is None:
+            panel.remove()
+            continue
         panel.set_title(name, fontsize=10)
         panel.grid(alpha=0.2)
-    return figure, list(axes[0])
+    return figure, list(axes.flat[: len(names)])
+
+
+def style(i: int) -> dict:
+    """The colour and line of setting i, no two alike among the first 30."""
+    return {"color": f"C{i % 10}", "linestyle": ("-", "--", "-.")[i // 10 % 3]}
 
 
 def draw_curves(panel, groups: dict[str, list[Path]], names: Iterable[str] = ()) -> None:
-    """Score over environment steps: a setting's interquartile mean, as in the tables, and its runs' range as a band.
+    """Score over environment steps of a setting's runs; see `draw_points`."""
+    points = {name: [curve(path) for path in paths] for name, paths in groups.items()}
+    draw_points(panel, points, measure([path for paths in groups.values() for path in paths]), names)
 
-    `names` are the settings of all panels, so that a setting has the same colour in each.
+
+def draw_points(panel, groups: dict[str, list], what: str, names: Iterable[str] = ()) -> None:
+    """Curves of a setting's runs: their interquartile mean, as in the tables, and their range as a band.
+
+    A run is (steps, values), the offline policy's at step 0 first. `names` are the settings of all panels, so that a
+    setting has the same colour in each.
     """
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys([*names, *groups]))}
-    for name, paths in groups.items():
-        if not paths:
+    index = {name: i for i, name in enumerate(dict.fromkeys([*names, *groups]))}
+    for name, curves in groups.items():
+        if not curves:
             continue
-        curves = [scores(path) for path in paths]
         length = min(len(values) for _, values in curves)
-        steps, values = curves[0][0][:length], np.stack([values[:length] for _, values in curves])
-        panel.plot(steps, list(map(middle, values.T)), color=colours[name], label=name, linewidth=1.5)
-        panel.fill_between(steps, values.min(0), values.max(0), color=colours[name], alpha=0.12, linewidth=0)
-        before = middle([result(path)["offline"] for path in paths])
-        panel.axhline(before, color=colours[name], linestyle=":", linewidth=1)
+        steps, values = curves[0][0][1:length], np.stack([values[:length] for _, values in curves])
+        look = style(index[name])
+        panel.plot(steps, list(map(middle, values[:, 1:].T)), label=name, linewidth=1.5, **look)
+        panel.fill_between(steps, values[:, 1:].min(0), values[:, 1:].max(0), color=look["color"], alpha=0.12,
+                           linewidth=0)  # fmt: skip
+        panel.axhline(middle(values[:, 0]), color=look["color"], linestyle=":", linewidth=1)
     panel.locator_params(axis="x", nbins=5)
     panel.set_xlabel("environment steps")
-    panel.set_ylabel(f"{measure([path for paths in groups.values() for path in paths])}\nhigher is better")
+    panel.set_ylabel(f"{what}\nhigher is better")
 
 
 def number(point: tuple[float, float, float], digits: int = 1) -> str:
@@ -240,4 +267,4 @@ def comparison(
         everything += [path for paths in groups.values() for path in paths]
     report.figure(figure)
     report.text.append(f"\n{caption}")
-    report.finish(everything, failures)
+    report.finish(results(everything), failures)

@@ -140,7 +140,7 @@ def main() -> None:
     report.table("both stages", ["", "", "runs", "time", "saved", f"final {what}"], both)
     report.figure(figure)
     report.text.append(NOTE)
-    report.finish(harness.finished(args, everything), failures)
+    report.finish(analysis.results(harness.finished(args, everything)), failures)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,14 @@ python experiments/comparison.py --env-ids hopper-medium-v2 walker2d-medium-v2 -
 
 Every method has the same environment steps, warm-up and random steps included, and the same seeds, from its own offline
 algorithm; the first three from those of the compared methods, too. Constants, rewards, states and updates a step are
-each method's own. Curves and numbers of every run are written to docs/comparison/ as CSV.
+each method's own. Curves and numbers of every run are written beside the page as CSV. Those that docs/comparison/ has
+of other methods and tasks at the same budget are shown with them, so that your own method alone has to be run:
+
+python experiments/comparison.py --env-ids hopper-medium-v2 --scale quick --algorithms mine.py
 """
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import io
@@ -27,6 +31,7 @@ from experiments.harness import Spec
 
 import numpy as np
 import torch
+from matplotlib.lines import Line2D
 from rliable import library as rly
 from rliable import metrics
 from scipy.stats import trim_mean
@@ -37,6 +42,7 @@ TASKS = (
     "antmaze-umaze-v2", "antmaze-umaze-diverse-v2", "pen-cloned-v1",
 )  # fmt: skip
 BUDGETS = {"demo": 10_000, "quick": 20_000, "paper": 100_000}
+RUN = ("dataset", "method", "seed")  # what a run is known by
 GRID = 20  # points of a sample-efficiency curve after the first
 REPS = 2_000  # of the bootstrap
 KEYS = {"final": "final", "area": "area (speed)", "drop": "deepest fall", "smooth_drop": "… of means of 3",
@@ -65,8 +71,8 @@ class Args(harness.Args):
     """environment steps of every run; None: 10,000, at the scale quick 20,000, paper 100,000"""
     offline_steps: Annotated[int | None, at_least(1)] = None
     """gradient steps of every offline algorithm; None: its own at that scale"""
-    curves: str = "docs/comparison"
-    """where the CSV files are written"""
+    published: str = "docs/comparison"
+    """a folder with CSV files of this experiment: runs of other methods and tasks are taken from there"""
 
 
 def env_ids(args: Args) -> tuple[str, ...]:
@@ -111,19 +117,27 @@ def offline_seconds(args: Args, run: Spec) -> float | None:
     return members * torch.load(checkpoint, weights_only=True)["seconds"]
 
 
-def measured(args: Args, run: Spec) -> dict:
-    """All that the tables and the CSV hold of a run."""
-    path = harness.folder(args, run)
+def measured(args: Args, run: Spec, path: Path) -> dict:
+    """All that the tables and the CSV hold of a run, beside what it is a run of."""
     result = analysis.result(path)
+    regime = result["regime"] or dict.fromkeys(("regime", "policy", "data"))
     return analysis.summary(path) | {
-        "offline": result["offline"], "training_regret": training_regret(path), "regime": result["regime"],
-        "seconds": sum(result["seconds"].values()), "offline_seconds": offline_seconds(args, run),
+        "offline": result["offline"], "training_regret": training_regret(path), "regime": regime["regime"],
+        "policy_mean": regime["policy"], "data_mean": regime["data"], "seconds": sum(result["seconds"].values()),
+        "offline_seconds": offline_seconds(args, run), "offline_steps": result["offline_steps"],
+        **{key: result[key] for key in ("measure", "eval_episodes", "source", "hardware")},
+        "matmul": harness.parsed(args, run).matmul,
     }  # fmt: skip
 
 
-def on_grid(path: Path) -> np.ndarray:
+def points_of(curves: list[dict], run: dict) -> tuple[np.ndarray, np.ndarray]:
+    """A run's environment steps and scores, the offline policy's first, out of all curves' rows."""
+    rows = [row for row in curves if all(row[key] == run[key] for key in RUN)]
+    return tuple(np.array([[row["step"], row["score"]] for row in rows], float).T)
+
+
+def on_grid(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     """A run's scores at 0, 1/20, … of its budget, (21,), between its evaluations by straight lines."""
-    steps, values = analysis.curve(path)
     return np.interp(np.linspace(0, steps[-1], GRID + 1), steps, values)
 
 
@@ -174,8 +188,28 @@ def write_csv(path: Path, lines: list[dict]) -> None:
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text.getvalue().encode())
+
+
+def read_csv(path: Path) -> list[dict]:
+    """Its rows, numbers as numbers and empty fields as None; none where there is no such file."""
+
+    def value(text: str):
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                return number(text)
+        return text or None
+
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def others(published: list[dict], new: list[dict]) -> list[dict]:
+    """The published rows of what was not run here: other methods, or other datasets."""
+    here = {(row["dataset"], row["method"]) for row in new}
+    return [row for row in published if (row["dataset"], row["method"]) not in here]
 
 
 def minutes(values: list[float | None]) -> str:
@@ -190,13 +224,12 @@ def mean(values: list[float | None], digits: int = 1) -> str:
 
 def task_table(report: analysis.Report, task: str, runs: dict[str, list[dict]]) -> None:
     """A table of one task: offline score, where each method ends and how it gets there, its regime, its time."""
-    runs = {name: found for name, found in runs.items() if found}
     columns = intervals(
         {name: np.array([[[run[key] for key in KEYS]] for run in found]) for name, found in runs.items()}
     )
     lines = []
     for name, found in runs.items():
-        regimes = collections.Counter(run["regime"]["regime"] for run in found if run["regime"])
+        regimes = collections.Counter(run["regime"] for run in found if run["regime"])
         lines.append([
             name, str(len(found)), mean([run["offline"] for run in found]),
             *(analysis.number(x, 2 if key == "regret" else 1) for key, x in zip(KEYS, columns[name].T, strict=True)),
@@ -211,69 +244,81 @@ def task_table(report: analysis.Report, task: str, runs: dict[str, list[dict]]) 
 
 def main() -> None:
     args = cli.read(Args, __doc__)
-    tasks, compared = env_ids(args), pairs(args)
-    failures, found = [], {}
-    for task in tasks:
+    compared, failures, runs, curves = pairs(args), [], [], []
+    for task in env_ids(args):
         here = dataclasses.replace(args, env_id=task)
         specs = {name: [spec(here, pair, seed) for seed in range(args.seeds)] for name, pair in compared.items()}
-        failures += harness.run_all(here, [run for runs in specs.values() for run in runs])
-        for name, runs in specs.items():
-            found[name, task] = [(run, path) for run in runs for path in harness.finished(here, [run])]
+        failures += harness.run_all(here, [run for of_name in specs.values() for run in of_name])
+        for name, of_name in specs.items():
+            for run in of_name:
+                for path in harness.finished(here, [run]):
+                    about = dict(zip(RUN, (task, name, run.seed), strict=True))
+                    runs.append(about | {"offline_algorithm": run.offline} | measured(here, run, path))
+                    points = np.stack(analysis.curve(path), 1)
+                    curves += [about | {"step": int(step), "score": round(score, 3)} for step, score in points]
 
     report = analysis.Report(args, "comparison", "The method against those that it is compared with")
-    figure, panels = analysis.panels(tasks, sharey=False)
-    numbers, curves = [], []
-    values = {name: {} for name in compared}
+    names = [f"{what}_{args.scale}_{args.online_steps or BUDGETS[args.scale]}.csv" for what in ("runs", "curves")]
+    old_runs, old_curves = (read_csv(harness.ROOT / args.published / name) for name in names)
+    runs, curves = others(old_runs, runs) + runs, others(old_curves, curves) + curves
+    if runs:
+        for name, rows in zip(names, (runs, curves), strict=True):
+            write_csv(report.folder / name, rows)
+        show(report, runs, curves)
+    report.text.append(EXPLAINED)
+    report.finish(runs, failures)
+
+
+def show(report: analysis.Report, runs: list[dict], curves: list[dict]) -> None:
+    """A table and a panel for each task, and what holds over all tasks."""
+    tasks = sorted({run["dataset"] for run in runs}, key=lambda task: (*TASKS, task).index(task))
+    order = [name for name in pairs(Args()) if any(run["method"] == name for run in runs)]
+    order += dict.fromkeys(run["method"] for run in runs if run["method"] not in order)
+    values = {name: {task: [run for run in runs if (run["method"], run["dataset"]) == (name, task)] for task in tasks}
+              for name in order}  # fmt: skip
+    figure, panels = analysis.panels(tasks, sharey=False, across=3)
     for panel, task in zip(panels, tasks, strict=True):
-        here, runs = dataclasses.replace(args, env_id=task), {}
-        for name in compared:
-            runs[name] = [measured(here, run) for run, _ in found[name, task]]
-            values[name][task] = list(zip(runs[name], [path for _, path in found[name, task]], strict=True))
-            for numbers_of, (run, path) in zip(runs[name], found[name, task], strict=True):
-                about = {"dataset": task, "method": name, "offline_algorithm": run.offline, "seed": run.seed}
-                regime = numbers_of["regime"] or {"regime": None, "policy": None, "data": None}
-                flat = {"regime": regime["regime"], "policy_mean": regime["policy"], "data_mean": regime["data"]}
-                numbers.append(about | numbers_of | flat)
-                points = np.stack(analysis.curve(path), 1)
-                curves += [about | {"step": int(step), "score": f"{score:.3f}"} for step, score in points]
-        task_table(report, task, runs)
-        analysis.draw_curves(panel, {name: [path for _, path in found[name, task]] for name in compared}, compared)
-    panels[0].legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        here = {name: of_name[task] for name, of_name in values.items() if of_name[task]}
+        task_table(report, task, here)
+        lines = {name: [points_of(curves, run) for run in found] for name, found in here.items()}
+        analysis.draw_points(panel, lines, next(iter(here.values()))[0]["measure"], order)
+    looks = [Line2D([], [], label=name, **analysis.style(i)) for i, name in enumerate(order)]
+    figure.legend(handles=looks, loc="outside lower center", ncols=min(5, len(order)), fontsize=8, frameon=False)
     report.figure(figure)
     report.text.append(f"\n{analysis.CURVES}")
-    together(report, args, values)
-    folder = harness.ROOT / args.curves
-    if numbers:
-        write_csv(folder / f"runs_{args.scale}.csv", numbers)
-        write_csv(folder / f"curves_{args.scale}.csv", curves)
-    report.text.append(EXPLAINED)
-    report.finish([path for runs in found.values() for _, path in runs], failures)
+    together(report, values, curves)
 
 
-def together(report: analysis.Report, args: Args, values: dict) -> None:
+def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], curves: list[dict]) -> None:
     """Over all tasks: aggregates, probabilities of improvement, and sample-efficiency curves."""
-    ends = matrices({name: {task: [[run["final"], run["area"]] for run, _ in runs] for task, runs in of_name.items()}
+    ends = matrices({name: {task: [[run["final"], run["area"]] for run in found] for task, found in of_name.items()}
                      for name, of_name in values.items()})  # fmt: skip
     if not ends:
+        report.text.append("\nNo method has runs of every task, so there is nothing to say over all of them.")
         return
     lines = [[name, *(analysis.number(x) for x in columns.T)] for name, columns in intervals(ends).items()]
     report.table("All tasks: IQM [95% interval]", ["", "final", "area (speed)"], lines)
+    if lacking := [name for name in values if name not in ends]:
+        report.text.append(f"\nWithout runs of every task: {', '.join(lacking)}.")
     finals = {name: found[..., 0] for name, found in ends.items()}
     ours = [name for name in finals if name.split(" ")[0] in OURS]
-    others = [name for name in finals if name not in ours]
-    chances = probabilities(finals, ours, others)
+    theirs = [name for name in finals if name not in ours]
+    chances = probabilities(finals, ours, theirs)
     if chances:
-        lines = [[x, *(analysis.number(chances[x, y], 2) for y in others)] for x in ours]
-        report.table("Probability that a run of … ends higher than one of", ["", *others], lines)
-    figure, [panel] = analysis.panels([f"IQM over {len(next(iter(finals.values()))[0])} tasks"])
-    on_tasks = matrices({name: {task: [on_grid(path) for _, path in runs] for task, runs in of_name.items()}
-                         for name, of_name in values.items()})  # fmt: skip
+        lines = [[x, *(analysis.number(chances[x, y], 2) for y in theirs)] for x in ours]
+        report.table("Probability that a run of … ends higher than one of", ["", *theirs], lines)
+    n = len(next(iter(finals.values()))[0])
+    figure, [panel] = analysis.panels([f"IQM over {n} task{'s' * (n > 1)}"])
+    on_tasks = matrices({name: {task: [on_grid(*points_of(curves, run)) for run in found]
+                                for task, found in of_name.items()} for name, of_name in values.items()})  # fmt: skip
     grid = np.linspace(0, 1, GRID + 1)
-    for i, (name, (iqm, low, high)) in enumerate(intervals(on_tasks).items()):
-        panel.plot(grid, iqm, color=f"C{i}", label=name, linewidth=1.5)
-        panel.fill_between(grid, low, high, color=f"C{i}", alpha=0.1, linewidth=0)
+    for name, (iqm, low, high) in intervals(on_tasks).items():
+        look = analysis.style(list(values).index(name))
+        panel.plot(grid, iqm, label=name, linewidth=1.5, **look)
+        panel.fill_between(grid, low, high, color=look["color"], alpha=0.1, linewidth=0)
     panel.set_xlabel("share of the environment steps")
-    panel.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    panel.set_ylabel("score\nhigher is better")
+    panel.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     report.figure(figure, "_efficiency")
 
 

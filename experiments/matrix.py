@@ -53,7 +53,7 @@ def main() -> None:
         analysis.draw_curves(panel, {x: found[x, y] for x in args.offline})
     panels[-1].legend(fontsize=8)
     report.figure(figure)
-    report.finish([path for paths in found.values() for path in paths], failures)
+    report.finish(analysis.results(path for paths in found.values() for path in paths), failures)
 
 
 if __name__ == "__main__":

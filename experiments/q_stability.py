@@ -143,7 +143,7 @@ def main() -> None:
     report.table(f"Q (O2PPO: V) on held-out states; jump within {WINDOW:,} environment steps", columns, lines)
     report.figure(figure)
     report.text.append("\nLines: mean over the states; bands: 10% to 90%; dashed: Q of the data's actions; seed 0.")
-    report.finish(everything, failures)
+    report.finish(analysis.results(everything), failures)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,8 @@ def main() -> None:
                  ["", "", "Spearman's ρ", "correlation", "spread in a state"], rankings)  # fmt: skip
     report.figure(figure)
     report.text.append(NOTE)
-    report.finish(harness.finished(args, [spec for runs in done.values() for spec in runs]), failures)
+    specs = [spec for runs in done.values() for spec in runs]
+    report.finish(analysis.results(harness.finished(args, specs)), failures)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def made_up_run(folder, offline, scores, successes=(), **result):
     ]
     (folder / "progress.csv").write_text("\n".join(["stage,step,charts/score,charts/episodic_success", *lines]) + "\n")
     fixed = {"references": [0.0, 100.0], "regime": None, "seconds": {"finetune": 120.0}, "source": "made up",
-             "hardware": "none", "eval_episodes": 10, "measure": "score"}  # fmt: skip
+             "hardware": "none", "eval_episodes": 10, "measure": "score", "offline_steps": 5}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(fixed | {"offline": offline} | result))
     return folder
 
@@ -63,7 +63,7 @@ def test_aggregates(monkeypatch):
 
 
 def test_curves_on_a_grid(tmp_path):
-    grid = comparison.on_grid(made_up_run(tmp_path / "a", 0.0, {10_000: 50, 20_000: 100}))
+    grid = comparison.on_grid(*analysis.curve(made_up_run(tmp_path / "a", 0.0, {10_000: 50, 20_000: 100})))
     np.testing.assert_allclose(grid, np.linspace(0, 100, 21))
 
 
@@ -93,12 +93,20 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
 
     monkeypatch.setattr(harness, "run_all", run_all)
     monkeypatch.setattr(comparison, "REPS", 50)
+    walker, hopper, published = "walker2d-medium-v2", "hopper-medium-v2", tmp_path / "published"
+    common = ("--seeds", "2", "--online-steps", "4000", "--offline-steps", "5", "--run-dir", tmp_path / "runs",
+              "--published", published)  # fmt: skip
+    asked = [("o2td3", "iql", "--env-ids", walker), ("o2td3", "iql", "rlpd", "--env-ids", hopper)]  # in two sessions
+    for methods in asked:
+        code, out, err = run_script(comparison, "--algorithms", *methods, *common, "--out", published)
+        assert code == 0, err
+    assert "Without runs of every task: rlpd." in (published / "comparison.md").read_text()
+    before = (published / "runs_demo_4000.csv").read_bytes()
     code, out, err = run_script(
-        comparison, "--algorithms", "o2td3", "iql", "rlpd", "--seeds", "2", "--online-steps", "4000", "--offline-steps",
-        "5", "--env-ids", "hopper-medium-v2", "walker2d-medium-v2", "--run-dir", tmp_path / "runs", "--out",
-        tmp_path / "out", "--curves", tmp_path / "curves",
-    )  # fmt: skip
+        comparison, "--algorithms", "rlpd", "--env-ids", walker, *common, "--out", tmp_path / "out"
+    )
     assert code == 0, err
+    assert (published / "runs_demo_4000.csv").read_bytes() == before  # another folder's page takes them, no more
     page = (tmp_path / "out" / "comparison.md").read_text()
     lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
     assert "| o2td3 from iql | 2 | 40.0 | 90.0 [90.0, 90.0] | 83.8 [83.8, 83.8] | 0.0 [0.0, 0.0]" in page
@@ -108,12 +116,12 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
     assert lines["o2td3 from td3_bc"].split("|")[2:-1] == [" 1.00 [1.00, 1.00] "] * 2  # against IQL and RLPD
     assert "| iql | 55.0 [55.0, 55.0] |" in page  # over both tasks
     assert (tmp_path / "out" / "comparison.png").exists() and (tmp_path / "out" / "comparison_efficiency.png").exists()
-    with open(tmp_path / "curves" / "curves_demo.csv", newline="") as file:
+    with open(tmp_path / "out" / "curves_demo_4000.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 4 * 2 * 5  # tasks, pairs, seeds, points
     mine = [r for r in rows if (r["dataset"], r["method"], r["seed"]) == ("walker2d-medium-v2", "rlpd", "1")]
     assert [(int(r["step"]), float(r["score"])) for r in mine] == [(0, 40)] + [(1000 * i, 30) for i in (1, 2, 3, 4)]
-    with open(tmp_path / "curves" / "runs_demo.csv", newline="") as file:
+    with open(tmp_path / "out" / "runs_demo_4000.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16 and {row["offline_seconds"] for row in rows} == {"600.0", ""}
     assert {row["regime"] for row in rows} == {"superior"} and {float(row["policy_mean"]) for row in rows} == {40}
