@@ -9,6 +9,7 @@ Every file is written aside and renamed, so that an interruption never leaves ha
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -116,9 +117,15 @@ class Run:
         self.measure = data.task.measure if data else "return"
         self.made_with = {"versions": versions(), "code": code_of(script_of(args)), "data": fingerprint(data)}
         self._earlier()  # refused before anything is written, and before waiting
-        send = track.start(args, name) if args.track else None
+        new = not self.dir.exists()
         make_folder(self.dir)
         self.lock = own_run(self.dir, wait)
+        try:  # once the folder is this process's, for W&B's run goes with it
+            send = track.start(args, name) if args.track else None
+        except UserError:
+            if new:
+                shutil.rmtree(self.dir)
+            raise
         for left in self.dir.glob("*.part"):  # by a process that was killed
             left.unlink()
         self._keep_args()

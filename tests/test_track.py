@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from filelock import FileLock
+
 import o2sac
 from common import track
 from common.log import read_rows
@@ -58,6 +60,16 @@ def test_a_refusal_of_weights_and_biases_comes_before_any_file(run_script, tmp_p
     code, _, err = run_script(o2sac, *SMALL, *TINY, "--run-dir", tmp_path, "--track")
     assert code == 2 and "api_key" in err and "wandb login" in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_start_leaves_the_run_of_the_first_alone(run_script, tmp_path, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert run_script(o2sac, *SMALL, *TINY, "--run-dir", tmp_path)[0] == 0
+    [folder] = tmp_path.glob("*o2sac*")
+    with FileLock(folder / ".lock"):
+        code, _, err = run_script(o2sac, *SMALL, *TINY, "--run-dir", tmp_path, "--track")
+    assert code == 2 and "another process is at work" in err and not wandb.opened
 
 
 def test_every_run_has_an_id_of_its_own():
