@@ -17,7 +17,7 @@ from common import cli
 from common.bounds import above, at_least, between
 from common.probe import STATES
 from common.report import duration
-from experiments import analysis, harness, truth
+from experiments import analysis, harness, rollouts, truth
 from experiments.harness import Spec, full, scripts
 
 import numpy as np
@@ -115,6 +115,7 @@ def main() -> None:
     args = cli.read(Args, __doc__)
     for y in args.algorithms:
         harness.check_stages(args, full(args, y, 0), *MEASURES)
+        rollouts.held_out(harness.parsed(args, full(args, y, 0)))
     specs = {y: [settings(args, y, seed) for seed in range(args.seeds)] for y in args.algorithms}
     everything = [spec for runs in specs.values() for run in runs for stage in run.values() for spec in stage.values()]
     failures = harness.run_all(args, everything)

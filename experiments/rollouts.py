@@ -1,15 +1,26 @@
 """What a policy really gets from states of the data, in the simulator: the truth that a critic is measured by."""
 
-from common import agreement
+from common import agreement, datasets
 from common.cli import UserError
 from common.datasets import Dataset
 from common.envs import make_env, standardised
 from common.nn import gaussian_log_prob, tanh_log_det
 from common.policies import Policy
+from common.probe import STATES
 
 import gymnasium as gym
 import numpy as np
 import torch
+
+
+def held_out(args) -> Dataset:
+    """The rows that a run with these arguments holds out, as far as the simulator can be put into their states.
+
+    They are not standardised. Raises UserError where there is none, as experiments ask before their first run.
+    """
+    data = datasets.load(args.env_id, args.dataset_path, max_episode_steps=args.max_episode_steps)
+    data = data.hold_out(args.holdout, STATES)[1]
+    return data.rows(torch.as_tensor(rebuilt(data)))
 
 
 def rebuilt(data: Dataset) -> np.ndarray:

@@ -63,10 +63,8 @@ def measured(args: Args, spec: Spec, known: dict) -> tuple[dict[str, torch.Tenso
     """
     script, chosen, folder = scripts.online(spec.script), harness.parsed(args, spec), harness.folder(args, spec)
     policy = policies.read(folder / "policy.pt")
-    data = datasets.load(chosen.env_id, chosen.dataset_path, max_episode_steps=chosen.max_episode_steps)
-    data = data.hold_out(chosen.holdout, STATES)[1]
-    rows = rollouts.rebuilt(data)
-    data = data.rows(torch.as_tensor(rows[np.linspace(0, len(rows) - 1, min(args.states, len(rows))).astype(int)]))
+    data = rollouts.held_out(chosen)
+    data = data.rows(torch.linspace(0, len(data) - 1, min(args.states, len(data))).long())
     seen = copy.copy(data)
     seen.standardise(policy["state_mean"], policy["state_std"], policy.get("clip", math.inf))
     agent, q = script.Agent(chosen, policy), {}
@@ -185,6 +183,7 @@ def main() -> None:
     specs = {y: [full(args, y, seed) for seed in range(args.seeds)] for y in args.algorithms}
     for runs in specs.values():  # a critic of the offline algorithm's is not in the policy.pt that a run leaves
         harness.check_stages(args, runs[0], "reevaluate")
+        rollouts.held_out(harness.parsed(args, runs[0]))
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs])
     done = {y: [spec for spec in runs if harness.finished(args, [spec])] for y, runs in specs.items()}
     done = {y: runs for y, runs in done.items() if runs}

@@ -122,8 +122,16 @@ def test_states_that_cannot_be_rebuilt(held_out, monkeypatch):
         rollouts.rebuilt(held_out)
 
 
+@pytest.mark.parametrize("experiment", [truth, budget, q_stability])
+def test_what_no_simulator_can_answer_is_refused_before_the_first_run(experiment, monkeypatch, run_script):
+    monkeypatch.setattr(agreement, "set_state", lambda *_: False)
+    monkeypatch.setattr(harness, "run_all", lambda *_: pytest.fail("it has begun"))
+    code, _, err = run_script(experiment)
+    assert code == 2 and "cannot be put into states of these data" in err
+
+
 def test_monte_carlo_of_q_stability(monkeypatch):
-    monkeypatch.setattr(q_stability, "STATES", 4)
+    monkeypatch.setattr(rollouts, "STATES", 4)
     found = q_stability.true_values(harness.Args(), "o2td3", 0)
     assert 2 <= len(found) <= 4 and (found > 0).all() and 200 < found.max() < 400
 
