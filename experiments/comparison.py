@@ -43,6 +43,12 @@ TASKS = (
 )  # fmt: skip
 BUDGETS = {"demo": 10_000, "quick": 20_000, "paper": 100_000}
 RUN = ("dataset", "method", "seed")  # what a run is known by
+CURVE_COLUMNS = (*RUN, "step", "score")
+RUN_COLUMNS = (
+    *RUN, "offline_algorithm", "start", "final", "gain", "area", "drop", "smooth_drop", "regret", "offline",
+    "training_regret", "regime", "policy_mean", "data_mean", "seconds", "offline_seconds", "offline_steps", "measure",
+    "eval_episodes", "source", "hardware", "matmul",
+)  # fmt: skip
 GRID = 20  # points of a sample-efficiency curve after the first
 REPS = 2_000  # of the bootstrap
 KEYS = {"final": "final", "area": "area (speed)", "drop": "deepest fall", "smooth_drop": "… of means of 3",
@@ -72,7 +78,7 @@ class Args(harness.Args):
     offline_steps: Annotated[int | None, at_least(1)] = None
     """gradient steps of every offline algorithm; None: its own at that scale"""
     published: str = "docs/comparison"
-    """a folder with CSV files of this experiment: runs of other methods and tasks are taken from there"""
+    """a folder with CSV files of this experiment, from which runs of other methods and tasks are taken; "": none"""
 
 
 def env_ids(args: Args) -> tuple[str, ...]:
@@ -183,16 +189,19 @@ def probabilities(
 # ---------------------------------------------------------------------------------------------- pages
 
 
-def write_csv(path: Path, lines: list[dict]) -> None:
+def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows(rows)
     write_atomic(path, text.getvalue().encode())
 
 
-def read_csv(path: Path) -> list[dict]:
-    """Its rows, numbers as numbers and empty fields as None; none where there is no such file."""
+def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
+    """Its rows, numbers as numbers and empty fields as None; none where there is no such file.
+
+    Raises UserError where it has other columns.
+    """
 
     def value(text: str):
         for number in (int, float):
@@ -202,8 +211,11 @@ def read_csv(path: Path) -> list[dict]:
 
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != columns:
+            raise cli.UserError(f"{path} has other columns than this experiment's; choose another --published")
+        return [{key: value(text) for key, text in row.items()} for row in reader]
 
 
 def others(published: list[dict], new: list[dict]) -> list[dict]:
@@ -244,6 +256,13 @@ def task_table(report: analysis.Report, task: str, runs: dict[str, list[dict]]) 
 
 def main() -> None:
     args = cli.read(Args, __doc__)
+    if args.published and not (harness.ROOT / args.published).is_dir():
+        raise cli.UserError(f'there is no folder {args.published}; choose another --published, or none with ""')
+    names = [f"{what}_{args.scale}_{args.online_steps or BUDGETS[args.scale]}.csv" for what in ("runs", "curves")]
+    old_runs, old_curves = (
+        read_csv(harness.ROOT / args.published / name, columns) if args.published else []
+        for name, columns in zip(names, (RUN_COLUMNS, CURVE_COLUMNS), strict=True)
+    )
     compared, failures, runs, curves = pairs(args), [], [], []
     for task in env_ids(args):
         here = dataclasses.replace(args, env_id=task)
@@ -258,12 +277,10 @@ def main() -> None:
                     curves += [about | {"step": int(step), "score": round(score, 3)} for step, score in points]
 
     report = analysis.Report(args, "comparison", "The method against those that it is compared with")
-    names = [f"{what}_{args.scale}_{args.online_steps or BUDGETS[args.scale]}.csv" for what in ("runs", "curves")]
-    old_runs, old_curves = (read_csv(harness.ROOT / args.published / name) for name in names)
     runs, curves = others(old_runs, runs) + runs, others(old_curves, curves) + curves
     if runs:
-        for name, rows in zip(names, (runs, curves), strict=True):
-            write_csv(report.folder / name, rows)
+        write_csv(report.folder / names[0], RUN_COLUMNS, runs)
+        write_csv(report.folder / names[1], CURVE_COLUMNS, curves)
         show(report, runs, curves)
     report.text.append(EXPLAINED)
     report.finish(runs, failures)

@@ -94,6 +94,7 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
     monkeypatch.setattr(harness, "run_all", run_all)
     monkeypatch.setattr(comparison, "REPS", 50)
     walker, hopper, published = "walker2d-medium-v2", "hopper-medium-v2", tmp_path / "published"
+    published.mkdir()
     common = ("--seeds", "2", "--online-steps", "4000", "--offline-steps", "5", "--run-dir", tmp_path / "runs",
               "--published", published)  # fmt: skip
     asked = [("o2td3", "iql", "--env-ids", walker), ("o2td3", "iql", "rlpd", "--env-ids", hopper)]  # in two sessions
@@ -125,6 +126,15 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
         rows = list(csv.DictReader(file))
     assert len(rows) == 16 and {row["offline_seconds"] for row in rows} == {"600.0", ""}
     assert {row["regime"] for row in rows} == {"superior"} and {float(row["policy_mean"]) for row in rows} == {40}
+
+
+def test_published_runs_are_read_before_the_first_run(tmp_path, monkeypatch, run_script):
+    monkeypatch.setattr(harness, "run_all", lambda *_: pytest.fail("it has begun"))
+    code, _, err = run_script(comparison, "--published", tmp_path / "nothing")
+    assert code == 2 and "there is no folder" in err
+    (tmp_path / "curves_demo_10000.csv").write_text("a,b\n1,2\n")
+    code, _, err = run_script(comparison, "--published", tmp_path)
+    assert code == 2 and "curves_demo_10000.csv has other columns" in err
 
 
 def test_its_own_budgets_are_no_run_flags():
