@@ -45,7 +45,7 @@ PRESETS = {
 FAMILIES = {
     "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, failure_reward=0.0, alpha=5.0, lagrange=True, min_gap=-200.0,
                     online_steps=200_000, eval_every=5_000, eval_episodes=20, final_episodes=100, best_margin=2.0),
-    "adroit": dict(alpha=1.0, min_gap=-200.0, online_steps=200_000, eval_every=5_000,
+    "adroit": dict(calibrate_to_end=True, alpha=1.0, min_gap=-200.0, online_steps=200_000, eval_every=5_000,
                     eval_episodes=100, best_margin=2.0),
 }  # fmt: skip
 
@@ -68,6 +68,9 @@ class Args(cli.OnlineArgs):
     """count the policy's actions at the return of the batch's action where their Q is lower"""
     failure_reward: Annotated[float | None, finite(), only_with(calibrate_online=True)] = None
     """the environment's reward in every step until a task succeeds (AntMaze: 0); None: rewards are dense"""
+    calibrate_to_end: Annotated[bool, only_with(calibrate_online=True)] = False
+    """calibrate the last 1 / (1 - γ) rows of an episode that the time limit cut off too, as if nothing came behind it
+    (Adroit: yes, its episodes are hardly longer than that); no: their return is unknown"""
     alpha: Annotated[float, at_least(0)] = 10.0
     """weight of the conservative term (AntMaze: 5, Adroit: 1)"""
     lagrange: bool = False
@@ -166,7 +169,7 @@ def critic_probe(agent: Agent, held_out: datasets.Dataset) -> Probe:
 def follow(args: Args, rewards: torch.Tensor, terminations: torch.Tensor, episode=None) -> torch.Tensor:
     """The discounted return that follows each row (N,), by which Q is calibrated."""
     failure = None if args.failure_reward is None else args.failure_reward * args.reward_scale + args.reward_shift
-    return returns_to_go(rewards, terminations, args.gamma, episode, failure)
+    return returns_to_go(rewards, terminations, args.gamma, episode, failure, args.calibrate_to_end)
 
 
 def experience(args: Args, data: datasets.Dataset) -> EpisodeBuffer:

@@ -316,8 +316,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
 
 def seeds(args: Args) -> list[Args]:
-    """The arguments with the seed of each member."""
-    return [replace(args, seed=args.seed + 4 * i) for i in range(args.members)]
+    """The arguments with the seed of each member (the authors' are seed + 4 i, so seeds 0 and 4 share all but one)."""
+    return [replace(args, seed=args.seed + 1_000 * i) for i in range(args.members)]
 
 
 KIND = "squashed_gaussian"  # of the policy to start from, see common/policies.py

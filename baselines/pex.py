@@ -6,10 +6,10 @@ and Q̄ go on from `offline/iql.py` by IQL's losses, with new optimisers; half o
     python baselines/pex.py --env-id hopper-medium-v2
 
 Constants are the defaults of the authors' code; its README runs halfcheetah-random and AntMaze with the expectile 0.9.
-It evaluates at random (see `Composition.mode`), and so does this; charts/greedy is the last score without that.
-Unlike in the authors' code actions are clipped before they are played and stored, evaluation has an environment of its
-own, and online rows are drawn with replacement. policy.pt and best.pt hold the new policy alone, without its score, for
-the whole is no single network.
+It evaluates at random (see `Composition.mode`), and so does this; charts/greedy is the last score without that. Unlike
+in the authors' code states are standardised as offline/iql.py has them, actions are clipped before they are played,
+stored and learned from, evaluation has an environment of its own, and online rows are drawn with replacement. policy.pt
+and best.pt hold the new policy alone, without its score, for the whole is no single network.
 """
 
 import copy
@@ -44,7 +44,7 @@ PRESETS = {
 FAMILIES = {
     "antmaze": dict(reward_shift=-1.0, expectile=0.9, online_steps=200_000, eval_every=5_000,
                     eval_episodes=20, final_episodes=100, best_margin=2.0),
-    "adroit": dict(online_steps=200_000, eval_every=5_000, eval_episodes=100, best_margin=2.0),
+    "adroit": dict(expectile=0.8, online_steps=200_000, eval_every=5_000, eval_episodes=100, best_margin=2.0),
 }  # fmt: skip
 
 
@@ -61,7 +61,7 @@ class Args(cli.OnlineArgs):
     lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of the new policy, of the critics and of the value"""
     expectile: Annotated[float, between(0, 1)] = 0.7
-    """the expectile that V regresses on (AntMaze: 0.9)"""
+    """the expectile that V regresses on (AntMaze: 0.9, Adroit: 0.8)"""
     beta: Annotated[float, at_least(0)] = 10.0
     """inverse temperature of the advantage weights"""
     max_weight: Annotated[float, above(0)] = 100.0
@@ -92,7 +92,7 @@ class Actor(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tanh(self.net(obs)), self.log_std.clamp(-20.0, 2.0)
+        return torch.tanh(self.net(obs)), self.log_std.clamp(-5.0, 2.0)
 
 
 class Critic(nn.Module):

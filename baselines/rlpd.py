@@ -35,7 +35,7 @@ from torch import nn
 
 PRESETS = {
     "demo": dict(env_id="hopper-medium-demo", online_steps=10_000, learning_starts=2_000, utd=4),
-    "quick": dict(online_steps=20_000, learning_starts=2_000),
+    "quick": dict(online_steps=20_000),
 }
 
 # Other defaults for a family of data, or for a part of one

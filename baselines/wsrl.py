@@ -7,8 +7,9 @@ the offline policy plays, and take the dataset's place.
 
 It needs an offline run of its own, with ten critics and LayerNorm, which is trained where there is none. The warm-up
 counts in the budget. α is a softplus, and goes on from the offline temperature. The minimum over all ten critics drives
-the actor (RLPD takes the mean). LayerNorm is in the critics only (the authors': in the actor, too), and log σ has the
-offset of offline/cal_ql.py.
+the actor (RLPD takes the mean). LayerNorm is in the critics only (the authors': in the actor, too). Weights at the
+start, log σ and the conservative multiplier are those of offline/cal_ql.py (the authors': on AntMaze log σ is free of
+the state, and the multiplier, from 1, is not multiplied by --alpha).
 """
 
 import copy
@@ -37,7 +38,7 @@ from torch import nn
 
 PRESETS = {
     "demo": dict(env_id="hopper-medium-demo", online_steps=10_000, learning_starts=2_000, utd=4),
-    "quick": dict(online_steps=20_000, learning_starts=2_000),
+    "quick": dict(online_steps=20_000),
 }
 
 # Other defaults for a family of data, or for a part of one

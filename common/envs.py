@@ -171,9 +171,11 @@ class VectorEpisodes:
         )  # fmt: skip
 
     def outcomes(self) -> dict[str, float]:
-        """The means of `outcome` over the episodes that ended since the last call; nothing where none did."""
+        """The means of `outcome` over the episodes that ended since the last call and their number; nothing where none
+        did."""
         ended, self.ended = self.ended, []
-        return {name: float(np.mean([outcome[name] for outcome in ended])) for name in (ended[0] if ended else {})}
+        means = {name: float(np.mean([outcome[name] for outcome in ended])) for name in (ended[0] if ended else {})}
+        return means | ({"charts/episodes": len(ended)} if ended else {})
 
     def state_dict(self) -> dict:
         return {str(i): episodes.state_dict() for i, episodes in enumerate(self.all)}

@@ -149,6 +149,15 @@ def ensemble_mlp(
     return nn.Sequential(*layers, EnsembleLinear(n, inputs, outputs))
 
 
+def orthogonal(net: nn.Sequential, hidden: float, last: float) -> None:
+    """Give a network orthogonal weights, those of its last layer times `last` and the others times `hidden`."""
+    layers = [layer for layer in net if isinstance(layer, nn.Linear | EnsembleLinear)]
+    for layer in layers:
+        for weight in layer.weight if isinstance(layer, EnsembleLinear) else [layer.weight]:
+            nn.init.orthogonal_(weight, last if layer is layers[-1] else hidden)
+        nn.init.zeros_(layer.bias)
+
+
 # Many tensors in one kernel. PyTorch promises none of these names: where one is missing, plain tensors do the same.
 ONE_KERNEL = all(hasattr(torch, name) for name in ("_fused_adam_", "_foreach_norm", "_foreach_lerp_"))
 

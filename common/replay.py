@@ -185,12 +185,15 @@ class PrioritisedBuffer(ReplayBuffer):
         self.highest.copy_(state["highest"])
 
 
-def returns_to_go(rewards, terminations, gamma: float, episode=None, failure: float | None = None) -> torch.Tensor:
+def returns_to_go(
+    rewards, terminations, gamma: float, episode=None, failure: float | None = None, to_end: bool = False
+) -> torch.Tensor:
     """G_t = r_t + γ (1 - d_t) G_{t+1} of each row (N,), never across the end of an `episode` (N,), 0 behind it.
 
     Where a task's rewards say only whether it has failed so far, they are all `failure` in an episode that never
     succeeds: that one goes on failing, r / (1 - γ). Elsewhere (`failure` None) what follows a time limit is unknown,
-    and a return near it is too low: the last 1 / (1 - γ) rows of an episode that was cut off have -∞, so no bound.
+    and a return near it is too low: the last 1 / (1 - γ) rows of an episode that was cut off have -∞, so no bound, but
+    where `to_end` asks for all of them.
     """
     r, d = rewards.double().cpu().numpy(), terminations.double().cpu().numpy()
     numbers = np.zeros(len(r), int) if episode is None else episode.cpu().numpy()
@@ -202,7 +205,7 @@ def returns_to_go(rewards, terminations, gamma: float, episode=None, failure: fl
             returns[i] = value = r[i] + gamma * (1 - d[i]) * value
         if failure is not None and np.allclose(r[start:stop], failure):
             returns[start:stop] = failure / (1 - gamma)
-        elif failure is None and not d[stop - 1]:
+        elif failure is None and not to_end and not d[stop - 1]:
             returns[max(start, stop - horizon) : stop] = -np.inf
         start = stop
     return torch.as_tensor(returns, dtype=rewards.dtype, device=rewards.device)

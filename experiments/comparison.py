@@ -1,12 +1,14 @@
 """The method against those that it is compared with, and two more: scores, speed, falls, regret, time.
 
 python experiments/comparison.py                                                     # hopper-medium-demo, minutes a run
-python experiments/comparison.py --env-ids hopper-medium-v2 walker2d-medium-v2 --scale quick --online-steps 50000
+python experiments/comparison.py --env-ids hopper-medium-v2 walker2d-medium-v2 --scale quick --online-steps 51200
 
-Every method has the same environment steps, warm-up and random steps included, and the same seeds, from its own offline
-algorithm; the first three from those of the compared methods, too. Constants, rewards, states and updates a step are
-each method's own. Curves and numbers of every run are written beside the page as CSV. Those that docs/comparison/ has
-of other methods and tasks at the same budget are shown with them, so that your own method alone has to be run:
+Every method has the same environment steps, warm-up and random steps included, is evaluated as often, and starts from
+the policy that its own offline algorithm learned with the same seed; O2SAC and O2TD3 from one that compared methods
+use, too. Constants, rewards, states and updates a step are each method's own, but for what its preset changes: at the
+scale quick steps of training alone and O2SAC's updates a step, at the demo's much more (see PRESETS). Curves and
+numbers of every run are written beside the page as CSV. Those that docs/comparison/ has of other methods and tasks at
+the same budget are shown with them, so that your own method alone has to be run:
 
 python experiments/comparison.py --env-ids hopper-medium-v2 --scale quick --algorithms mine.py
 """
@@ -23,16 +25,17 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
+import offline
 from common import cli
 from common.bounds import at_least
 from common.checkpoint import write_atomic
+from common.log import read_rows
 from experiments import analysis, harness
 from experiments.harness import Spec
 
 import numpy as np
 import torch
 from matplotlib.lines import Line2D
-from rliable import library as rly
 from rliable import metrics
 from scipy.stats import trim_mean
 
@@ -41,13 +44,14 @@ TASKS = (
     *(f"{robot}-{data}-v2" for robot in ("hopper", "halfcheetah", "walker2d") for data in ("medium", "medium-replay")),
     "antmaze-umaze-v2", "antmaze-umaze-diverse-v2", "pen-cloned-v1",
 )  # fmt: skip
-BUDGETS = {"demo": 10_000, "quick": 20_000, "paper": 100_000}
+ROLLOUT = 2_048  # O2PPO learns and is evaluated after as many steps, so all are
+BUDGETS = {"demo": 5 * ROLLOUT, "quick": 10 * ROLLOUT, "paper": 49 * ROLLOUT}
 RUN = ("dataset", "method", "seed")  # what a run is known by
 CURVE_COLUMNS = (*RUN, "step", "score")
 RUN_COLUMNS = (
     *RUN, "offline_algorithm", "start", "final", "gain", "area", "drop", "smooth_drop", "regret", "offline",
-    "training_regret", "regime", "policy_mean", "data_mean", "seconds", "offline_seconds", "offline_steps", "measure",
-    "eval_episodes", "source", "hardware", "matmul",
+    "training_regret", "regime", "policy_mean", "data_mean", "seconds", "offline_seconds", "offline_steps", "utd",
+    "measure", "eval_episodes", "source", "hardware", "matmul",
 )  # fmt: skip
 GRID = 20  # points of a sample-efficiency curve after the first
 REPS = 2_000  # of the bootstrap
@@ -58,8 +62,9 @@ EXPLAINED = """
 Final: mean of the last three evaluations. Area: mean score over the environment steps. Deepest fall: below the offline
 score; the least of many evaluations of few episodes is biased downwards, which the means of three are less. Evaluation
 regret: mean of 1 - score / 100, clipped to 0…1, over all evaluations and the offline policy's. Training regret: share
-of training episodes without a success (CORL's). Regime: see common/regime.py, with the number of seeds. Minutes: as
-they were on that machine, with all that ran beside; "–" where a policy that ships was taken or there is none."""
+of training episodes without a success (CORL's). Regime: see common/regime.py, with the number of seeds. Updates: of
+the critics, after an environment step. Minutes: as they were on that machine, with all that ran beside; online those of
+re-evaluation and alignment are included."""
 
 
 @dataclass
@@ -74,7 +79,7 @@ class Args(harness.Args):
     """the datasets; none: --env-id at the scale demo or if it is another one, else medium and medium-replay of three
     robots, AntMaze umaze and umaze-diverse, and pen-cloned"""
     online_steps: Annotated[int | None, at_least(1)] = None
-    """environment steps of every run; None: 10,000, at the scale quick 20,000, paper 100,000"""
+    """environment steps of every run, a multiple of 2,048; None: 10,240, at the scale quick 20,480, paper 100,352"""
     offline_steps: Annotated[int | None, at_least(1)] = None
     """gradient steps of every offline algorithm; None: its own at that scale"""
     published: str = "docs/comparison"
@@ -91,17 +96,31 @@ def pairs(args: Args) -> dict[str, tuple[str, str]]:
     for script in args.algorithms:
         starts = OURS.get(Path(script).stem, (harness.offline_of(args, script),))
         for start in starts:
-            found[f"{Path(script).stem} from {start}" if len(starts) > 1 else Path(script).stem] = (script, start)
+            name = f"{Path(script).stem} from {start}" if len(starts) > 1 else Path(script).stem
+            if name in found:
+                raise cli.UserError(f"two of --algorithms are called {name}; give one of the files another name")
+            found[name] = (script, start)
     return found
 
 
 def spec(args: Args, pair: tuple[str, str], seed: int) -> Spec:
-    harness.check_own(args, "--online-steps", "--offline-steps")  # they are arguments here
+    harness.check_own(args, "--online-steps", "--offline-steps", "--offline", "--eval-every")  # set here, run by run
+    run = Spec(*pair, seed, ("--online-steps", str(budget(args)), "--eval-every", str(ROLLOUT)))
+    chosen = harness.parsed(args, run)
+    if offline.from_scratch(chosen):
+        return run
+    own = offline.is_algorithm(chosen.offline) and offline.algorithm_args(chosen)[1].steps
+    steps = args.offline_steps or (own if offline.shipped(chosen) else None)  # what ships is one seed's, and longer
+    return dataclasses.replace(run, flags=(*run.flags, "--offline-steps", str(steps))) if steps else run
+
+
+def budget(args: Args) -> int:
+    """Environment steps of every run. Raises UserError where O2PPO would have fewer than the others."""
     steps = args.online_steps or BUDGETS[args.scale]
-    flags = ("--online-steps", str(steps))
-    if args.offline_steps and pair[1] != "scratch":
-        flags += ("--offline-steps", str(args.offline_steps))
-    return Spec(*pair, seed, flags)
+    if steps % ROLLOUT:
+        nearest = max(1, round(steps / ROLLOUT)) * ROLLOUT
+        raise cli.UserError(f"--online-steps has to be a multiple of {ROLLOUT:,}, O2PPO's rollout; try {nearest}")
+    return steps
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -109,8 +128,11 @@ def spec(args: Args, pair: tuple[str, str], seed: int) -> Spec:
 
 def training_regret(path: Path) -> float | None:
     """The share of the training episodes without a success, as CORL has it; None where nothing says what one is."""
-    _, successes = analysis.series(path, "finetune", "charts/episodic_success")
-    return float(1 - successes.mean()) if len(successes) else None
+    rows = [row for row in read_rows(path / "progress.csv") if "charts/episodic_success" in row]
+    if not rows:
+        return None
+    successes = [row["charts/episodic_success"] for row in rows]
+    return 1 - float(np.average(successes, weights=[row.get("charts/episodes", 1) for row in rows]))
 
 
 def offline_seconds(args: Args, run: Spec) -> float | None:
@@ -125,14 +147,14 @@ def offline_seconds(args: Args, run: Spec) -> float | None:
 
 def measured(args: Args, run: Spec, path: Path) -> dict:
     """All that the tables and the CSV hold of a run, beside what it is a run of."""
-    result = analysis.result(path)
+    result, args_of_run = analysis.result(path), harness.parsed(args, run)
     regime = result["regime"] or dict.fromkeys(("regime", "policy", "data"))
     return analysis.summary(path) | {
         "offline": result["offline"], "training_regret": training_regret(path), "regime": regime["regime"],
         "policy_mean": regime["policy"], "data_mean": regime["data"], "seconds": sum(result["seconds"].values()),
         "offline_seconds": offline_seconds(args, run), "offline_steps": result["offline_steps"],
         **{key: result[key] for key in ("measure", "eval_episodes", "source", "hardware")},
-        "matmul": harness.parsed(args, run).matmul,
+        "utd": getattr(args_of_run, "utd", None), "matmul": args_of_run.matmul,
     }  # fmt: skip
 
 
@@ -164,10 +186,7 @@ def intervals(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     Arrays (runs, tasks, columns) by name become (3, columns): mean, low and high.
     """
-    points, bounds = rly.get_interval_estimates(
-        values, lambda x: trim_mean(x.reshape(-1, x.shape[-1]), 0.25, axis=0), reps=REPS,
-        random_state=np.random.RandomState(0),
-    )  # fmt: skip
+    points, bounds = analysis.bootstrap(values, lambda x: trim_mean(x.reshape(-1, x.shape[-1]), 0.25, axis=0), REPS)
     return {name: np.stack([points[name], *bounds[name]]) for name in values}
 
 
@@ -179,10 +198,7 @@ def probabilities(
     both = {f"{x},{y}": (finals[x], finals[y]) for x in names for y in others if x != y}
     if not both:
         return {}
-    points, bounds = rly.get_interval_estimates(
-        both, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), reps=REPS,
-        random_state=np.random.RandomState(0),
-    )  # fmt: skip
+    points, bounds = analysis.bootstrap(both, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), REPS)
     return {tuple(key.split(",")): (float(points[key][0]), *map(float, bounds[key][:, 0])) for key in both}
 
 
@@ -218,6 +234,25 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
         return [{key: value(text) for key, text in row.items()} for row in reader]
 
 
+def published(args: Args, name: str, columns: tuple[str, ...]) -> list[dict]:
+    """The rows of a published file; none where these runs differ from its in more than method, task and seeds.
+
+    Raises UserError where there is no such folder, or its file would be written over without its rows.
+    """
+    if not args.published:
+        return []
+    folder = harness.ROOT / args.published
+    if not folder.is_dir():
+        raise cli.UserError(f'there is no folder {args.published}; choose another --published, or none with ""')
+    if own := [flag for flag in ("offline_steps", "run_flags", "dataset_path") if getattr(args, flag)]:
+        words = f"--{own[0].replace('_', '-')} makes other runs than those in {args.published}"
+        if folder.resolve() == (harness.ROOT / args.out).resolve():
+            raise cli.UserError(f"{words}; choose another --out")
+        print(f"note: {words}, which are left out")
+        return []
+    return read_csv(folder / name, columns)
+
+
 def others(published: list[dict], new: list[dict]) -> list[dict]:
     """The published rows of what was not run here: other methods, or other datasets."""
     here = {(row["dataset"], row["method"]) for row in new}
@@ -247,21 +282,32 @@ def task_table(report: analysis.Report, task: str, runs: dict[str, list[dict]]) 
             *(analysis.number(x, 2 if key == "regret" else 1) for key, x in zip(KEYS, columns[name].T, strict=True)),
             mean([run["training_regret"] for run in found], 2),
             ", ".join(f"{word} {n}" for word, n in regimes.most_common()) or "–",
+            mean([run["offline_steps"] for run in found], 0), mean([run["utd"] for run in found], 0),
             minutes([run["offline_seconds"] for run in found]), minutes([run["seconds"] for run in found]),
         ])  # fmt: skip
     report.table(
-        task, ["", "runs", "offline", *KEYS.values(), "training regret", "regime", "offline min", "online min"], lines
+        task,
+        [
+            "",
+            "runs",
+            "offline",
+            *KEYS.values(),
+            "training regret",
+            "regime",
+            "offline steps",
+            "updates",
+            "offline min",
+            "online min",
+        ],
+        lines,
     )
 
 
 def main() -> None:
     args = cli.read(Args, __doc__)
-    if args.published and not (harness.ROOT / args.published).is_dir():
-        raise cli.UserError(f'there is no folder {args.published}; choose another --published, or none with ""')
-    names = [f"{what}_{args.scale}_{args.online_steps or BUDGETS[args.scale]}.csv" for what in ("runs", "curves")]
+    names = [f"{what}_{args.scale}_{budget(args)}.csv" for what in ("runs", "curves")]
     old_runs, old_curves = (
-        read_csv(harness.ROOT / args.published / name, columns) if args.published else []
-        for name, columns in zip(names, (RUN_COLUMNS, CURVE_COLUMNS), strict=True)
+        published(args, name, columns) for name, columns in zip(names, (RUN_COLUMNS, CURVE_COLUMNS), strict=True)
     )
     compared, failures, runs, curves = pairs(args), [], [], []
     for task in env_ids(args):
@@ -313,8 +359,9 @@ def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], 
     if not ends:
         report.text.append("\nNo method has runs of every task, so there is nothing to say over all of them.")
         return
-    lines = [[name, *(analysis.number(x) for x in columns.T)] for name, columns in intervals(ends).items()]
-    report.table("All tasks: IQM [95% interval]", ["", "final", "area (speed)"], lines)
+    lines = [[name, str(len(ends[name])), *(analysis.number(x) for x in columns.T)]
+             for name, columns in intervals(ends).items()]  # fmt: skip
+    report.table("All tasks: IQM [95% interval]", ["", "runs of each", "final", "area (speed)"], lines)
     if lacking := [name for name in values if name not in ends]:
         report.text.append(f"\nWithout runs of every task: {', '.join(lacking)}.")
     finals = {name: found[..., 0] for name, found in ends.items()}

@@ -110,7 +110,7 @@ def flags_of(args: Args, seed: int) -> list[str]:
 
 
 def check_own(args: Args, *flags: str) -> None:
-    """Refuse to have an experiment's own budgets in --run-flags, where they would change nothing. Raises UserError."""
+    """Refuse to have in --run-flags what an experiment sets itself, run by run. Raises UserError."""
     typed = {word.split("=")[0].replace("_", "-") for word in args.run_flags.split()}
     if both := typed.intersection(flags):
         raise cli.UserError(f"this experiment sets {', '.join(sorted(both))} itself; leave that out of --run-flags")
@@ -122,6 +122,7 @@ def command_line(args: Args, spec: Spec) -> list[str]:
         typed = shlex.split(args.run_flags)
     except ValueError as error:
         raise cli.UserError(f"--run-flags cannot be read ({error}): {args.run_flags}") from error
+    check_own(args, "--seed", "--preset", "--env-id", "--dataset-path", "--run-dir")  # arguments of every experiment
     return [*flags_of(args, spec.seed), "--offline", str(file.absolute() if file.is_file() else file),
             *typed, *spec.flags]  # fmt: skip
 

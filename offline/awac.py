@@ -47,7 +47,7 @@ class Args(pretrain.PretrainArgs):
     hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
     """widths of the hidden layers in every network"""
     temperature: Annotated[float, above(0)] = 1 / 3
-    """the paper's λ: advantages are divided by it (on all locomotion data; on AntMaze, Maze2D and Adroit 0.1)"""
+    """the paper's λ: advantages are divided by it (on all locomotion data; on AntMaze and Adroit 0.1)"""
     max_weight: Annotated[float, above(0)] = 100.0
     """advantage weights are clipped at this"""
 

@@ -5,9 +5,9 @@ runs/<env_id>__cal_ql__<seed>/policy.pt.
     python offline/cal_ql.py --env-id hopper-medium-v2
 
 Nothing is published for locomotion: weight and networks are those of offline/cql.py there, and the last 100 rows of
-episodes that the time limit cut off are not calibrated, as their returns are unknown. The authors multiply log σ by a
-learned number and add one, 1 and -1 at the start; here these stay. With --critics 10 --layer-norm it is what WSRL
-starts from, and with --no-calibrate CQL.
+episodes that the time limit cut off are not calibrated, as their returns are unknown (--calibrate-to-end). The authors
+multiply log σ by a learned number and add one, 1 and -1 at the start; here these stay. With --critics 10 --layer-norm
+it is what WSRL starts from, and with --no-calibrate CQL.
 """
 
 import copy
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 from common import cli, datasets, pretrain, steps
 from common.bounds import at_least, between, finite, only_with
-from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak, tanh_log_det
+from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, orthogonal, polyak, tanh_log_det
 from common.replay import returns_to_go, sample
 
 import torch
@@ -38,7 +38,8 @@ FAMILIES = {
     "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, failure_reward=0.0, standardise=False,
                     critic_hidden=(256,) * 5, hidden=(256, 256), alpha=5.0, lagrange=True, min_gap=-200.0,
                     eval_every=50_000, eval_episodes=20, final_episodes=100),
-    "adroit": dict(alpha=1.0, min_gap=-200.0, standardise=False, eval_every=50_000, eval_episodes=100),
+    "adroit": dict(calibrate_to_end=True, alpha=1.0, min_gap=-200.0, standardise=False, eval_every=50_000,
+                   eval_episodes=100),
 }  # fmt: skip
 
 
@@ -68,6 +69,9 @@ class Args(pretrain.PretrainArgs):
     """count the policy's actions at the data's return where their Q is lower; without it this is CQL"""
     failure_reward: Annotated[float | None, finite(), only_with(calibrate=True)] = None
     """the environment's reward in every step until a task succeeds (AntMaze: 0); None: rewards are dense"""
+    calibrate_to_end: Annotated[bool, only_with(calibrate=True)] = False
+    """calibrate the last 1 / (1 - γ) rows of an episode that the time limit cut off too, as if nothing came behind it
+    (Adroit: yes, its episodes are hardly longer than that); no: their return is unknown"""
     alpha: Annotated[float, at_least(0)] = 10.0
     """weight of the conservative term"""
     lagrange: bool = False
@@ -133,6 +137,8 @@ class Agent(nn.Module):
         super().__init__()
         self.actor = Actor(obs_dim, action_dim, args.hidden)
         self.critic = Critic(obs_dim, action_dim, args.critic_hidden, args.critics, args.layer_norm)
+        for net in (self.actor.net, self.critic.net):  # as the authors do; CORL's last layers are like the others
+            orthogonal(net, hidden=math.sqrt(2), last=1e-2)
         self.critic_target = copy.deepcopy(self.critic)
         self.log_temperature = nn.Parameter(torch.zeros(()))
         self.log_multiplier = nn.Parameter(torch.ones(()))
@@ -164,7 +170,9 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
     if args.calibrate:
         data.need_order("calibration by returns")
         failure = None if args.failure_reward is None else args.failure_reward * args.reward_scale + args.reward_shift
-        returns = returns_to_go(data.rewards, data.terminations, args.gamma, data.episode, failure)
+        returns = returns_to_go(
+            data.rewards, data.terminations, args.gamma, data.episode, failure, args.calibrate_to_end
+        )
 
     def gradients():
         obs, actions, rewards, next_obs, terminations, rows = sample(data, batch_size)

@@ -177,8 +177,10 @@ def test_awac_worked_example(weights, temperature, actor_loss, monkeypatch):
 
 
 def test_returns_to_go():
-    def follow(rewards, terminations, episode, failure=None, gamma=0.99):
-        return replay.returns_to_go(column(rewards), column(terminations), gamma, torch.tensor(episode), failure)
+    def follow(rewards, terminations, episode, failure=None, gamma=0.99, to_end=False):
+        return replay.returns_to_go(
+            column(rewards), column(terminations), gamma, torch.tensor(episode), failure, to_end
+        )
 
     sparse = [-5, -5, -5, -5, -5, 5], [0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1]
     close(follow(*sparse, failure=-5.0), [-500, -500, -500, -5.0495, -0.05, 5])
@@ -186,6 +188,32 @@ def test_returns_to_go():
     close(follow([1, 2, 3], [0, 0, 1], [0, 0, 0]), [5.9203, 4.97, 3])
     # cut off: what follows is unknown, which 1 / (1 - γ) = 2 rows feel
     close(follow([1, 2, 3, 7], [0, 0, 0, 1], [0, 0, 0, 1], gamma=0.5), [2.75, -torch.inf, -torch.inf, 7])
+    close(follow([1, 2, 3, 7], [0, 0, 0, 1], [0, 0, 0, 1], gamma=0.5, to_end=True), [2.75, 3.5, 3, 7])
+
+
+def test_the_hand_is_calibrated_in_all_of_its_short_episodes():
+    """A pen's 100 steps are as many as 1 / (1 - γ)."""
+    for family, calibrated in {"adroit": 100, "locomotion": 0}.items():
+        for script in (cal_ql, offline_cal_ql):
+            args = script.Args(**script.FAMILIES.get(family, {}))
+            returns = replay.returns_to_go(
+                torch.ones(100), torch.zeros(100), args.gamma, failure=args.failure_reward, to_end=args.calibrate_to_end
+            )
+            assert returns.isfinite().sum() == calibrated
+
+
+def test_cal_ql_begins_with_its_authors_weights():
+    agent = offline_cal_ql.Agent(offline_cal_ql.Args(hidden=(8, 8), critic_hidden=(8, 8), layer_norm=True), 9, 3)
+    for net, (first, *_, last) in {
+        net: [layer.weight for layer in net if hasattr(layer, "bias") and layer.weight.shape[-2] > 1]
+        for net in (agent.actor.net, agent.critic.net)
+    }.items():
+        for weight in first.reshape(-1, *first.shape[-2:]):
+            narrow = weight if weight.shape[0] <= weight.shape[1] else weight.T
+            close(narrow @ narrow.T, 2 * torch.eye(8))
+        scale = torch.linalg.matrix_norm(last.reshape(-1, *last.shape[-2:]), 2)
+        close(scale, [0.01] * len(scale))
+        assert all((layer.bias == 0).all() for layer in net if hasattr(layer, "bias"))
 
 
 def test_rows_are_drawn_when_their_episode_has_ended(data):

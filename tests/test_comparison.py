@@ -1,6 +1,7 @@
 """The comparison of methods on runs made up so that the answers are known."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -39,9 +40,14 @@ def test_a_run_in_numbers(tmp_path):
 
 
 def test_training_regret(tmp_path):
+    """A row of O2PPO's is the mean over the episodes of a rollout."""
     maze = made_up_run(tmp_path / "a", 60.0, {8: 50}, [0, 1, 1, 0, 1, 1, 1, 1])
     assert comparison.training_regret(maze) == 0.25
     assert comparison.training_regret(made_up_run(tmp_path / "b", 60.0, {8: 50})) is None
+    rollouts = made_up_run(tmp_path / "c", 60.0, {8: 50})
+    header = "stage,step,charts/score,charts/episodic_success,charts/episodes"
+    (rollouts / "progress.csv").write_text(f"{header}\nfinetune,4,,0.5,8\nfinetune,8,50,1,2\n")
+    assert comparison.training_regret(rollouts) == pytest.approx(0.4)
 
 
 def test_aggregates(monkeypatch):
@@ -87,7 +93,7 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
                 torch.save({"seconds": 600.0}, trained[0].parent / f"{spec.offline}.pt")
             end = ends[spec.script] + 10 * (args.env_id == "walker2d-medium-v2")
             regime = {"regime": "superior", "policy": 40.0, "data": 30.0}
-            assert spec.flags[:2] == ("--online-steps", "4000")
+            assert spec.flags == ("--online-steps", "4096", "--eval-every", "2048")
             made_up_run(harness.folder(args, spec), 40.0, {1000 * i: end for i in (1, 2, 3, 4)}, regime=regime)
         return []
 
@@ -95,46 +101,81 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
     monkeypatch.setattr(comparison, "REPS", 50)
     walker, hopper, published = "walker2d-medium-v2", "hopper-medium-v2", tmp_path / "published"
     published.mkdir()
-    common = ("--seeds", "2", "--online-steps", "4000", "--offline-steps", "5", "--run-dir", tmp_path / "runs",
+    common = ("--seeds", "2", "--online-steps", "4096", "--run-dir", tmp_path / "runs",
               "--published", published)  # fmt: skip
     asked = [("o2td3", "iql", "--env-ids", walker), ("o2td3", "iql", "rlpd", "--env-ids", hopper)]  # in two sessions
     for methods in asked:
         code, out, err = run_script(comparison, "--algorithms", *methods, *common, "--out", published)
         assert code == 0, err
     assert "Without runs of every task: rlpd." in (published / "comparison.md").read_text()
-    before = (published / "runs_demo_4000.csv").read_bytes()
+    before = (published / "runs_demo_4096.csv").read_bytes()
     code, out, err = run_script(
         comparison, "--algorithms", "rlpd", "--env-ids", walker, *common, "--out", tmp_path / "out"
     )
     assert code == 0, err
-    assert (published / "runs_demo_4000.csv").read_bytes() == before  # another folder's page takes them, no more
+    assert (published / "runs_demo_4096.csv").read_bytes() == before  # another folder's page takes them, no more
     page = (tmp_path / "out" / "comparison.md").read_text()
     lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
     assert "| o2td3 from iql | 2 | 40.0 | 90.0 [90.0, 90.0] | 83.8 [83.8, 83.8] | 0.0 [0.0, 0.0]" in page
     assert "| rlpd | 2 | 40.0 | 20.0 [20.0, 20.0] | 22.5 [22.5, 22.5] | 20.0 [20.0, 20.0] | 20.0" in page
-    assert "0.76 [0.76, 0.76] | – | superior 2 | – | 2.0 |" in page  # RLPD's regret; it has no offline minutes
-    assert "| superior 2 | 10.0 | 2.0 |" in page
+    assert "0.76 [0.76, 0.76] | – | superior 2 | 5 | 4 | – | 2.0 |" in page  # RLPD's regret; it has no offline minutes
+    assert "| superior 2 | 5 | 1 | 10.0 | 2.0 |" in page
     assert lines["o2td3 from td3_bc"].split("|")[2:-1] == [" 1.00 [1.00, 1.00] "] * 2  # against IQL and RLPD
-    assert "| iql | 55.0 [55.0, 55.0] |" in page  # over both tasks
+    assert "| iql | 2 | 55.0 [55.0, 55.0] |" in page  # over both tasks
     assert (tmp_path / "out" / "comparison.png").exists() and (tmp_path / "out" / "comparison_efficiency.png").exists()
-    with open(tmp_path / "out" / "curves_demo_4000.csv", newline="") as file:
+    with open(tmp_path / "out" / "curves_demo_4096.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 4 * 2 * 5  # tasks, pairs, seeds, points
     mine = [r for r in rows if (r["dataset"], r["method"], r["seed"]) == ("walker2d-medium-v2", "rlpd", "1")]
     assert [(int(r["step"]), float(r["score"])) for r in mine] == [(0, 40)] + [(1000 * i, 30) for i in (1, 2, 3, 4)]
-    with open(tmp_path / "out" / "runs_demo_4000.csv", newline="") as file:
+    with open(tmp_path / "out" / "runs_demo_4096.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16 and {row["offline_seconds"] for row in rows} == {"600.0", ""}
     assert {row["regime"] for row in rows} == {"superior"} and {float(row["policy_mean"]) for row in rows} == {40}
+
+
+def test_nothing_that_ships_is_compared_with_what_was_trained_for_it():
+    """It is one seed's, and had more steps. Without such a policy the preset's own number of steps stands."""
+    args = comparison.Args()
+    assert comparison.spec(args, ("o2td3", "iql"), 1).flags[-2:] == ("--offline-steps", "10000")
+    for pair, env_id in ((("iql", "iql"), args.env_id), (("o2td3", "iql"), "hopper-medium-v2")):
+        assert "--offline-steps" not in comparison.spec(dataclasses.replace(args, env_id=env_id), pair, 1).flags
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(online_steps=20_000), "multiple of 2,048.*try 20480"),
+        (dict(algorithms=("o2td3", "o2td3.py")), "two of --algorithms are called o2td3 from td3_bc"),
+        (dict(run_flags="--seed 5"), "sets --seed itself"),
+        (dict(run_flags="--offline iql"), "sets --offline itself"),
+    ],
+)
+def test_what_would_be_compared_wrongly_is_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        args = comparison.Args(**changes)
+        comparison.budget(args)
+        for pair in comparison.pairs(args).values():
+            comparison.spec(args, pair, 0)
+
+
+def test_published_runs_are_of_the_same_budgets(tmp_path):
+    comparison.write_csv(tmp_path / "a.csv", ("x",), [{"x": 1}])
+    args = comparison.Args(published=str(tmp_path), out=str(tmp_path / "mine"))
+    assert comparison.published(args, "a.csv", ("x",)) == [{"x": 1}]
+    for own in (dict(offline_steps=5), dict(run_flags="--matmul bfloat16"), dict(dataset_path="mine.hdf5")):
+        assert comparison.published(dataclasses.replace(args, **own), "a.csv", ("x",)) == []
+        with pytest.raises(UserError, match="choose another --out"):
+            comparison.published(dataclasses.replace(args, out=str(tmp_path), **own), "a.csv", ("x",))
 
 
 def test_published_runs_are_read_before_the_first_run(tmp_path, monkeypatch, run_script):
     monkeypatch.setattr(harness, "run_all", lambda *_: pytest.fail("it has begun"))
     code, _, err = run_script(comparison, "--published", tmp_path / "nothing")
     assert code == 2 and "there is no folder" in err
-    (tmp_path / "curves_demo_10000.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "curves_demo_10240.csv").write_text("a,b\n1,2\n")
     code, _, err = run_script(comparison, "--published", tmp_path)
-    assert code == 2 and "curves_demo_10000.csv has other columns" in err
+    assert code == 2 and "curves_demo_10240.csv has other columns" in err
 
 
 def test_its_own_budgets_are_no_run_flags():

@@ -270,7 +270,9 @@ def test_an_episode_is_a_success_that_had_one(monkeypatch):
     side_by_side = envs.VectorEpisodes(None, None, None, 2, 0)
     for _ in range(3):
         side_by_side.step(np.array([[1.0], [0.0]]))
-    assert side_by_side.outcomes() == {"charts/episodic_return": 6, "charts/episodic_success": 0.5}
+    assert side_by_side.outcomes() == {
+        "charts/episodic_return": 6, "charts/episodic_success": 0.5, "charts/episodes": 2,
+    }  # fmt: skip
     assert side_by_side.outcomes() == {}
 
 
