@@ -210,9 +210,9 @@ def test_cal_ql_begins_with_its_authors_weights():
     }.items():
         for weight in first.reshape(-1, *first.shape[-2:]):
             narrow = weight if weight.shape[0] <= weight.shape[1] else weight.T
-            close(narrow @ narrow.T, 2 * torch.eye(8))
+            torch.testing.assert_close(narrow @ narrow.T, 2 * torch.eye(8), rtol=0, atol=1e-5)
         scale = torch.linalg.matrix_norm(last.reshape(-1, *last.shape[-2:]), 2)
-        close(scale, [0.01] * len(scale))
+        torch.testing.assert_close(scale, torch.full_like(scale, 0.01))
         assert all((layer.bias == 0).all() for layer in net if hasattr(layer, "bias"))
 
 
