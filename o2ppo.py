@@ -426,8 +426,6 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
              "stepper": stepper}  # fmt: skip
     total = args.online_steps // per_rollout * per_rollout
     loop = Loop(run, "finetune", total, state, device)
-    if loop.done:
-        return
     if not loop.start:
         run.log("finetune", 0, probe())
     player = copy.deepcopy(agent.actor).cpu()  # a network this small acts faster beside the environments than on a GPU
@@ -462,8 +460,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 # ---------------------------------------------------------------------------------------------- the whole run
 # TRY NOT TO MODIFY: from these names all else finds out what the script is made of (common/stages.py)
 
-
 KIND = "gaussian"  # of the policy to start from, see common/policies.py
+TAKES_CRITIC = False  # no offline algorithm has learned these V and Q: --no-reevaluate starts with new ones
 REEVALUATE = Stage("reevaluate", "reevaluate_steps", reevaluation_step, "re-evaluated", plateau="probe/v")
 FINETUNE = Stage(
     "finetune", "online_steps", update_epoch, "fine-tuned", "eval_every", empty_batch,

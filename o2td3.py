@@ -23,7 +23,7 @@ from common.loop import Loop
 from common.nn import Adam, clip_grad_norm, ensemble_mlp, in_chunks, mlp, polyak
 from common.probe import STATES, Probe, fixed_noise
 from common.reference import Outplayed
-from common.replay import ReplayBuffer, sample
+from common.replay import ReplayBuffer, experience, sample
 from common.run import Run
 from common.stages import Schedules, Stage, train
 from common.tasks import Task
@@ -364,17 +364,9 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
 
 
 def schedules(args: Args) -> dict:
-    """What changes during fine-tuning, as functions of the environment step; each reaches the step as a tensor.
-
-    The constraint's threshold (the paper's τ) is linear from start to end over `mse_threshold_steps`.
-    """
+    """What changes with the environment step, and reaches it as a tensor: the paper's τ, linear from start to end."""
     start, end, over = args.mse_threshold_start, args.mse_threshold_end, args.mse_threshold_steps
     return {"mse_threshold": lambda step: start + (end - start) * min(step / over, 1.0)}
-
-
-def experience(args: Args, data: datasets.Dataset) -> ReplayBuffer:
-    """What online batches are drawn from."""
-    return ReplayBuffer(data, args.online_steps, args.buffer, args.part_episodes)
 
 
 def lagrange_loss(log_lagrange: torch.Tensor, slack: torch.Tensor, expectile: float) -> torch.Tensor:
@@ -459,8 +451,6 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "outplayed": outplayed,
              "stepper": stepper}  # fmt: skip
     loop = Loop(run, "finetune", args.online_steps, state, device)
-    if loop.done:
-        return
 
     @torch.no_grad()
     def explore(actor, obs):
@@ -494,7 +484,6 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
 # ---------------------------------------------------------------------------------------------- the whole run
 # TRY NOT TO MODIFY: from these names all else finds out what the script is made of (common/stages.py)
-
 
 KIND = "deterministic"  # of the policy to start from, see common/policies.py
 REEVALUATE = Stage("reevaluate", "reevaluate_steps", reevaluation_step, "re-evaluated", plateau="probe/q_policy")
@@ -530,9 +519,8 @@ def main() -> None:
             run.last_score, run.last_returns = best.score, best.returns
         agent.critic_target.load_state_dict(agent.critic.state_dict())
         agent.actor_target.load_state_dict(agent.actor.state_dict())
-    improved = best.update(run.last_score, agent.actor, "aligned policy", run.last_returns)
-    if improved or args.reference == "adaptive":  # else π_off stays the reference
-        agent.move_reference()
+    if best.update(run.last_score, agent.actor, "aligned policy", run.last_returns) or args.reference == "adaptive":
+        agent.move_reference()  # else π_off stays the reference
     start = run.last_score
     finetune(args, run, data, agent, optimizers, evaluator, probe, best)
 

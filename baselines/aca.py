@@ -37,7 +37,7 @@ from common.nn import (
 )
 from common.policies import go_on
 from common.probe import STATES, Probe, fixed_noise
-from common.replay import ReplayBuffer
+from common.replay import ReplayBuffer, experience
 from common.run import Run
 from common.stages import Schedules, Stage
 from common.tasks import Task
@@ -224,11 +224,6 @@ def schedules(args: Args) -> dict:
     return {"prior": prior}
 
 
-def experience(args: Args, data: datasets.Dataset) -> ReplayBuffer:
-    """What online batches are drawn from."""
-    return ReplayBuffer(data, args.online_steps, args.buffer, args.part_episodes)
-
-
 def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: Optimizers, scheduled: dict):
     """The update of one environment step. `scheduled` holds what `schedules` names, as scalar tensors."""
     actor, critic, critic_target, prior = agent.actor, agent.critic, agent.critic_target, scheduled["prior"]
@@ -295,8 +290,6 @@ def finetune(args: Args, run: Run, data, held_out, agent: Agent, optimizers: Opt
     env = envs.Episodes(env, args.seed, args.reward_scale, args.reward_shift)
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "stepper": stepper}
     loop = Loop(run, "finetune", args.online_steps, state, device)
-    if loop.done:
-        return
 
     @torch.no_grad()
     def explore(obs):

@@ -27,7 +27,7 @@ from common.loop import Loop
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak
 from common.policies import go_on
 from common.probe import STATES, Probe, fixed_noise
-from common.replay import ReplayBuffer
+from common.replay import ReplayBuffer, experience
 from common.run import Run
 from common.stages import Stage
 
@@ -150,11 +150,6 @@ def critic_probe(agent: Agent, held_out: datasets.Dataset) -> Probe:
 # ---------------------------------------------------------------------------------------------- fine-tuning
 
 
-def experience(args: Args, data: datasets.Dataset) -> ReplayBuffer:
-    """What online batches are drawn from."""
-    return ReplayBuffer(data, args.online_steps, args.buffer, args.part_episodes)
-
-
 def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: Optimizers):
     """The `utd` updates of one environment step."""
     actor, critic, critic_target = agent.actor, agent.critic, agent.critic_target
@@ -211,8 +206,6 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     env = envs.Episodes(env, args.seed, args.reward_scale, args.reward_shift)
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "stepper": stepper}
     loop = Loop(run, "finetune", args.online_steps, state, device)
-    if loop.done:
-        return
 
     @torch.no_grad()
     def explore(obs):

@@ -285,8 +285,6 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     env = envs.Episodes(env, args.seed, args.reward_scale, args.reward_shift)
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "stepper": stepper}
     loop = Loop(run, "finetune", args.online_steps, state, device)
-    if loop.done:
-        return
 
     @torch.no_grad()
     def explore(obs):

@@ -43,6 +43,8 @@ class Loop:
 
         Whatever the caller does between two blocks belongs to the former: it is saved after that.
         """
+        if self.done:
+            return
         saved = self.began = time.monotonic()
         with noted_signals() as signals, progress_bar(self.stage, self.total, self.start) as bar, said_in(bar):
             while self.step < self.total:

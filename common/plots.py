@@ -10,7 +10,7 @@ import numpy as np
 from common.checkpoint import aside
 from common.log import read_rows
 from common.run import script_name
-from common.stages import declared
+from common.stages import declared, stages_of
 from common.tasks import DEMO, SHIPPED
 
 UNITS = {"finetune": "environment", "kl": "nats", "mse": "action²"}  # of steps, else gradient steps; of constraints
@@ -144,7 +144,7 @@ def curve(figure, rows: list[dict], result: dict, args) -> None:
     panels = figure.subplots(3 if third else 2, 1, sharex=True, height_ratios=[3, 2, 1.6][: 3 if third else 2])
     write_title(figure, f"1 seed ({args.seed})", result, args)
     draw_scores(panels[0], line, result, args)
-    draw_values(panels[1], line)
+    draw_values(panels[1], line, {stage.name for stage in stages_of(args)})
     if third:
         draw_constraint(panels[2], line, constraints, weight)
     if waiting := getattr(args, "learning_starts", 0):
@@ -171,8 +171,8 @@ def draw_scores(panel, line: Line, result: dict, args) -> None:
     panel.set_ylabel(score_label(result))
 
 
-def draw_values(panel, line: Line) -> None:
-    """Q or V at states that no stage trains on, and before them on the offline algorithm's batches."""
+def draw_values(panel, line: Line, own: set[str]) -> None:
+    """Q or V at states that no stage trains on, and before the script's `own` on the offline algorithm's batches."""
     names = {"q_data": ("C2", "-", "Q of the data's actions"), "q_policy": ("C1", "--", "Q of the policy's"),
              "v": ("C1", "-", "V")}  # fmt: skip
     for name, (colour, style, label) in names.items():
@@ -180,7 +180,7 @@ def draw_values(panel, line: Line) -> None:
         plot(panel, x, mean, style, color=colour, label=f"{label} (held-out states: mean, 10 to 90%)")
         low, high = (line.points(f"probe/{name}_{end}")[1] for end in ("low", "high"))
         panel.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-    if line.stages[0] not in ("reevaluate", "align", "finetune"):
+    if line.stages[0] not in own:
         for name, colour in (("q", "C2"), ("v", "C1")):
             label = f"{name.upper()} of the offline algorithm"
             plot(panel, *line.points(f"{line.stages[0]}/{name}"), ":", color=colour, label=label)

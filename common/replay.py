@@ -185,6 +185,11 @@ class PrioritisedBuffer(ReplayBuffer):
         self.highest.copy_(state["highest"])
 
 
+def experience(args, data) -> ReplayBuffer:
+    """What online batches are drawn from, as --buffer says: the dataset, or part of it, and all that is played."""
+    return ReplayBuffer(data, args.online_steps, args.buffer, args.part_episodes)
+
+
 def returns_to_go(
     rewards, terminations, gamma: float, episode=None, failure: float | None = None, to_end: bool = False
 ) -> torch.Tensor:

@@ -9,6 +9,7 @@
     FINETUNING_ARGS          what only the last stage reads: runs that differ in nothing else share the stages before
     main()                   the whole run
     GOES_ON                  that it starts from the offline algorithm's critics and optimisers, too (`learner`)
+    TAKES_CRITIC             False: without re-evaluation it starts with a new critic, not with the offline algorithm's
     FROM_SCRATCH             that it starts from nothing
     critic_probe(args, agent, held_out)  how its Q is asked, a `Probe` (common/probe.py): experiments/truth.py does
 

@@ -178,8 +178,8 @@ def check_hidden(args, found: dict) -> None:
 
 def takes_critic(args) -> bool:
     """Whether fine-tuning starts from the offline algorithm's own critic: the naive switch."""
-    random = getattr(args, "critic_init", "") == "random" or declared(args).KIND == "gaussian"
-    return not (getattr(args, "reevaluate", True) or random)
+    own = getattr(args, "critic_init", "") == "random" or not getattr(declared(args), "TAKES_CRITIC", True)
+    return not (getattr(args, "reevaluate", True) or own)
 
 
 def check_critic(args, found: dict) -> None:

@@ -15,7 +15,8 @@ from common.identity import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
          ROOT / "docs" / "walkthrough.ipynb",
          *sorted((ROOT / "datasets").glob("**/README.md"))]  # fmt: skip
-BLOCKS = re.compile(r"```(?:bash|sh)\n(.*?)```|`(python [^`\n]+)`", re.S)
+# What stands in a block, or in a line, which may be broken
+BLOCKS = re.compile(r"```(?:bash|sh)\n(.*?)```|`((?:\w+=\S+ )?python\s[^`]+)`", re.S)
 
 
 def text_of(page) -> str:
@@ -28,9 +29,9 @@ def text_of(page) -> str:
 
 def commands(text: str) -> list[list[str]]:
     """The words of every `python FILE.py …` that is printed."""
-    lines = [line for found in BLOCKS.findall(text) for line in (found[0] or found[1]).splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines if re.match(r"python \S+\.py", line)]
-    return [line[1:] for line in words]
+    blocks = [(block.replace("\\\n", " "), " ".join(command.split())) for block, command in BLOCKS.findall(text)]
+    lines = [re.sub(r"^(\w+=\S+ )+", "", line) for block, command in blocks for line in [*block.splitlines(), command]]
+    return [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"python \S+\.py", line)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

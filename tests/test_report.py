@@ -254,7 +254,7 @@ def test_q_of_alignment_is_not_said_to_be_the_offline_algorithms(tmp_path):
     for first, names in (("align", []), ("td3_bc", ["Q of the offline algorithm"])):
         figure = Figure()
         panel = figure.subplots()
-        plots.draw_values(panel, plots.Line([{"stage": first, "step": 10, f"{first}/q": 5.0}]))
+        plots.draw_values(panel, plots.Line([{"stage": first, "step": 10, f"{first}/q": 5.0}]), {"align", "finetune"})
         assert [name for name in curves(panel) if "offline" in name] == names
 
 

@@ -228,6 +228,13 @@ def idle(script, flags):
     return stages.idle(parsed(script, flags))
 
 
+def test_a_script_declares_whether_its_naive_switch_takes_the_offline_critic(monkeypatch):
+    naive = {script: offline.takes_critic(parsed(script, "--no-reevaluate")) for script in (*SCRIPTS, "o2ppo")}
+    assert naive == {"o2sac": True, "o2td3": True, "o2ppo": False}
+    monkeypatch.delattr(stages.online("o2ppo"), "TAKES_CRITIC")  # whatever the kind of its policy is
+    assert offline.takes_critic(parsed("o2ppo", "--no-reevaluate"))
+
+
 def test_what_changes_nothing_is_said(monkeypatch):
     silent = ["--preset demo --no-reevaluate --no-align --no-constrain", "--env-id antmaze-umaze-v2 --no-align",
               "--align-steps 9", "--critic-hidden 8 --no-reevaluate --critic-init random",
