@@ -59,7 +59,7 @@ def main() -> None:
     for panel, words in zip(panels, SCALES, strict=True):
         panel.set_xlabel("gradient steps of alignment")
         panel.set_ylabel(words)
-    panels[0].legend(fontsize=8)
+    analysis.legend(panels[0])
     columns = ["", "", "re-evaluated", "aligned", "fine-tuned"]
     report.table("On held-out states, 32 sampled actions each", columns, lines)
     report.figure(figure)

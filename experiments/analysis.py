@@ -126,7 +126,12 @@ class Report:
         self.text += [f"\n**{title}**\n", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         self.text += ["| " + " | ".join(line) + " |" for line in lines]
 
-    def figure(self, figure, suffix: str = "") -> None:
+    def figure(self, figure, suffix: str = "", task: str | None = None) -> None:
+        """Keep a figure for the page, under a title that says what runs it shows. `task`: the data, None: --env-id."""
+        args = self.args
+        parts = [args.env_id if task is None else task, f"{args.seeds} seed{'s' * (args.seeds > 1)}",
+                 f"budgets: {' '.join([args.scale, args.run_flags]).strip()}"]  # fmt: skip
+        figure.suptitle(", ".join(filter(None, parts)), fontsize=9, parse_math=False)
         path = self.folder / f"{self.name}{suffix}.png"
         with aside(path) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
@@ -178,6 +183,11 @@ def panels(names, sharey: bool = True, across: int | None = None) -> tuple:
         panel.set_title(name, fontsize=10)
         panel.grid(alpha=0.2)
     return figure, list(axes.flat[: len(names)])
+
+
+def legend(panel, below: float = 0.2) -> None:
+    """The names of a panel's lines, off the data: below it, by that share of its height."""
+    panel.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -below))
 
 
 def style(i: int) -> dict:
@@ -268,7 +278,7 @@ def comparison(
             draw_curves(panel, groups, names)
         else:
             draw(panel, groups)
-        panel.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        legend(panel)
         everything += [path for paths in groups.values() for path in paths]
     report.figure(figure)
     report.text.append(f"\n{caption}")

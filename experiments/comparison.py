@@ -347,7 +347,7 @@ def show(report: analysis.Report, runs: list[dict], curves: list[dict]) -> None:
         analysis.draw_points(panel, lines, next(iter(here.values()))[0]["measure"], order)
     looks = [Line2D([], [], label=name, **analysis.style(i)) for i, name in enumerate(order)]
     figure.legend(handles=looks, loc="outside lower center", ncols=min(5, len(order)), fontsize=8, frameon=False)
-    report.figure(figure)
+    report.figure(figure, task="")
     report.text.append(f"\n{analysis.CURVES}")
     together(report, values, curves)
 
@@ -382,8 +382,8 @@ def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], 
         panel.fill_between(grid, low, high, color=look["color"], alpha=0.1, linewidth=0)
     panel.set_xlabel("share of the environment steps")
     panel.set_ylabel("score\nhigher is better")
-    panel.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    report.figure(figure, "_efficiency")
+    analysis.legend(panel)
+    report.figure(figure, "_efficiency", task="")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def draw(panel, groups: dict[str, list[Path]]) -> None:
         for x, values in enumerate(runs):
             panel.scatter([x] * len(values), values, color=f"C{i}", s=12, alpha=0.6)
     panel.set_xticks(range(len(groups)), groups)
-    panel.set_ylabel(analysis.measure([path for paths in groups.values() for path in paths]))
+    measure = analysis.measure([path for paths in groups.values() for path in paths])
+    panel.set_ylabel(f"{measure}, and points of {measure} that are lost")
 
 
 def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:

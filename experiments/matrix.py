@@ -14,8 +14,6 @@ from common import cli
 from experiments import analysis, harness
 from experiments.harness import Spec
 
-import numpy as np
-
 
 @dataclass
 class Args(harness.Args):
@@ -38,20 +36,22 @@ def main() -> None:
             before, after = ([r[key] for r in results] for key in ("offline", "mean_of_last_3"))
             better = sum(b > a for a, b in zip(before, after, strict=True))
             line.append(
-                f"{np.mean(before):.1f} → {np.mean(after):.1f}, {better}/{len(results)}" if results else "failed"
+                f"{analysis.middle(before):.1f} → {analysis.middle(after):.1f}, {better}/{len(results)}"
+                if results
+                else "failed"
             )
             for r in results:
                 row = [r["offline"], r["start"], r["best_online"], r["last_online"], r["mean_of_last_3"]]
                 detail.append([f"{x} → {y}", str(r["seed"]), *(f"{v:.1f}" for v in row)])
         lines.append(line)
-    title = "Offline → mean of the last three evaluations, means over seeds; on how many seeds it is better"
+    title = "Offline → mean of the last three evaluations, interquartile means over seeds; on how many it is better"
     report.table(title, ["", *args.algorithms], lines)
     names = ["", "seed", "offline", "before fine-tuning", "best online", "last online", "mean of the last 3"]
     report.table("Each run", names, detail)
     figure, panels = analysis.panels(args.algorithms)
     for panel, y in zip(panels, args.algorithms, strict=True):
         analysis.draw_curves(panel, {x: found[x, y] for x in args.offline})
-    panels[-1].legend(fontsize=8)
+    analysis.legend(panels[-1])
     report.figure(figure)
     report.finish(analysis.results(path for paths in found.values() for path in paths), failures)
 

@@ -165,13 +165,13 @@ def draw(panels, q: dict[str, list[torch.Tensor]], truth: list[torch.Tensor], ra
     panels[0].axline((truth[0][0, 0].item(),) * 2, slope=1, color="0.5", linestyle=":")
     panels[0].set_xlabel("return of the most likely action")
     panels[0].set_ylabel("Q of it (on the dotted line is right)")
-    panels[0].legend(fontsize=7)
+    analysis.legend(panels[0])
     means, errors = zip(*ranks.values(), strict=True)
     panels[1].errorbar(range(len(ranks)), means, errors, fmt="o", capsize=3)
     panels[1].axhline(0, color="0.7", linewidth=0.8)
     if HALVES in ranks:
         panels[1].axhline(perfect(ranks[HALVES][0]), color="0.3", linestyle=":", label=PERFECT)
-        panels[1].legend(fontsize=7)
+        analysis.legend(panels[1], below=0.5)
     panels[1].set_xticks(range(len(ranks)), ranks, rotation=30, ha="right", fontsize=8)
     panels[1].set_ylabel("Spearman's ρ with the returns in a state\n0 is chance, higher is better")
 
