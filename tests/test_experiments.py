@@ -122,6 +122,18 @@ def test_scheduler_with_runs_that_die(tmp_path, ray_is_local):
     assert (tmp_path / "mistake.py.count").read_text() == "x"  # what the user has to mend is not tried again
 
 
+@pytest.mark.parametrize(("address", "remedy"), [(None, "start it later"), ("1.2.3.4:5", "see --ray-address")])
+def test_ray_that_does_not_start_is_said_in_a_sentence(monkeypatch, address, remedy):
+    import ray
+
+    def init(*_, **__):
+        raise Exception("The current node timed out during startup.\nThis could happen because …")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UserError, match=rf"Ray does not start \(The current node timed out.*{remedy}"):
+        harness.schedule(harness.Args(ray_address=address), {})
+
+
 def test_shared_stages_change_nothing(tmp_path, ray_is_local, monkeypatch):
     """A run that takes its first stages over from another ends with the same weights as one that trains them."""
     args = harness.Args(seeds=1, algorithms=("o2td3",), run_dir=str(tmp_path / "runs"))
