@@ -253,7 +253,7 @@ def schedule(args: Args, jobs: dict) -> list[str]:
                  runtime_env=environment)  # fmt: skip
     except Exception as error:  # Ray's own are of many kinds, and a node that is too slow is a plain Exception
         remedy = "see --ray-address" if args.ray_address else "on a busy machine the same command may start it later"
-        raise cli.UserError(f"Ray does not start ({str(error).splitlines()[0].rstrip('.')}); {remedy}") from error
+        raise cli.UserError(f"Ray does not start ({str(error).partition(chr(10))[0].rstrip('.')}); {remedy}") from error
     have, needs = ray.cluster_resources(), {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run}
     lacking = [f"{n:g} {kind}s a run" for kind, n in needs.items() if n > have.get(kind, 0)]
     if lacking and args.ray_address is None:  # a cluster may grow
