@@ -346,7 +346,7 @@ def show(report: analysis.Report, runs: list[dict], curves: list[dict]) -> None:
         lines = {name: [points_of(curves, run) for run in found] for name, found in here.items()}
         analysis.draw_points(panel, lines, next(iter(here.values()))[0]["measure"], order)
     looks = [Line2D([], [], label=name, **analysis.style(i)) for i, name in enumerate(order)]
-    figure.legend(handles=looks, loc="outside lower center", ncols=min(5, len(order)), fontsize=8, frameon=False)
+    figure.legend(handles=looks, loc="outside lower center", ncols=2 * min(3, len(tasks)), fontsize=8, frameon=False)
     report.figure(figure, task="")
     report.text.append(f"\n{analysis.CURVES}")
     together(report, values, curves)
