@@ -1,7 +1,7 @@
 """What each step of the method is worth: the full method against each step left out, and against the naive switch.
 
-python experiments/ablations.py
-python experiments/ablations.py --algorithms o2td3 --seeds 5 --scale quick
+    python experiments/ablations.py
+    python experiments/ablations.py --algorithms o2td3 --seeds 5 --scale quick
 """
 
 import sys

@@ -1,7 +1,7 @@
 """The method against those that it is compared with, and two more: scores, speed, falls, regret, time.
 
-python experiments/comparison.py                                                     # hopper-medium-demo, minutes a run
-python experiments/comparison.py --env-ids hopper-medium-v2 walker2d-medium-v2 --scale quick --online-steps 51200
+    python experiments/comparison.py                                        # hopper-medium-demo, minutes a run
+    python experiments/comparison.py --env-ids hopper-medium-v2 walker2d-medium-v2 --scale quick --online-steps 51200
 
 Every method has the same environment steps, warm-up and random steps included, is evaluated as often, and starts from
 the policy that its own offline algorithm learned with the same seed; O2SAC and O2TD3 from one that compared methods
@@ -10,7 +10,7 @@ scale quick steps of training alone and O2SAC's updates a step, at the demo's mu
 numbers of every run are written beside the page as CSV. Those that docs/comparison/ has of other methods and tasks at
 the same budget are shown with them, so that your own method alone has to be run:
 
-python experiments/comparison.py --env-ids hopper-medium-v2 --scale quick --algorithms mine.py
+    python experiments/comparison.py --env-ids hopper-medium-v2 --scale quick --algorithms mine.py
 """
 
 import collections
@@ -234,13 +234,15 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
         return [{key: value(text) for key, text in row.items()} for row in reader]
 
 
-def published(args: Args, name: str, columns: tuple[str, ...]) -> list[dict]:
-    """The rows of a published file; none where these runs differ from its in more than method, task and seeds.
+def published(args: Args, files: dict[str, tuple[str, ...]]) -> list[list[dict]]:
+    """The rows of each of the published `files`, which are given with their columns; none where these runs differ from
+    theirs in more than method, task and seeds.
 
     Raises UserError where there is no such folder, or its file would be written over without its rows.
     """
+    nothing = [[] for _ in files]
     if not args.published:
-        return []
+        return nothing
     folder = harness.ROOT / args.published
     if not folder.is_dir():
         raise cli.UserError(f'there is no folder {args.published}; choose another --published, or none with ""')
@@ -249,8 +251,8 @@ def published(args: Args, name: str, columns: tuple[str, ...]) -> list[dict]:
         if folder.resolve() == (harness.ROOT / args.out).resolve():
             raise cli.UserError(f"{words}; choose another --out")
         print(f"note: {words}, which are left out")
-        return []
-    return read_csv(folder / name, columns)
+        return nothing
+    return [read_csv(folder / name, columns) for name, columns in files.items()]
 
 
 def others(published: list[dict], new: list[dict]) -> list[dict]:
@@ -306,9 +308,7 @@ def task_table(report: analysis.Report, task: str, runs: dict[str, list[dict]]) 
 def main() -> None:
     args = cli.read(Args, __doc__)
     names = [f"{what}_{args.scale}_{budget(args)}.csv" for what in ("runs", "curves")]
-    old_runs, old_curves = (
-        published(args, name, columns) for name, columns in zip(names, (RUN_COLUMNS, CURVE_COLUMNS), strict=True)
-    )
+    old_runs, old_curves = published(args, dict(zip(names, (RUN_COLUMNS, CURVE_COLUMNS), strict=True)))
     compared, failures, runs, curves = pairs(args), [], [], []
     for task in env_ids(args):
         here = dataclasses.replace(args, env_id=task)

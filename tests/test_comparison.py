@@ -162,11 +162,11 @@ def test_what_would_be_compared_wrongly_is_refused(changes, words):
 def test_published_runs_are_of_the_same_budgets(tmp_path):
     comparison.write_csv(tmp_path / "a.csv", ("x",), [{"x": 1}])
     args = comparison.Args(published=str(tmp_path), out=str(tmp_path / "mine"))
-    assert comparison.published(args, "a.csv", ("x",)) == [{"x": 1}]
+    assert comparison.published(args, {"a.csv": ("x",)}) == [[{"x": 1}]]
     for own in (dict(offline_steps=5), dict(run_flags="--matmul bfloat16"), dict(dataset_path="mine.hdf5")):
-        assert comparison.published(dataclasses.replace(args, **own), "a.csv", ("x",)) == []
+        assert comparison.published(dataclasses.replace(args, **own), {"a.csv": ("x",)}) == [[]]
         with pytest.raises(UserError, match="choose another --out"):
-            comparison.published(dataclasses.replace(args, out=str(tmp_path), **own), "a.csv", ("x",))
+            comparison.published(dataclasses.replace(args, out=str(tmp_path), **own), {"a.csv": ("x",)})
 
 
 def test_published_runs_are_read_before_the_first_run(tmp_path, monkeypatch, run_script):
