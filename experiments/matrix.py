@@ -1,7 +1,7 @@
 """Every offline algorithm into every online one: scores before and after.
 
-    python experiments/matrix.py                                                        # CQL, IQL and TD3+BC, three seeds
-    python experiments/matrix.py --offline cql --algorithms o2sac --seeds 5             # one pair alone, five seeds
+    python experiments/matrix.py           # CQL, IQL and TD3+BC, three seeds
+    python experiments/matrix.py --offline cql --algorithms o2sac --seeds 5           # one pair alone, five seeds
 """
 
 import sys
