@@ -2,6 +2,8 @@
 
     python experiments/ablations.py
     python experiments/ablations.py --algorithms o2td3 --seeds 5 --scale quick
+
+Runs that are finished are kept, so the same command goes on where it was stopped.
 """
 
 import sys

@@ -2,6 +2,8 @@
 
     python experiments/matrix.py           # CQL, IQL and TD3+BC, three seeds
     python experiments/matrix.py --offline cql --algorithms o2sac --seeds 5           # one pair alone, five seeds
+
+Runs that are finished are kept, so the same command goes on where it was stopped.
 """
 
 import sys
