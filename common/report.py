@@ -5,9 +5,7 @@ import dataclasses
 import json
 import math
 import platform
-import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,9 +30,8 @@ def duration(seconds: float) -> str:
 
 def processor() -> str:
     """The CPU's name, or its architecture where that is not found."""
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return named[1] if named else f"{platform.processor() or platform.machine()} CPU"
+    named = steps.cpuinfo("model name")
+    return named[0].partition(": ")[2] if named else f"{platform.processor() or platform.machine()} CPU"
 
 
 def hardware(device: torch.device) -> str:

@@ -145,18 +145,23 @@ def can_compile(device: torch.device) -> bool:
     return not missing
 
 
+def cpuinfo(*fields: str) -> list[str]:
+    """What Linux says of the processor in these fields, each line once; nothing elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    return sorted(set(re.findall(rf"^(?:{'|'.join(fields)})\s*:.*$", text, re.M)))
+
+
 def choose_cache_folder() -> None:
     """What is compiled is kept in a folder for processors like this one: code for another one gives NaN, or crashes.
 
     That is a folder in $TORCHINDUCTOR_CACHE_DIR, else in a temporary one of the user's that lasts. Where it cannot be
     written to, it is one that does not last. PyTorch needs such a folder even where nothing is compiled.
     """
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        described = re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", text, re.M)
-    except OSError:  # not Linux
-        described = [platform.processor()]
-    processor = "|".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *sorted(set(described))])
+    described = cpuinfo("model name", "flags", "Features", "CPU part") or [platform.processor()]
+    processor = "|".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *described])
     name = "cpu-" + hashlib.sha256(processor.encode()).hexdigest()[:12]
     user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
     place = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/o2rl-compiled-{user}")

@@ -115,7 +115,7 @@ def main() -> None:
     args = cli.read(Args, __doc__)
     for y in args.algorithms:
         harness.check_stages(args, full(args, y, 0), *MEASURES)
-        rollouts.held_out(harness.parsed(args, full(args, y, 0)))
+        rollouts.check(harness.parsed(args, full(args, y, 0)))
     specs = {y: [settings(args, y, seed) for seed in range(args.seeds)] for y in args.algorithms}
     everything = [spec for runs in specs.values() for run in runs for stage in run.values() for spec in stage.values()]
     failures = harness.run_all(args, everything)

@@ -4,11 +4,11 @@
     python experiments/comparison.py --env-ids hopper-medium-v2 walker2d-medium-v2 --scale quick --online-steps 51200
 
 Every method has the same environment steps, warm-up and random steps included, is evaluated as often, and starts from
-the policy that its own offline algorithm learned with the same seed; O2SAC and O2TD3 from one that compared methods
-use, too. Constants, rewards, states and updates a step are each method's own, but for what its preset changes: at the
-scale quick steps of training alone and O2SAC's updates a step, at the demo's much more (see PRESETS). Curves and
-numbers of every run are written beside the page as CSV. Those that docs/comparison/ has of other methods and tasks at
-the same budget are shown with them, so that your own method alone has to be run:
+the policy that its own offline algorithm learned with the same seed; O2TD3 from IQL's, too, and O2SAC from CQL's, of
+three layers where Off2On's have two. Constants, rewards, states and updates a step are each method's own, but for what
+its preset changes: at the scale quick steps of training alone and O2SAC's updates a step, at the demo's much more (see
+PRESETS). Curves and numbers of every run are written beside the page as CSV. Those that docs/comparison/ has of other
+methods and tasks at the same budget are shown with them, so that your own method alone has to be run:
 
     python experiments/comparison.py --env-ids hopper-medium-v2 --scale quick --algorithms mine.py
 """
@@ -29,7 +29,6 @@ import offline
 from common import cli
 from common.bounds import at_least
 from common.checkpoint import write_atomic
-from common.log import read_rows
 from experiments import analysis, harness
 from experiments.harness import Spec
 
@@ -39,7 +38,11 @@ from matplotlib.lines import Line2D
 from rliable import metrics
 from scipy.stats import trim_mean
 
-OURS = {"o2sac": ("td3_bc", "cql"), "o2td3": ("td3_bc", "iql"), "o2ppo": ("iql",)}  # the second: a compared method's
+OURS = {
+    "o2sac": ("td3_bc", "cql"),
+    "o2td3": ("td3_bc", "iql"),
+    "o2ppo": ("iql",),
+}  # the second: one of theirs
 TASKS = (
     *(f"{robot}-{data}-v2" for robot in ("hopper", "halfcheetah", "walker2d") for data in ("medium", "medium-replay")),
     "antmaze-umaze-v2", "antmaze-umaze-diverse-v2", "pen-cloned-v1",
@@ -128,11 +131,10 @@ def budget(args: Args) -> int:
 
 def training_regret(path: Path) -> float | None:
     """The share of the training episodes without a success, as CORL has it; None where nothing says what one is."""
-    rows = [row for row in read_rows(path / "progress.csv") if "charts/episodic_success" in row]
-    if not rows:
-        return None
-    successes = [row["charts/episodic_success"] for row in rows]
-    return 1 - float(np.average(successes, weights=[row.get("charts/episodes", 1) for row in rows]))
+    _, successes = analysis.series(path, "finetune", "charts/episodic_success")
+    _, episodes = analysis.series(path, "finetune", "charts/episodes")  # of O2PPO's rollouts, in the same rows
+    weights = episodes if len(episodes) else None
+    return 1 - float(np.average(successes, weights=weights)) if len(successes) else None
 
 
 def offline_seconds(args: Args, run: Spec) -> float | None:
@@ -158,10 +160,16 @@ def measured(args: Args, run: Spec, path: Path) -> dict:
     }  # fmt: skip
 
 
-def points_of(curves: list[dict], run: dict) -> tuple[np.ndarray, np.ndarray]:
-    """A run's environment steps and scores, the offline policy's first, out of all curves' rows."""
-    rows = [row for row in curves if all(row[key] == run[key] for key in RUN)]
-    return tuple(np.array([[row["step"], row["score"]] for row in rows], float).T)
+def by_run(curves: list[dict]) -> dict[tuple, tuple[np.ndarray, np.ndarray]]:
+    """Environment steps and scores of each run, the offline policy's first, out of all curves' rows."""
+    points = collections.defaultdict(list)
+    for row in curves:
+        points[known_by(row)].append((row["step"], row["score"]))
+    return {run: tuple(np.array(found, float).T) for run, found in points.items()}
+
+
+def known_by(row: dict) -> tuple:
+    return tuple(row[key] for key in RUN)
 
 
 def on_grid(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -273,7 +281,7 @@ def mean(values: list[float | None], digits: int = 1) -> str:
 
 def task_table(report: analysis.Report, task: str, runs: dict[str, list[dict]]) -> None:
     """A table of one task: offline score, where each method ends and how it gets there, its regime, its time."""
-    columns = intervals(
+    values = intervals(
         {name: np.array([[[run[key] for key in KEYS]] for run in found]) for name, found in runs.items()}
     )
     lines = []
@@ -281,28 +289,15 @@ def task_table(report: analysis.Report, task: str, runs: dict[str, list[dict]]) 
         regimes = collections.Counter(run["regime"] for run in found if run["regime"])
         lines.append([
             name, str(len(found)), mean([run["offline"] for run in found]),
-            *(analysis.number(x, 2 if key == "regret" else 1) for key, x in zip(KEYS, columns[name].T, strict=True)),
+            *(analysis.number(x, 2 if key == "regret" else 1) for key, x in zip(KEYS, values[name].T, strict=True)),
             mean([run["training_regret"] for run in found], 2),
             ", ".join(f"{word} {n}" for word, n in regimes.most_common()) or "–",
             mean([run["offline_steps"] for run in found], 0), mean([run["utd"] for run in found], 0),
             minutes([run["offline_seconds"] for run in found]), minutes([run["seconds"] for run in found]),
         ])  # fmt: skip
-    report.table(
-        task,
-        [
-            "",
-            "runs",
-            "offline",
-            *KEYS.values(),
-            "training regret",
-            "regime",
-            "offline steps",
-            "updates",
-            "offline min",
-            "online min",
-        ],
-        lines,
-    )
+    columns = ["", "runs", "offline", *KEYS.values(), "training regret", "regime", "offline steps", "updates",
+               "offline min", "online min"]  # fmt: skip
+    report.table(task, columns, lines)
 
 
 def main() -> None:
@@ -339,20 +334,21 @@ def show(report: analysis.Report, runs: list[dict], curves: list[dict]) -> None:
     order += dict.fromkeys(run["method"] for run in runs if run["method"] not in order)
     values = {name: {task: [run for run in runs if (run["method"], run["dataset"]) == (name, task)] for task in tasks}
               for name in order}  # fmt: skip
+    points = by_run(curves)
     figure, panels = analysis.panels(tasks, sharey=False, across=3)
     for panel, task in zip(panels, tasks, strict=True):
         here = {name: of_name[task] for name, of_name in values.items() if of_name[task]}
         task_table(report, task, here)
-        lines = {name: [points_of(curves, run) for run in found] for name, found in here.items()}
+        lines = {name: [points[known_by(run)] for run in found] for name, found in here.items()}
         analysis.draw_points(panel, lines, next(iter(here.values()))[0]["measure"], order)
     looks = [Line2D([], [], label=name, **analysis.style(i)) for i, name in enumerate(order)]
     figure.legend(handles=looks, loc="outside lower center", ncols=2 * min(3, len(tasks)), fontsize=8, frameon=False)
     report.figure(figure, task="")
     report.text.append(f"\n{analysis.CURVES}")
-    together(report, values, curves)
+    together(report, values, points)
 
 
-def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], curves: list[dict]) -> None:
+def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], points: dict) -> None:
     """Over all tasks: aggregates, probabilities of improvement, and sample-efficiency curves."""
     ends = matrices({name: {task: [[run["final"], run["area"]] for run in found] for task, found in of_name.items()}
                      for name, of_name in values.items()})  # fmt: skip
@@ -373,7 +369,7 @@ def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], 
         report.table("Probability that a run of … ends higher than one of", ["", *theirs], lines)
     n = len(next(iter(finals.values()))[0])
     figure, [panel] = analysis.panels([f"IQM over {n} task{'s' * (n > 1)}"])
-    on_tasks = matrices({name: {task: [on_grid(*points_of(curves, run)) for run in found]
+    on_tasks = matrices({name: {task: [on_grid(*points[known_by(run)]) for run in found]
                                 for task, found in of_name.items()} for name, of_name in values.items()})  # fmt: skip
     grid = np.linspace(0, 1, GRID + 1)
     for name, (iqm, low, high) in intervals(on_tasks).items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
-from common import cli, datasets, policies
+from common import cli, policies
 from common.foreign import load_policy
 from experiments import analysis, harness, rollouts
 from experiments.harness import Args, Spec, full
@@ -45,11 +45,11 @@ def true_values(args: Args, script: str, seed: int) -> np.ndarray:
     """
     method = full(args, script, seed)
     spec = harness.parsed(args, method)
-    data = datasets.load(args.env_id, args.dataset_path)
+    data = rollouts.dataset(spec)
     handed_on = harness.folder(args, settings(args, script, seed)["with re-evaluation"]) / "offline.pt"
     path = handed_on if handed_on.exists() else harness.offline_policy(args, method)
     net = policies.module(load_policy(path, data))  # one of another kind was handed on to the script's own
-    data = rollouts.held_out(spec)
+    data = rollouts.held_out(spec, data)
     torch.manual_seed(seed)
     # the probe asks for Q of the most likely action, and O2PPO for V
     first = None if net.kind == "gaussian" else net.act(data.obs)
@@ -111,7 +111,7 @@ def main() -> None:
     args = cli.read(Args, __doc__)
     specs = {(y, seed): settings(args, y, seed) for y in args.algorithms for seed in range(args.seeds)}
     for y in args.algorithms:
-        rollouts.held_out(harness.parsed(args, full(args, y, 0)))
+        rollouts.check(harness.parsed(args, full(args, y, 0)))
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
     report = analysis.Report(args, "q_stability", "Does Q jump when fine-tuning starts?")
     titles = [analysis.title_of(args, specs[y, 0]["without"]) for y in args.algorithms]

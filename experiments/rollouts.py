@@ -13,14 +13,23 @@ import numpy as np
 import torch
 
 
-def held_out(args) -> Dataset:
-    """The rows that a run with these arguments holds out, as far as the simulator can be put into their states.
+def dataset(args) -> Dataset:
+    """The data of a run with these arguments."""
+    return datasets.load(args.env_id, args.dataset_path, max_episode_steps=args.max_episode_steps)
+
+
+def held_out(args, data: Dataset) -> Dataset:
+    """The rows of its `data` that a run with these arguments holds out, as far as the simulator can be put into them.
 
     They are not standardised. Raises UserError where there is none, as experiments ask before their first run.
     """
-    data = datasets.load(args.env_id, args.dataset_path, max_episode_steps=args.max_episode_steps)
     data = data.hold_out(args.holdout, STATES)[1]
     return data.rows(torch.as_tensor(rebuilt(data)))
+
+
+def check(args) -> None:
+    """Refuse before any run what no simulator can answer after it. Raises UserError."""
+    held_out(args, dataset(args))
 
 
 def rebuilt(data: Dataset) -> np.ndarray:

@@ -63,7 +63,7 @@ def measured(args: Args, spec: Spec, known: dict) -> tuple[dict[str, torch.Tenso
     """
     script, chosen, folder = scripts.online(spec.script), harness.parsed(args, spec), harness.folder(args, spec)
     policy = policies.read(folder / "policy.pt")
-    data = rollouts.held_out(chosen)
+    data = rollouts.held_out(chosen, rollouts.dataset(chosen))
     data = data.rows(torch.linspace(0, len(data) - 1, min(args.states, len(data))).long())
     seen = copy.copy(data)
     seen.standardise(policy["state_mean"], policy["state_std"], policy.get("clip", math.inf))
@@ -183,7 +183,7 @@ def main() -> None:
     specs = {y: [full(args, y, seed) for seed in range(args.seeds)] for y in args.algorithms}
     for runs in specs.values():  # a critic of the offline algorithm's is not in the policy.pt that a run leaves
         harness.check_stages(args, runs[0], "reevaluate")
-        rollouts.held_out(harness.parsed(args, runs[0]))
+        rollouts.check(harness.parsed(args, runs[0]))
     failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs])
     done = {y: [spec for spec in runs if harness.finished(args, [spec])] for y, runs in specs.items()}
     done = {y: runs for y, runs in done.items() if runs}
