@@ -26,7 +26,7 @@ from common.reference import Outplayed
 from common.replay import sample
 from common.rewards import RewardScale, discounted_tails, scaled
 from common.run import Run
-from common.stages import Stage, train
+from common.stages import Schedules, Stage, train
 from common.tasks import Task
 
 import numpy as np
@@ -313,16 +313,29 @@ def reference_advantage(args: Args, reference: Actor, obs: torch.Tensor, actions
     return args.reference_alpha * (F.softplus(surprise + shift) - shift) / actions.shape[1]
 
 
-def beta_at(args: Args, env_step: int) -> float:
-    """The weight of the auxiliary advantage: linear from `beta_start` to zero."""
-    return args.beta_start * max(1 - env_step / args.beta_steps, 0.0) if args.constrain else 0.0
-
-
 # ---------------------------------------------------------------------------------------------- 3. fine-tuning
 
 
-def update_epoch(args: Args, batch: dict[str, torch.Tensor], agent: Agent, optimizers: Optimizers):
-    """One pass over the rollout in minibatches. `batch` holds its tensors (rollout_steps, …), filled by the caller."""
+def schedules(args: Args) -> dict:
+    """What changes with the environment step, and reaches it as a tensor: β and the learning rates, linear to zero."""
+    beta, total = args.beta_start if args.constrain else 0.0, whole_rollouts(args)
+    return {
+        "beta": lambda step: beta * max(1 - step / args.beta_steps, 0.0),
+        "actor_lr": lambda step: args.actor_lr * (1 - step / total),
+        "critic_lr": lambda step: args.critic_lr * (1 - step / total),
+    }
+
+
+def whole_rollouts(args: Args) -> int:
+    """Environment steps of fine-tuning, the last rollout whole."""
+    return args.online_steps // args.rollout_steps * args.rollout_steps
+
+
+def update_epoch(args: Args, batch: dict, agent: Agent, optimizers: Optimizers, scheduled: dict):
+    """One pass over the rollout in minibatches. `batch` holds its tensors (rollout_steps, …), filled by the caller.
+
+    `scheduled` holds what `schedules` names, as scalar tensors.
+    """
     actor, value = agent.actor, agent.value
     actor_params, value_params = list(actor.parameters()), list(value.parameters())
 
@@ -350,6 +363,8 @@ def update_epoch(args: Args, batch: dict[str, torch.Tensor], agent: Agent, optim
     gradients = steps.compiled(gradients, args.compile)
 
     def epoch():
+        optimizers["actor_optimizer"].lr.copy_(scheduled["actor_lr"])
+        optimizers["value_optimizer"].lr.copy_(scheduled["critic_lr"])
         order = torch.rand(args.rollout_steps, device=batch["obs"].device).argsort()
         for rows in order.split(args.minibatch_size):
             actor_grads, value_grads, metrics = gradients(rows)
@@ -379,7 +394,7 @@ def rollout(actor: Actor, env: envs.VectorEpisodes, steps_each: int) -> tuple[di
 
 
 @torch.no_grad()
-def fill(args: Args, batch: dict, collected: dict, agent: Agent, beta: float) -> torch.Tensor:
+def fill(args: Args, batch: dict, collected: dict, agent: Agent, beta: torch.Tensor) -> torch.Tensor:
     """Turn a rollout into what the update needs, in place; the mean auxiliary advantage."""
     device = batch["obs"].device
     obs, next_obs, actions = (
@@ -414,8 +429,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
              scale: RewardScale):  # fmt: skip
     """Roll out, update, evaluate, and move π_ref. `best` is the best policy of the stages before, with its score."""
     device, per_rollout = data.obs.device, args.rollout_steps
-    batch = empty_batch(args, data)
-    epoch = update_epoch(args, batch, agent, optimizers)
+    batch, schedule = empty_batch(args, data), Schedules(schedules(args), device)
+    epoch = update_epoch(args, batch, agent, optimizers, schedule.tensors)
     stepper = steps.Stepper(epoch, device, graph=args.compile, steps_per_graph=1)
     env = envs.VectorEpisodes(
         data.task, evaluator.mean, evaluator.std, args.num_envs, args.seed, args.reward_scale, args.reward_shift
@@ -424,7 +439,7 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     # TRY NOT TO MODIFY: what changes in this stage and is not named here starts anew when a run is resumed
     state = {"agent": agent, **optimizers, "env": env, "best": best, "outplayed": outplayed, "scale": scale,
              "stepper": stepper}  # fmt: skip
-    total = args.online_steps // per_rollout * per_rollout
+    total = whole_rollouts(args)
     loop = Loop(run, "finetune", total, state, device)
     if not loop.start:
         run.log("finetune", 0, probe())
@@ -435,20 +450,17 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
     # TRY NOT TO MODIFY: the order of what happens in a rollout, which a resumed run repeats
     for env_step, _ in loop.blocks(per_rollout):
-        fraction_left = 1 - (env_step - per_rollout) / total
-        optimizers["actor_optimizer"].lr.fill_(args.actor_lr * fraction_left)
-        optimizers["value_optimizer"].lr.fill_(args.critic_lr * fraction_left)
+        schedule.fill(env_step - per_rollout)
         player.load_state_dict(agent.actor.state_dict())
         collected, finished = rollout(player, env, per_rollout // args.num_envs)
         if args.scale_rewards:
             collected["rewards"] = scale(collected["rewards"], collected["ended"])
-        beta = beta_at(args, env_step - per_rollout)
-        auxiliary = fill(args, batch, collected, agent, beta)
+        auxiliary = fill(args, batch, collected, agent, schedule.tensors["beta"])
         stepper.run(args.update_epochs)
 
         scalars, improved = env.outcomes(), False
         if reached(args.eval_every, env_step) or env_step == total:
-            more = {"charts/beta": beta, "losses/reference_advantage": auxiliary.item()}
+            more = schedule.scalars() | {"losses/reference_advantage": auxiliary.item()}
             improved = loop.evaluate(evaluator, more)
         outplays = any([outplayed.add(value) for value in finished])
         moves = {"best": improved, "adaptive": outplays, "interval": reached(args.reference_interval, env_step)}
@@ -464,7 +476,7 @@ KIND = "gaussian"  # of the policy to start from, see common/policies.py
 TAKES_CRITIC = False  # no offline algorithm has learned these V and Q: --no-reevaluate starts with new ones
 REEVALUATE = Stage("reevaluate", "reevaluate_steps", reevaluation_step, "re-evaluated", plateau="probe/v")
 FINETUNE = Stage(
-    "finetune", "online_steps", update_epoch, "fine-tuned", "eval_every", empty_batch,
+    "finetune", "online_steps", update_epoch, "fine-tuned", "eval_every", empty_batch, schedules,
     per_step=lambda args: args.rollout_steps / args.update_epochs,
 )  # fmt: skip
 STAGES = (REEVALUATE, FINETUNE)

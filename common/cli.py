@@ -50,7 +50,8 @@ class RunArgs:
     go_on: Annotated[bool, tyro.conf.arg(name="continue")] = False
     """go on with a run although the code has changed since; both codes are recorded"""
     env_id: str = "hopper-medium-v2"
-    """the dataset: a D4RL name, hopper-medium-demo, or a Minari id; with --dataset-path also any id of Gymnasium"""
+    """the dataset: a D4RL name, hopper-medium-demo, or a Minari id; with --dataset-path also any id of Gymnasium, or
+    path/to/file.py:Id, where that file registers the environment"""
     dataset_path: str = ""
     """an HDF5 file in D4RL's layout, used in place of the one that --env-id names, which then says where to play"""
     max_episode_steps: Annotated[int | None, at_least(1)] = None

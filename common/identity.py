@@ -19,12 +19,13 @@ def script_of(args) -> Path:
     return Path(args.script or sys.modules[type(args).__module__].__file__).resolve()
 
 
-def code_of(script: Path) -> dict[str, str]:
-    """One hash a file, for a script and every module of the project, or beside it, that it or its modules import.
+def code_of(script: Path, *others: Path | None) -> dict[str, str]:
+    """One hash a file, for a script, `others`, and every module of the project, or beside them, that they import.
 
     What is hashed is the syntax tree without its docstrings: what Python runs. Comments and blank lines change nothing.
     """
-    hashes, waiting, folders = {}, [script], (ROOT, script.parent)
+    waiting = [script, *filter(None, others)]
+    hashes, folders = {}, (ROOT, *map(home, waiting))
     while waiting:
         path = waiting.pop()
         name = str(path.relative_to(next(folder for folder in folders if path.is_relative_to(folder))))
@@ -34,6 +35,11 @@ def code_of(script: Path) -> dict[str, str]:
         waiting += imported(tree, folders)
         hashes[name] = hashlib.sha256(repr(shape(tree)).encode()).hexdigest()[:16]
     return dict(sorted(hashes.items()))
+
+
+def home(file: Path) -> Path:
+    """The folder from which a file is imported."""
+    return file.parent.parent if file.name == "__init__.py" else file.parent
 
 
 def changed(was: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import track
+from common import tasks, track
 from common.checkpoint import rng_state, save_tensors, set_rng_state, sha256, verify, write_atomic
 from common.errors import UserError
 from common.identity import changed, code_of, fingerprint, script_of, versions
@@ -115,7 +115,8 @@ class Run:
         self.auto: dict[str, dict] = {}  # of stages that may end at a plateau: steps, limit, and which of these it was
         self.regime: dict | None = None  # of the policy that it starts from and the data, see common/regime.py
         self.measure = data.task.measure if data else "return"
-        self.made_with = {"versions": versions(), "code": code_of(script_of(args)), "data": fingerprint(data)}
+        code = code_of(script_of(args), tasks.registrar(args.env_id))
+        self.made_with = {"versions": versions(), "code": code, "data": fingerprint(data)}
         self._earlier()  # refused before anything is written, and before waiting
         new = not self.dir.exists()
         make_folder(self.dir)

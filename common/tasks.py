@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import math
 import runpy
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -257,13 +258,9 @@ def minari_maze(env_id: str, data: str, spec: EnvSpec, notes: list[str]) -> Task
 
 
 def gymnasium(env_id: str, data: str) -> Task | None:
-    """Any environment that Gymnasium knows: its id, or `module:Id` where importing a module makes it known."""
-    module, _, name = env_id.rpartition(":")
-    if module:
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # it is the user's own code, and may do anything
-            raise UserError(f"--env-id {env_id}: the module {module} cannot be imported ({error})") from error
+    """Any environment that Gymnasium knows: its id, or `module:Id` where a module or a file makes it known."""
+    name = env_id.rpartition(":")[2]
+    registrar(env_id)
     if name not in gym.registry:
         return None
     spec = gym.registry[name]
@@ -271,6 +268,28 @@ def gymnasium(env_id: str, data: str) -> Task | None:
 
 
 FAMILIES = (locomotion, antmaze, adroit, minari, gymnasium)
+
+
+def registrar(env_id: str) -> Path | None:
+    """The user's own file behind `module:Id` or `path/to/file.py:Id`, imported, so that it registers the environment;
+    None for other names, and for a package that is installed. Raises UserError where it cannot be imported.
+    """
+    name = env_id.rpartition(":")[0]
+    if not name:
+        return None
+    file = Path(name).resolve() if name.endswith(".py") else None
+    if file and str(file.parent) not in sys.path:
+        sys.path.append(
+            str(file.parent)
+        )  # which evaluation's processes share, so that they find it by its name as well
+    try:
+        module = importlib.import_module(file.stem if file else name)
+    except Exception as error:  # it is the user's own code, and may do anything
+        raise UserError(f"--env-id {env_id}: {name} cannot be imported ({error})") from error
+    found = Path(module.__file__).resolve()
+    if file and found != file:
+        raise UserError(f"--env-id {env_id}: a module {file.stem} is there already ({found}); rename your file")
+    return None if {"site-packages", "dist-packages"} & {*found.parts} else found
 
 
 # ----------------------------------------------------------------------------------------------- registries

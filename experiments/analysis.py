@@ -50,6 +50,11 @@ def result(path: Path) -> dict:
     return read_json(path / "result.json", "delete it, and the command that made the run makes it again")
 
 
+def arguments(path: Path) -> dict:
+    """What a run was started with."""
+    return read_json(path / "args.json", "delete its folder, and the command that made the run makes it again")
+
+
 def measure(paths: list[Path]) -> str:
     """What the evaluations of these runs give: a score or, where the task has no reference returns, a return."""
     return result(paths[0]).get("measure", "score") if paths else "score"
@@ -197,8 +202,11 @@ def style(i: int) -> dict:
 
 def draw_curves(panel, groups: dict[str, list[Path]], names: Iterable[str] = ()) -> None:
     """Score over environment steps of a setting's runs; see `draw_points`."""
-    points = {name: [curve(path) for path in paths] for name, paths in groups.items()}
-    draw_points(panel, points, measure([path for paths in groups.values() for path in paths]), names)
+    paths = [path for found in groups.values() for path in found]
+    points = {name: [curve(path) for path in found] for name, found in groups.items()}
+    draw_points(panel, points, measure(paths), names)
+    if waiting := min((arguments(path).get("learning_starts", 0) for path in paths), default=0):
+        panel.axvspan(0, waiting, color="0.93", zorder=0, label="no update yet")
 
 
 def draw_points(panel, groups: dict[str, list], what: str, names: Iterable[str] = ()) -> None:

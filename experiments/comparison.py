@@ -73,7 +73,8 @@ re-evaluation and alignment are included."""
 @dataclass
 class Args(harness.Args):
     algorithms: tuple[str, ...] = (*OURS, "awac", "iql", "pex", "off2on", "cal_ql", "aca", "rlpd", "wsrl")
-    """the methods: names of scripts here or in baselines/, or paths of your own"""
+    """the methods: names of scripts here or in baselines/, or paths of your own; o2td3@iql: from that offline algorithm
+    alone"""
     run_dir: str = "runs/comparison"
     """where run folders are made"""
     out: str = "runs/comparison"
@@ -96,10 +97,12 @@ def env_ids(args: Args) -> tuple[str, ...]:
 def pairs(args: Args) -> dict[str, tuple[str, str]]:
     """What is compared, by its name: a script, and the offline algorithm that it starts from."""
     found = {}
-    for script in args.algorithms:
-        starts = OURS.get(Path(script).stem, (harness.offline_of(args, script),))
+    for algorithm in args.algorithms:
+        script, _, chosen = algorithm.partition("@")
+        starts = (chosen,) if chosen else OURS.get(Path(script).stem, (harness.offline_of(args, script),))
         for start in starts:
-            name = f"{Path(script).stem} from {start}" if len(starts) > 1 else Path(script).stem
+            of_several = chosen or len(starts) > 1
+            name = f"{Path(script).stem} from {Path(start).stem}" if of_several else Path(script).stem
             if name in found:
                 raise cli.UserError(f"two of --algorithms are called {name}; give one of the files another name")
             found[name] = (script, start)

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the scripts run from anywhere
 
 import offline
-from common import cli, pretrain
+from common import cli, pretrain, tasks
 from common import stages as scripts
 from common.bounds import at_least
 from common.checkpoint import aside
@@ -103,10 +103,17 @@ def full(args: Args, script: str, seed: int, *flags: str) -> Spec:
 
 def flags_of(args: Args, seed: int) -> list[str]:
     preset = "none" if args.scale == "paper" else args.scale
-    flags = ["--preset", preset, "--env-id", args.env_id, "--seed", str(seed), "--run-dir", str(ROOT / args.run_dir)]
+    flags = ["--preset", preset, "--env-id", absolute(args.env_id), "--seed", str(seed)]
+    flags += ["--run-dir", str(ROOT / args.run_dir)]
     flags += [] if args.compile else ["--no-compile"]
     flags += ["--continue"] if args.go_on else []
     return flags + (["--dataset-path", str(Path(args.dataset_path).absolute())] if args.dataset_path else [])
+
+
+def absolute(env_id: str) -> str:
+    """The same name, wherever a run is started: of `file.py:Id` the file's whole path."""
+    file, colon, name = env_id.rpartition(":")
+    return f"{Path(file).absolute()}:{name}" if file.endswith(".py") else env_id
 
 
 def check_own(args: Args, *flags: str) -> None:
@@ -201,7 +208,8 @@ def check_shared(args: Args, spec: Spec) -> None:
 
 def check_code(args: Args, done: list[Spec]) -> None:
     """Raises UserError where finished runs are of other code than the scripts are now, unless --continue takes them."""
-    codes = {script: code_of(file_of(script)) for script in {spec.script for spec in done}}
+    task = tasks.registrar(absolute(args.env_id))
+    codes = {script: code_of(file_of(script), task) for script in {spec.script for spec in done}}
     others = {}
     for spec in done:
         made_with = read_json(path := folder(args, spec) / "args.json", "delete that folder").get("made_with", {})

@@ -63,6 +63,21 @@ def test_no_drop_is_zero(tmp_path):
     assert analysis.summary(run)["drop"] == 0
 
 
+def test_a_panel_shows_where_no_run_was_updated_yet(tmp_path):
+    rows = [{"stage": "finetune", "step": step, "charts/score": 31} for step in (1_000, 2_000, 3_000)]
+    groups = {name: [made_up_run(tmp_path / name, 30.0, rows)] for name in ("early", "late")}
+    for name, waiting in (("early", 1_500), ("late", 2_000)):
+        (tmp_path / name / "args.json").write_text(json.dumps({"learning_starts": waiting}))
+    _, [panel] = analysis.panels(["a task"])
+    analysis.draw_curves(panel, groups)
+    [span] = [patch for patch in panel.patches if patch.get_label() == "no update yet"]
+    assert (span.get_x(), span.get_width()) == (0, 1_500)
+    (tmp_path / "early" / "args.json").write_text("{}")  # it rolls out first, and has no such argument
+    _, [panel] = analysis.panels(["a task"])
+    analysis.draw_curves(panel, groups)
+    assert not panel.patches
+
+
 def test_interval_is_an_interquartile_mean():
     found = analysis.interval({"a": np.array([1.0, 2, 3, 4, 5, 6, 7, 100]), "b": np.full(4, 3.0)}, reps=500)
     iqm, low, high = found["a"]
@@ -156,7 +171,7 @@ def test_shared_stages_change_nothing(tmp_path, ray_is_local, monkeypatch):
     assert harness.run_all(args, [shared, alone]) == []  # nothing is done twice
     assert (harness.folder(args, alone) / "policy.pt").stat().st_mtime_ns == stamp
 
-    monkeypatch.setattr(harness, "code_of", lambda script: code_of(script) | {"o2td3.py": "edited"})
+    monkeypatch.setattr(harness, "code_of", lambda *files: code_of(*files) | {"o2td3.py": "edited"})
     with pytest.raises(UserError, match=r"3 finished runs are of other code .*o2td3.py changed since.*--continue"):
         harness.run_all(args, [shared, alone])
     assert harness.run_all(dataclasses.replace(args, go_on=True), [shared, alone]) == []

@@ -49,8 +49,12 @@ def test_a_changed_offline_algorithm_trains(tmp_path):
 def test_a_task_of_ones_own(tmp_path, monkeypatch, hdf5):
     [module] = re.findall(r"`mytask.py`:\n\n```python\n(.*?)```", GUIDE, re.S)
     (tmp_path / "mytask.py").write_text(module)
-    monkeypatch.syspath_prepend(tmp_path)
-    data = load("mytask:Backwards-v0", str(hdf5()))
+    monkeypatch.chdir(tmp_path)
+    [words] = re.findall(r"`--env-id path/to/(\S+) --dataset-path rows.hdf5`", GUIDE)
+    rows = str(hdf5())
+    data = load(words, rows)
+    [by_name] = re.findall(r"`--env-id (mytask:\S+)`", GUIDE)
+    assert load(by_name, rows).task.spec == data.task.spec
     env = envs.make_env(data.task)
     env.reset(seed=0)
     _, reward, *_, info = env.step(env.action_space.low * 0)

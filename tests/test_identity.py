@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import o2td3
-from common import cli, identity, run
+from common import cli, identity, run, tasks
 from common.errors import UserError
 from common.cli import OnlineArgs
 from offline import bc
@@ -71,7 +71,7 @@ def begin(tmp_path, data, monkeypatch):
     """Opens the run folder "run" as another start would, with arguments and code of its own."""
 
     def open_run(code=None, of=data, **changes):
-        monkeypatch.setattr(run, "code_of", lambda _: {"mine.py": "1", "common/nn.py": "2"} | (code or {}))
+        monkeypatch.setattr(run, "code_of", lambda *_: {"mine.py": "1", "common/nn.py": "2"} | (code or {}))
         arguments = dict(run_dir=str(tmp_path), script=bc.__file__) | changes
         opened = run.Run(OnlineArgs(**arguments), "run", of)
         opened.lock.release()
@@ -181,3 +181,38 @@ def test_a_finished_run_says_so_and_a_copy_is_another_run(tmp_path, run_script, 
 def test_a_command_that_is_refused_leaves_nothing(tmp_path, run_script, wrong):
     code, _, err = run_script(o2td3, *FLAGS, "--run-dir", str(tmp_path / "runs"), *wrong)
     assert code == 2 and err.startswith("error: ") and not (tmp_path / "runs").exists()
+
+
+def test_the_file_of_a_task_belongs_to_the_code(tmp_path, monkeypatch, data):
+    """A changed reward is another experiment, wherever the environment is registered."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    text = "import gymnasium\ngymnasium.register('{}-v0', 'gymnasium.envs.mujoco.hopper_v4:HopperEnv')\n"
+    for folder, reward in (("one", 1), ("two", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"task_{folder}.py").write_text(text.format(folder) + "from gains import REWARD\n")
+        (tmp_path / folder / "gains.py").write_text(f"REWARD = {reward}\n")
+
+    def made_with(env_id):
+        monkeypatch.delitem(sys.modules, "gains", raising=False)
+        arguments = OnlineArgs(run_dir=str(tmp_path), script=bc.__file__, env_id=env_id)
+        opened = run.Run(arguments, "run", data)
+        opened.lock.release()
+        return opened.made_with["code"]
+
+    monkeypatch.chdir(tmp_path / "one")
+    code = made_with("task_one.py:one-v0")
+    assert {"task_one.py", "gains.py", "common/nn.py"} <= code.keys()
+    (tmp_path / "one" / "gains.py").write_text("REWARD = 3\n")
+    with pytest.raises(UserError, match=r"other code: gains.py changed since"):
+        made_with("task_one.py:one-v0")
+    assert tasks.registrar("gymnasium:Hopper-v4") is None  # installed, so known by its version
+    assert tasks.registrar("hopper-medium-demo") is None
+
+
+def test_a_task_that_cannot_be_told_from_another_module_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "json.py").write_text("")
+    with pytest.raises(UserError, match=r"a module json is there already \(.*\); rename your file"):
+        tasks.registrar(f"{tmp_path}/json.py:Mine-v0")
+    with pytest.raises(UserError, match=r"absent.py cannot be imported \(No module named 'absent'\)"):
+        tasks.registrar(f"{tmp_path}/absent.py:Mine-v0")

@@ -12,7 +12,10 @@ from torch.distributions import Normal
 import o2ppo
 from common import tasks
 from common.envs import VectorEpisodes
+from common.stages import Schedules
 from tests.reference import A, B, Recorder, S, critic64, fixed_rows, mlp64, noises, same
+
+RATES = {"actor_lr": torch.tensor(3e-5), "critic_lr": torch.tensor(2e-4)}
 
 
 @pytest.fixture
@@ -198,8 +201,23 @@ def test_mixed_advantage_is_normalised(agent, data, beta):
 
 def test_beta_schedule():
     args = o2ppo.Args(beta_steps=250_000)
-    assert [o2ppo.beta_at(args, step) for step in (0, 125_000, 250_000, 300_000)] == [1.0, 0.5, 0.0, 0.0]
-    assert o2ppo.beta_at(o2ppo.Args(constrain=False), 0) == 0.0
+    beta = o2ppo.schedules(args)["beta"]
+    assert [beta(step) for step in (0, 125_000, 250_000, 300_000)] == [1.0, 0.5, 0.0, 0.0]
+    assert o2ppo.schedules(o2ppo.Args(constrain=False, beta_steps=250_000))["beta"](0) == 0.0
+
+
+def test_learning_rates_fall_to_zero_over_whole_rollouts_and_reach_the_update(agent, data):
+    args = o2ppo.Args(
+        rollout_steps=B, num_envs=4, minibatch_size=B // 2, beta_steps=B, online_steps=4 * B + 3, actor_lr=1e-3
+    )
+    schedule = Schedules(o2ppo.schedules(args), torch.device("cpu"))
+    batch, optimizers = o2ppo.empty_batch(args, data), o2ppo.Optimizers(args, agent)
+    epoch = o2ppo.update_epoch(args, batch, agent, optimizers, schedule.tensors)
+    for step, share in ((0, 1.0), (B, 0.75), (3 * B, 0.25), (4 * B, 0.0)):
+        schedule.fill(step)
+        epoch()
+        rates = [optimizers[f"{name}_optimizer"].lr.item() for name in ("actor", "value")]
+        assert rates == pytest.approx([1e-3 * share, 2e-4 * share])
 
 
 # ----------------------------------------------------------------------------------------------- fine-tuning
@@ -210,7 +228,7 @@ def test_update(agent, data):
     obs, actions = torch.randn(B, S), torch.randn(B, A) * 0.5
     log_probs = policy64(agent.actor, obs).log_prob(actions.double()).sum(1).detach().float() + 0.3 * torch.randn(B)
     batch = dict(obs=obs, actions=actions, advantages=torch.randn(B), returns=torch.randn(B), log_probs=log_probs)
-    metrics = o2ppo.update_epoch(args, batch, agent, optimizers)()
+    metrics = o2ppo.update_epoch(args, batch, agent, optimizers, RATES)()
     policy = policy64(agent.actor, obs)
     ratio = (policy.log_prob(actions.double()).sum(1) - log_probs.double()).exp()
     assert (ratio > 1.2).any() and (ratio < 0.8).any()
@@ -249,7 +267,7 @@ def test_every_row_is_used_once_an_epoch(agent):
 
             return Rows()
 
-    o2ppo.update_epoch(args, Watched(batch), agent, optimizers)()
+    o2ppo.update_epoch(args, Watched(batch), agent, optimizers, RATES)()
     assert sorted(torch.cat(seen).tolist()) == list(range(64)) and len(seen) == 4
 
 

@@ -205,11 +205,12 @@ def test_compiled_steps_equal_eager_ones(script, data):
         agent = o2ppo.Agent(args, dict(obs_dim=11, action_dim=3, hidden_layers=2, actor=actor))
         optimizers = o2ppo.Optimizers(args, agent)
         batch = {name: torch.randn_like(tensor) for name, tensor in o2ppo.empty_batch(args, data).items()}
+        rates = {"actor_lr": torch.tensor(3e-5), "critic_lr": torch.tensor(2e-4)}
         fits = [
             o2ppo.reevaluation_step(dataclasses.replace(args, value_init=init), data, agent, optimizers)
             for init in ("fqe", "returns")
         ]
-        return agent, [*fits, o2ppo.update_epoch(args, batch, agent, optimizers)]
+        return agent, [*fits, o2ppo.update_epoch(args, batch, agent, optimizers, rates)]
 
     def trained(compile):
         torch.manual_seed(0)
