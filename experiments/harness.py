@@ -295,9 +295,14 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
     done = [spec for spec in everything if (folder(args, spec) / "result.json").exists()]
     check_code(args, done)
     missing = [spec for spec in everything if spec not in done]
-    for spec in missing:
-        offline.check_valued(parsed(args, spec), {})  # before its policy is trained
     policies = {spec: trained_for(args, spec) for spec in missing}
+    for spec, policy in policies.items():  # before anything is trained
+        if policy:
+            offline.check_algorithm(parsed(args, spec))
+        elif not offline_policy(args, spec).exists() and not offline.from_scratch(parsed(args, spec)):
+            raise cli.UserError(
+                f"{spec.offline}, from which {spec.script} is to start, is neither a file nor a name in offline/"
+            )
     trained = dict(filter(None, policies.values()))  # once for all the runs that start from it
     jobs = {path: (command, [], []) for path, command in trained.items() if not path.exists()}
     for spec in missing:

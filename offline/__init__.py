@@ -61,13 +61,17 @@ def algorithm_args(args):
     changes = args.offline_changes(task)
     chosen |= {key: getattr(args, key) for key in SHARED} | changes
     parts = [Path(args.offline).stem]
+    known = {field.name for field in dataclasses.fields(script.Args)}
+    if lacking := [f"--{name.replace('_', '-')}" for name in changes if name not in known]:
+        words = f"{args.exp_name} starts from another algorithm: {args.offline} has no {', '.join(lacking)}"
+        raise cli.UserError(f"{words}; leave --offline out")
     if changes:  # a run of its own
         parts.append(script_of(args).stem)
     if args.offline_steps is not None:
         chosen |= dict(steps=args.offline_steps)
         parts.append(str(args.offline_steps))
     if args.hidden is not None:
-        if "hidden" not in {field.name for field in dataclasses.fields(script.Args)}:
+        if "hidden" not in known:
             raise cli.UserError(f"{script.__file__} has no argument hidden, which --hidden sets; leave that flag out")
         chosen |= dict(hidden=args.hidden)
         parts.append("x".join(map(str, args.hidden)) or "linear")
@@ -112,10 +116,18 @@ def check(args, data: Dataset) -> dict | None:
     if is_algorithm(args.offline) and args.normalize_from:
         raise cli.UserError(f"a policy of {args.offline} knows how it sees observations; leave --normalize-from out")
     if is_algorithm(args.offline) and not shipped(args):
-        algorithm_args(args)
-        check_valued(args, {})
+        check_algorithm(args)
         return None
     return checked(args, read(args, shipped(args) or Path(args.offline), data))
+
+
+def check_algorithm(args) -> None:
+    """Refuse, before it is trained, an algorithm that leaves what the script cannot go on with. Raises UserError."""
+    if goes_on(args):
+        check_valued(args, {})
+        check_learner(args, untrained(args, 2, 1))
+    else:
+        algorithm_args(args)
 
 
 def read(args, path: Path, data: Dataset) -> dict:
@@ -160,9 +172,10 @@ def check_learner(args, found: dict) -> None:
             warnings.simplefilter("ignore")  # that nothing is loaded: shapes alone are compared
             declared(args).Agent(args, found)
     except (KeyError, RuntimeError, TypeError) as error:
+        lacking, usual = str(error).splitlines()[-1].strip(" \t."), type(args).offline
         raise cli.UserError(
-            f"{args.offline} does not hold what {args.exp_name} goes on with ({str(error).splitlines()[-1].strip()}); "
-            f"give the policy.pt that the script in offline/ wrote which {args.exp_name} starts from"
+            f"{args.offline} does not hold what {args.exp_name} goes on with ({lacking}); leave --offline out, or give "
+            f"a policy.pt that offline/{usual}.py wrote"
         ) from error
 
 
@@ -249,11 +262,14 @@ def learner(args, data: Dataset, found: dict | None) -> dict:
     """What a script that `goes_on` needs of a policy to be timed: that `found` by `check`, or untrained networks."""
     if not goes_on(args):
         return {}
-    if found:
-        return found
+    return found or untrained(args, data.obs.shape[1], data.actions.shape[1])
+
+
+def untrained(args, obs_dim: int, action_dim: int) -> dict:
+    """The same of the networks with which the algorithm begins that `--offline` names, for so many numbers."""
     script, chosen = algorithm_args(args)
-    agent = script.Agent(chosen, data.obs.shape[1], data.actions.shape[1]).to(data.obs.device)
-    return {"learner": {"args": plain(chosen), "agent": agent.state_dict()}}
+    agent = script.Agent(chosen, obs_dim, action_dim).state_dict()
+    return dict(obs_dim=obs_dim, action_dim=action_dim, learner={"args": plain(chosen), "agent": agent})
 
 
 def trained(args, data: Dataset) -> dict:

@@ -114,6 +114,16 @@ def test_a_policy_alone_is_refused_before_anything_is_written(run_script, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("script", "other", "words"), [
+    (iql, "cql", "cql does not hold what iql goes on with"), (awac, "iql", "iql does not hold what awac goes on with"),
+    (off2on, "iql", "iql has no --critic-hidden"), (wsrl, "cql", "cql has no --critics, --layer-norm, --calibrate"),
+])  # fmt: skip
+def test_another_algorithm_is_refused_before_it_is_trained(script, other, words, run_script, tmp_path):
+    code, _, err = run_script(script, *command(script, tmp_path / "runs", "--offline", other))
+    assert code == 2 and words in err and "leave --offline out" in err and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 # ------------------------------------------------------------------------------- what they go on from
 
 

@@ -196,6 +196,18 @@ def test_flags_of_runs_that_cannot_be_are_refused_before_any_run(tmp_path):
         harness.run_all(harness.Args(out=str(file / "pages")), [spec])
 
 
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [(Spec("o2td3", "nothing", 0), "nothing, from which o2td3 is to start, is neither a file nor a name in offline/"),
+     (Spec("baselines/iql.py", "cql", 0), "cql does not hold what iql goes on with")],
+)  # fmt: skip
+def test_where_a_run_cannot_start_from_is_said_before_anything_is_trained(spec, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "schedule", lambda *_: pytest.fail("something was started"))
+    args = harness.Args(run_dir=str(tmp_path / "runs"), out=str(tmp_path))
+    with pytest.raises(UserError, match=words):
+        harness.run_all(args, [spec])
+
+
 @pytest.mark.parametrize("script", ["o2sac", "o2td3"])
 def test_threshold_is_scaled_at_both_ends(script):
     args = harness.Args()
