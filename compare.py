@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import cli
-from common.checkpoint import aside
 from common.run import read_json
 from experiments import analysis
 
@@ -82,8 +81,11 @@ def by_dataset(paths: list[Path]) -> dict[str, list[Path]]:
 
 def main() -> None:
     args = cli.read(Args, __doc__)
-    if not Path(args.out).resolve().parent.is_dir():
-        raise cli.UserError(f"there is no folder for {args.out}; make it, or choose another --out")
+    out, kinds = Path(args.out), analysis.plt().Figure().canvas.get_supported_filetypes()
+    if not out.resolve().parent.is_dir():
+        raise cli.UserError(f"there is no folder for {out}; make it, or choose another --out")
+    if out.is_dir() or out.suffix[1:] not in kinds:
+        raise cli.UserError(f"{out} names no picture; give --out an ending such as .png, .pdf or .svg")
     sides = [finished(args.runs), finished(args.against)]
     names = [label(sides[0], "runs"), label(sides[1], "others")]
     if names[0] == names[1]:
@@ -112,11 +114,11 @@ def main() -> None:
         print(f"probability that a run of {names[0]} ends higher: {analysis.improvement(*ends):.2f}")
         analysis.draw_curves(panel, groups)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.suptitle(analysis.CURVES, fontsize=9)
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    with aside(Path(args.out)) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    print(f"{args.out} shows the curves")
+    counts = " and ".join(f"{len(side)} of {name}" for name, side in zip(names, sides, strict=True))
+    analysis.write_title(figure, f"Runs: {counts}. {analysis.CURVES}")
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(shared), fontsize=8, frameon=False)
+    analysis.save(figure, out)
+    print(f"{out} shows the curves")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from common import cli, policies
 from common.checkpoint import write_atomic
 from common.nn import Clip
 
-import numpy as np
 import onnx
 import torch
 import tyro
@@ -41,7 +40,7 @@ class Graph:
 
     def constant(self, values) -> str:
         name = f"weight_{len(self.weights)}"
-        self.weights.append(numpy_helper.from_array(np.array(values, np.float32), name))
+        self.weights.append(numpy_helper.from_array(torch.as_tensor(values).float().cpu().numpy(), name))
         return name
 
     def add(self, op: str, *more, **attributes) -> None:
@@ -102,7 +101,7 @@ def main() -> None:
     fields = policies.read(path)
     out = Path(args.out or path.with_suffix(".onnx"))
     model = to_onnx(policies.module(fields), fields["obs_dim"], fields["action_dim"])
-    write_atomic(out, model.SerializeToString())
+    write_atomic(out, model.SerializeToString(), "choose another --out")
     print(f"{out}: obs (batch, {fields['obs_dim']}) → actions (batch, {fields['action_dim']})")
 
 

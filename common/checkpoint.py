@@ -31,7 +31,10 @@ def aside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+RESUME = "choose another --run-dir, then start the same command again: it continues from the last checkpoint"
+
+
+def write_atomic(path: Path, data: bytes, remedy: str = RESUME) -> None:
     """Write `data` aside, then rename. Raises UserError where the disk does not take it."""
     try:
         with aside(path) as temporary, open(temporary, "wb") as file:
@@ -39,10 +42,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror}); free some space or choose another --run-dir, then start the same "
-            "command again: it continues from the last checkpoint"
-        ) from error
+        raise UserError(f"cannot write {path} ({error.strerror}); free some space or {remedy}") from error
 
 
 def sha256(path: Path, length: int | None = None) -> str:

@@ -217,6 +217,8 @@ def read(args_class: type[Args], description: str | None) -> Args:
 def complete(args: Args) -> Args:
     """`args` with the constants of their data in the place of None, and checked. Raises UserError."""
     bounds.check(args)
+    if "/" in args.exp_name or "__" in args.exp_name:
+        raise UserError(f"{args.exp_name} is to be a part of a folder's name; give --exp-name one without / and __")
     constants = args.constants(tasks.resolve(args.env_id, args.dataset_path))
     args = dataclasses.replace(args, **{k: value for k, value in constants.items() if getattr(args, k) is None})
     args.check()

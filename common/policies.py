@@ -26,9 +26,9 @@ from common.identity import fingerprint
 from common.inert import fault_of, read_tensors
 from common.nn import ACTIVATIONS, SIZED, ensemble_mlp, hidden_of, mlp, widths
 from common.run import script_name
+from common.stages import KINDS
 
 FORMAT = "o2rl-policy-2"
-KINDS = ("squashed_gaussian", "gaussian", "deterministic")
 # hidden_layers: the network's, as `common.nn.mlp` takes them; state_mean, state_std: what raw observations are
 # standardised by; examples: raw observations "obs" and the "actions" that belong to them, which every load compares;
 # data: what it was trained on; made_with: what else its maker recorded. `clip` is there where standardised observations

@@ -17,7 +17,7 @@ from common.checkpoint import write_atomic
 from common.log import read_rows
 from common.policies import description_of, module, save_online
 from common.run import Run, read_json, run_name, script_name
-from common.stages import idle, stages_of
+from common.stages import check, idle, stages_of
 
 DAY = 24 * 3600
 
@@ -47,7 +47,7 @@ def start_run(args_class, offline) -> tuple:
     `offline` is the package of that name: `offline.check(args, data)` refuses before anything is written what the run
     would only stumble over later. What it is and how long it will take is printed.
     """
-    script = sys.modules[args_class.__module__]
+    check(script := sys.modules[args_class.__module__])
     args = cli.parse(args_class, script.PRESETS, script.FAMILIES)
     device = cli.resolve_device(args.device)
     for words in [*idle(args), *offline.idle(args)]:

@@ -99,6 +99,13 @@ def plain(args) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(args), default=str))
 
 
+def other_arguments(args, old: dict) -> str:
+    """In words, which of a run's arguments were others when args.json was written, which holds `old`; "" for none."""
+    now, was = plain(args), plain(type(args)()) | old  # one that is newer was as it is by itself
+    differ = [name for name in now if name not in FREE_ARGS and was[name] != now[name]]
+    return ", ".join(f"--{name.replace('_', '-')} {was[name]} (now {now[name]})" for name in differ)
+
+
 class Run:
     """A run in its folder. `measure` is what its evaluations give: a "score", or a "return" without a scale."""
 
@@ -142,10 +149,9 @@ class Run:
         afresh = "give this run a name of its own with --exp-name" if self.args.script else "choose another --run-dir"
         old = read_json(path, f"{afresh}, or delete that folder")
         was, now = {"versions": {}, "code": {}} | old.get("made_with", {}), self.made_with
-        arguments, known = plain(self.args), plain(type(self.args)()) | old  # one that is newer was as it is by itself
-        if differ := [k for k in arguments if k not in FREE_ARGS and known[k] != arguments[k]]:
-            words = ", ".join(f"--{k.replace('_', '-')} {known[k]} (now {arguments[k]})" for k in differ)
-            raise UserError(f"{self.dir} holds a run with other arguments: {words}; {afresh}, or delete that folder")
+        if differ := other_arguments(self.args, old):
+            words = f"{self.dir} holds a run with other arguments: {differ}"
+            raise UserError(f"{words}; {afresh}, or delete that folder")
         sources = {"data": ("on other data", Path(self.args.dataset_path).name or self.args.env_id),
                    "offline": ("from another policy", getattr(self.args, "offline", ""))}  # fmt: skip
         for what, (other, name) in sources.items():

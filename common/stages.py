@@ -16,6 +16,7 @@
 From ABLATIONS on all but main may be missing. A copy of a script under another name is found by its file.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -32,6 +33,8 @@ from common.errors import UserError
 from common.identity import ROOT
 from common.plateau import LOOKS, Plateau
 
+KINDS = ("squashed_gaussian", "gaussian", "deterministic")  # of policies, see common/policies.py
+REMEDY = "see the foot of o2sac.py, and docs/extend.md"
 NEEDED = ("Args", "PRESETS", "FAMILIES", "KIND", "Agent", "Optimizers", "STAGES", "main")
 
 
@@ -100,9 +103,11 @@ class Schedules:
     """
 
     def __init__(self, functions: dict[str, Callable[[int], float]], device: torch.device):
+        if constant := [name for name, function in functions.items() if not callable(function)]:
+            raise UserError(f"the schedule {constant[0]} has to be a function of the step, as lambda step: 3.0")
         self.functions = functions
         self.tensors = {name: torch.zeros((), device=device) for name in functions}
-        self.fill(0)
+        self.fill(1)  # steps are counted from 1, so that a function may divide by them
 
     def fill(self, step: int) -> None:
         for name, function in self.functions.items():
@@ -185,11 +190,10 @@ def idle(args) -> list[str]:
 
 
 def find(name: str, *folders: str) -> Path:
-    """The file of a script: a path, or a name in one of the project's `folders`. Raises UserError."""
-    places = [
-        Path(f"{name.removesuffix('.py')}.py").expanduser(),
-        *(ROOT / folder / f"{name}.py" for folder in folders),
-    ]
+    """The file of a script: a path, or a name in one of the project's `folders`, which come first. Raises UserError."""
+    file = Path(f"{name.removesuffix('.py')}.py").expanduser()
+    ours, bare = [ROOT / folder / file for folder in folders], file.stem == name
+    places = [*ours, file] if bare else [file, *ours]
     if found := next((place.resolve() for place in places if place.is_file()), None):
         return found
     raise UserError(f"there is no script {name}: neither {', nor '.join(map(str, places))}")
@@ -199,15 +203,19 @@ def load(path: Path, needed: tuple[str, ...], remedy: str) -> ModuleType:
     """The script in a file, imported once. Raises UserError where it lacks one of the names in `needed`."""
     try:
         script = imported(path)
-    except Exception as error:  # it is the user's own code
+    except (Exception, SystemExit) as error:  # it is the user's own code
         raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    if missing := [name for name in needed if not hasattr(script, name)]:
-        raise UserError(f"{path} lacks {', '.join(missing)}; {remedy}")
+    require(script, needed, remedy)
     return script
 
 
+def require(script: ModuleType, needed: tuple[str, ...], remedy: str) -> None:
+    if missing := [name for name in needed if not hasattr(script, name)]:
+        raise UserError(f"{script.__file__} lacks {', '.join(missing)}; {remedy}")
+
+
 def imported(path: Path) -> ModuleType:
-    if path.is_relative_to(ROOT):
+    if path.is_relative_to(ROOT) and not any("." in part for part in path.relative_to(ROOT).with_suffix("").parts):
         return importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
     name = str(path)
     if name not in sys.modules:
@@ -223,7 +231,27 @@ def imported(path: Path) -> ModuleType:
 
 def online(name: str) -> ModuleType:
     """A fine-tuning script by its name or path. Raises UserError where it does not declare what it is made of."""
-    script = load(find(name, "", "baselines"), NEEDED, "see the foot of o2sac.py, and docs/extend.md")
-    if not script.STAGES or script.STAGES[-1].name != "finetune":
-        raise UserError(f"{script.__file__}: the last of its STAGES has to be named finetune")
+    script = load(find(name, "", "baselines"), NEEDED, REMEDY)
+    check(script)
     return script
+
+
+def check(script: ModuleType) -> None:
+    """Raises UserError where a script lacks what it has to declare, or declares what does not fit together."""
+    require(script, NEEDED, REMEDY)
+    known = {field.name for field in dataclasses.fields(script.Args)}
+    if not script.STAGES or not all(isinstance(stage, Stage) for stage in script.STAGES):
+        wrong = "STAGES has to be a tuple of one Stage or more"
+    elif script.STAGES[-1].name != "finetune":
+        wrong = "the last of its STAGES has to be named finetune"
+    elif script.KIND not in KINDS:
+        wrong = f"KIND has to be one of {', '.join(KINDS)}, not {script.KIND}"
+    else:
+        named = {f"the stage {stage.name}": (stage.steps, stage.eval_every) for stage in script.STAGES}
+        named |= {name: getattr(script, name, ()) for name in ("ABLATIONS", "FINETUNING_ARGS")}
+        lacking = [
+            f"{name} (of {where})" for where, names in named.items() for name in names if name not in {"", *known}
+        ]
+        wrong = f"Args has no {', '.join(lacking)}" if lacking else ""
+    if wrong:
+        raise UserError(f"{script.__file__}: {wrong}; {REMEDY}")

@@ -219,6 +219,9 @@ class Stepper:
     def _one(self) -> tuple[str, ...]:
         metrics = self.step()
         names = tuple(metrics)
+        if names not in self.sums and (wide := [name for name, value in metrics.items() if value.dim()]):
+            shape = tuple(metrics[wide[0]].shape)
+            raise UserError(f"the metric {wide[0]} has shape {shape}, and one number is logged; take its mean")
         values = torch.stack([value.detach() for value in metrics.values()])
         if names not in self.sums:
             self.sums[names] = torch.zeros_like(values)

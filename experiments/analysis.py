@@ -1,14 +1,16 @@
 """From finished runs to numbers with intervals, tables and figures."""
 
+import io
 import itertools
 import math
 import shlex
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from common.checkpoint import aside, write_atomic
+from common.checkpoint import write_atomic
 from common.log import read_rows
 from common.run import origin, read_json
 from experiments import harness
@@ -51,8 +53,9 @@ def result(path: Path) -> dict:
 
 
 def arguments(path: Path) -> dict:
-    """What a run was started with."""
-    return read_json(path / "args.json", "delete its folder, and the command that made the run makes it again")
+    """What a run was started with; nothing where only its results were kept."""
+    found = path / "args.json"
+    return read_json(found, "delete its folder, and the command makes it again") if found.exists() else {}
 
 
 def measure(paths: list[Path]) -> str:
@@ -92,12 +95,14 @@ def bootstrap(values: dict, statistic: Callable, reps: int) -> tuple[dict, dict]
 def interval(values: dict[str, np.ndarray], reps: int = 5_000) -> dict[str, tuple[float, float, float]]:
     """Interquartile mean of each setting's runs with a 95% stratified bootstrap interval: name -> (iqm, low, high).
 
-    Values are (runs,) of one task or (runs, tasks). With two or three runs the interval is from the lowest to the
-    highest, and with five it holds the mean of normal values nine times in ten.
+    Values are (runs,) of one task or (runs, tasks). One run has no interval, here NaN; with two or three it is from the
+    lowest to the highest, and with five it holds the mean of normal values nine times in ten.
     """
     matrices = {name: np.asarray(v, float).reshape(len(v), -1) for name, v in values.items()}
     points, bounds = bootstrap(matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps)
-    return {name: (float(points[name][0]), *map(float, bounds[name][:, 0])) for name in values}
+    nothing = (math.nan, math.nan)
+    return {name: (float(points[name][0]), *(map(float, bounds[name][:, 0]) if len(matrix) > 1 else nothing))
+            for name, matrix in matrices.items()}  # fmt: skip
 
 
 def middle(values) -> float:
@@ -136,10 +141,9 @@ class Report:
         args = self.args
         parts = [args.env_id if task is None else task, f"{args.seeds} seed{'s' * (args.seeds > 1)}",
                  f"budgets: {' '.join([args.scale, args.run_flags]).strip()}"]  # fmt: skip
-        figure.suptitle(", ".join(filter(None, parts)), fontsize=9, parse_math=False)
+        write_title(figure, ", ".join(filter(None, parts)))
         path = self.folder / f"{self.name}{suffix}.png"
-        with aside(path) as temporary:
-            figure.savefig(temporary, dpi=110, format="png")
+        save(figure, path)
         self.text.append(f"\n![{self.name}]({path.name})")
 
     def finish(self, made: list[dict], failures: list[str]) -> None:
@@ -174,12 +178,24 @@ def plt():
     return matplotlib.pyplot
 
 
+def write_title(figure, text: str) -> None:
+    """A title over the whole figure, on as many lines as it takes."""
+    figure.suptitle(textwrap.fill(text, int(13 * figure.get_figwidth())), fontsize=9, parse_math=False)
+
+
+def save(figure, path: Path) -> None:
+    """Write a picture, whose file's ending says of what kind. Raises UserError where the disk does not take it."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format=path.suffix[1:])
+    write_atomic(path, picture.getvalue(), "choose another --out")
+
+
 def panels(names, sharey: bool = True, across: int | None = None) -> tuple:
     """A figure with one panel for each name, side by side, or `across` of them in a row."""
     across = min(across or len(names), len(names))
     rows = math.ceil(len(names) / across)
     figure, axes = plt().subplots(
-        rows, across, figsize=(4.2 * across, 3.6 * rows), sharey=sharey, squeeze=False, layout="constrained"
+        rows, across, figsize=(max(5.6, 4.2 * across), 3.6 * rows), sharey=sharey, squeeze=False, layout="constrained"
     )
     for panel, name in itertools.zip_longest(axes.flat, names):
         if name is None:
@@ -232,9 +248,9 @@ def draw_points(panel, groups: dict[str, list], what: str, names: Iterable[str] 
 
 
 def number(point: tuple[float, float, float], digits: int = 1) -> str:
-    """An interquartile mean with its interval."""
+    """An interquartile mean with its interval, if it has one."""
     iqm, low, high = (f"{x:.{digits}f}" for x in point)
-    return f"{iqm} [{low}, {high}]"
+    return iqm if math.isnan(point[1]) else f"{iqm} [{low}, {high}]"
 
 
 def compare(report: Report, title: str, groups: dict[str, list[Path]], baseline: str = "") -> None:

@@ -141,13 +141,15 @@ def training_regret(path: Path) -> float | None:
 
 
 def offline_seconds(args: Args, run: Spec) -> float | None:
-    """What training the policies took that a run started from; None where there was nothing to train."""
+    """What training the policies took that a run started from; None where there was nothing to train, or is no more."""
     trained = harness.trained_for(args, run)
     if trained is None:
         return None
-    [checkpoint] = [path for path in trained[0].parent.glob("*.pt") if path != trained[0]]
+    checkpoints = [path for path in trained[0].parent.glob("*.pt") if path != trained[0]]
+    if not checkpoints:
+        return None
     members = getattr(harness.parsed(args, run), "members", 1)  # of one algorithm, a seed each
-    return members * torch.load(checkpoint, weights_only=True)["seconds"]
+    return members * torch.load(checkpoints[0], weights_only=True)["seconds"]
 
 
 def measured(args: Args, run: Spec, path: Path) -> dict:
@@ -198,6 +200,8 @@ def intervals(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     Arrays (runs, tasks, columns) by name become (3, columns): mean, low and high.
     """
     points, bounds = analysis.bootstrap(values, lambda x: trim_mean(x.reshape(-1, x.shape[-1]), 0.25, axis=0), REPS)
+    for name in (name for name, matrix in values.items() if len(matrix) == 1):
+        bounds[name] = np.full_like(bounds[name], np.nan)  # one run has no interval
     return {name: np.stack([points[name], *bounds[name]]) for name in values}
 
 

@@ -21,7 +21,7 @@ from common import stages as scripts
 from common.bounds import at_least
 from common.checkpoint import aside
 from common.identity import changed, code_of
-from common.run import make_folder, read_json, run_name
+from common.run import make_folder, other_arguments, read_json, run_name
 
 import tyro
 from tqdm import tqdm
@@ -34,7 +34,8 @@ class Args:
     scale: Literal["demo", "quick", "paper"] = "demo"
     """budgets of every run: the scripts' presets, or the paper's"""
     run_flags: str = ""
-    """further arguments of every run, as "--online-steps 5000 --eval-every 1000": other budgets than the scale's"""
+    """further arguments of every run, as --run-flags="--online-steps 5000 --eval-every 1000": other budgets than the
+    scale's"""
     seeds: Annotated[int, at_least(1)] = 3
     """seeds 0, 1, … of every setting"""
     env_id: str = "hopper-medium-demo"
@@ -44,9 +45,9 @@ class Args:
     algorithms: tuple[str, ...] = ("o2sac", "o2td3", "o2ppo")
     """the online algorithms: names of scripts here or in baselines/, or paths of your own"""
     run_dir: str = "runs/experiments"
-    """where run folders are made; all experiments share them"""
+    """where run folders are made, from the project's folder; all experiments share them"""
     out: str = "runs/experiments"
-    """where figures and tables are written"""
+    """where figures and tables are written, likewise"""
     ray_address: str | None = None
     """a Ray cluster, whose machines see this folder and --run-dir at the same place; None: this machine alone"""
     cpus_per_run: Annotated[int, at_least(1)] = 1
@@ -206,13 +207,18 @@ def check_shared(args: Args, spec: Spec) -> None:
         )
 
 
-def check_code(args: Args, done: list[Spec]) -> None:
-    """Raises UserError where finished runs are of other code than the scripts are now, unless --continue takes them."""
+def check_done(args: Args, done: list[Spec]) -> None:
+    """Raises UserError where finished runs are of other arguments, or of other code than the scripts are now, unless
+    --continue takes the latter."""
     task = tasks.registrar(absolute(args.env_id))
     codes = {script: code_of(file_of(script), task) for script in {spec.script for spec in done}}
     others = {}
     for spec in done:
-        made_with = read_json(path := folder(args, spec) / "args.json", "delete that folder").get("made_with", {})
+        old = read_json(path := folder(args, spec) / "args.json", "delete that folder")
+        if differ := other_arguments(parsed(args, spec), old):
+            remedy = "choose another --run-dir, or delete that folder"
+            raise cli.UserError(f"{path.parent} holds a finished run with other arguments: {differ}; {remedy}")
+        made_with = old.get("made_with", {})
         if differ := changed(made_with.get("code", {}), codes[spec.script]):
             others[path.parent] = differ
     if others and not args.go_on:
@@ -293,7 +299,7 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
     make_folder(ROOT / args.out, "--out")
     everything = dict.fromkeys(s for spec in specs for s in ([spec.base] if spec.base else []) + [spec])
     done = [spec for spec in everything if (folder(args, spec) / "result.json").exists()]
-    check_code(args, done)
+    check_done(args, done)
     missing = [spec for spec in everything if spec not in done]
     policies = {spec: trained_for(args, spec) for spec in missing}
     for spec, policy in policies.items():  # before anything is trained

@@ -108,6 +108,8 @@ def test_an_exported_policy_is_taken_back(run_script, tmp_path):
     policy = load_policy(tmp_path / "policy.onnx", data)
     actions = policies.player(policy).mode((data.obs - policy["state_mean"]) / policy["state_std"])
     torch.testing.assert_close(actions, policies.load(path).act(data.obs), atol=1e-4, rtol=0)
+    code, _, err = run_script(export, path, "--out", tmp_path / "nowhere" / "policy.onnx")
+    assert code == 2 and err.count("\n") == 1 and "No such file or directory" in err and "choose another --out" in err
     code, _, err = run_script(export, tmp_path / "policy.onnx")
     assert code == 2 and "Traceback" not in err and re.search("policy.onnx", err)
 
@@ -125,7 +127,10 @@ def test_two_sets_of_runs_are_compared(run_script, tmp_path, monkeypatch):
     monkeypatch.setattr(analysis.interval, "__defaults__", (100,))  # resamples
     mine = [made_up_run(tmp_path / f"d__mine__iql__{i}", [30, 40, 50 + i, 60]) for i in range(3)]
     theirs = [made_up_run(tmp_path / f"d__o2sac__iql__{i}", [30, 10, 30, 40 - i]) for i in range(3)]
-    out_file = tmp_path / "both.png"
+    out_file, drawn = tmp_path / "both.png", []
+    monkeypatch.setattr(
+        analysis, "save", lambda figure, path, save=analysis.save: [save(figure, path), drawn.append((figure, path))]
+    )
     code, out, err = run_script(compare, *mine, "--against", *theirs, "--out", out_file)
     assert code == 0, err
     assert "probability that a run of mine from iql ends higher: 1.00" in out and "some-data, scores" in out
@@ -136,6 +141,11 @@ def test_two_sets_of_runs_are_compared(run_script, tmp_path, monkeypatch):
         and rows["o2sac from iql"][4].startswith("10.0")
     )
     assert out_file.read_bytes().startswith(b"\x89PNG")
+    [[figure, _]] = drawn
+    title, legend = figure._suptitle.get_window_extent(), figure.legends[0].get_window_extent()
+    assert "Runs: 3 of mine from iql and 3 of o2sac from iql" in figure.get_suptitle().replace("\n", " ")
+    for box in (title, legend):
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width  # nothing is cut off, of one panel neither
     other = made_up_run(tmp_path / "e__o2sac__iql__0", [1.0, 2.0], dataset="other-data")
     code, _, err = run_script(compare, *mine, "--against", other)
     assert code == 2 and "no dataset has runs of both: some-data here, other-data there" in err
@@ -168,6 +178,9 @@ def test_runs_that_do_not_belong_together_are_not_averaged(run_script, tmp_path)
     (first / "result.json").write_text("{")
     code, _, err = run_script(compare, first, "--against", theirs)
     assert code == 2 and "result.json is damaged" in err and "Traceback" not in err
+    for out in (tmp_path, tmp_path / "x.jpgg", tmp_path / "x"):
+        code, _, err = run_script(compare, theirs, "--against", theirs, "--out", out)
+        assert code == 2 and err == f"error: {out} names no picture; give --out an ending such as .png, .pdf or .svg\n"
     code, _, err = run_script(compare, theirs, "--against", theirs, "--out", tmp_path / "nowhere" / "x.png")
     assert code == 2 and "there is no folder for" in err
 

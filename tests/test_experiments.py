@@ -171,6 +171,10 @@ def test_shared_stages_change_nothing(tmp_path, ray_is_local, monkeypatch):
     assert harness.run_all(args, [shared, alone]) == []  # nothing is done twice
     assert (harness.folder(args, alone) / "policy.pt").stat().st_mtime_ns == stamp
 
+    longer = dataclasses.replace(base, flags=(*TINY, "--eval-every", "20"))
+    with pytest.raises(UserError, match=r"finished run with other arguments: --eval-every 30 \(now 20\); .*--run-dir"):
+        harness.run_all(args, [longer])
+
     monkeypatch.setattr(harness, "code_of", lambda *files: code_of(*files) | {"o2td3.py": "edited"})
     with pytest.raises(UserError, match=r"3 finished runs are of other code .*o2td3.py changed since.*--continue"):
         harness.run_all(args, [shared, alone])

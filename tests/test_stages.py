@@ -1,6 +1,10 @@
 """A script declares what it is made of: a copy under another name works wherever scripts are named."""
 
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -44,8 +48,52 @@ def test_what_a_copy_lacks_is_named(tmp_path):
     path.write_text("import nothing_of_that_name\n")
     with pytest.raises(UserError, match="broken.py cannot be imported: ModuleNotFoundError"):
         stages.online(str(path))
-    with pytest.raises(UserError, match="there is no script nowhere: neither nowhere.py, nor .*baselines/nowhere.py"):
+    with pytest.raises(UserError, match="there is no script nowhere: neither .*baselines/nowhere.py, nor nowhere.py"):
         stages.online("nowhere")
+
+
+@pytest.mark.parametrize(("old", "new", "words"), [
+    ('KIND = "squashed_gaussian"', 'KIND = "gausian"', "KIND has to be one of .*deterministic, not gausian"),
+    ('"align_steps", alignment_step', '"aline_steps", alignment_step', r"has no aline_steps \(of the stage sort\)"),
+    ('"fine-tuned", "eval_every"', '"fine-tuned", "eval_evry"', r"no eval_evry \(of the stage finetune\)"),
+    ('ABLATIONS = ("reevaluate",', 'ABLATIONS = ("reevalute",', r"no reevalute \(of ABLATIONS\)"),
+    ('    "constrain", "online_steps",', '    "constrian", "online_steps",', r"no constrian \(of FINETUNING_ARGS\)"),
+    ("STAGES = (REEVALUATE, ALIGN, FINETUNE)", "STAGES = ()", "a tuple of one Stage or more"),
+    ("STAGES = (REEVALUATE, ALIGN, FINETUNE)", "STAGES = ('align', FINETUNE)", "a tuple of one Stage or more"),
+    ("STAGES = (REEVALUATE, ALIGN, FINETUNE)", "STAGES = (REEVALUATE, ALIGN)", "last of its STAGES .* named finetune"),
+    ("PRESETS = {", "PRESET = {", "mymethod.py lacks PRESETS"),
+])  # fmt: skip
+def test_what_a_copy_declares_wrongly_is_named(mymethod, old, new, words, monkeypatch):
+    """Where an experiment takes it, and where it is started itself."""
+    text = mymethod.read_text()
+    assert text.count(old) == 1
+    mymethod.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=f"mymethod.py.*{words}.*extend.md|{words}.*extend.md"):
+        stages.online(str(mymethod))
+    done = subprocess.run([sys.executable, mymethod, "--preset", "demo"], env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and re.search(words, done.stderr) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("folder", [".", "ideas.v2"])
+def test_a_name_with_dots_is_a_name_too(folder, tmp_path, monkeypatch):
+    """Inside the project, where files are imported as its modules, as well as elsewhere."""
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    path = tmp_path / folder / "my.method-v2.py"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text((ROOT / "o2td3.py").read_text())
+    assert stages.online(str(path)).KIND == "deterministic"
+    monkeypatch.chdir(path.parent)
+    assert stages.online("my.method-v2") is stages.online("my.method-v2.py") is stages.online(str(path))
+
+
+def test_a_bare_name_is_the_projects_wherever_it_is_typed(tmp_path, monkeypatch):
+    """In baselines/ lies an iql.py that is no offline algorithm."""
+    monkeypatch.chdir(ROOT / "baselines")
+    assert stages.find("iql", "offline") == ROOT / "offline" / "iql.py"
+    assert stages.find("iql.py", "offline") == ROOT / "baselines" / "iql.py"
+    monkeypatch.chdir(tmp_path)
+    assert stages.find("iql.py", "offline") == ROOT / "offline" / "iql.py"
 
 
 def test_experiments_take_a_copy(mymethod):
@@ -106,6 +154,9 @@ def test_schedules_reach_a_step_as_tensors():
     x = schedule.tensors["x"]
     schedule.fill(3)
     assert x == 6 and schedule.scalars() == {"charts/x": 6.0, "charts/y": -1.0}
+    stages.Schedules({"x": lambda step: 1 / step}, torch.device("cpu"))  # the first step is 1
+    with pytest.raises(UserError, match="the schedule x has to be a function of the step"):
+        stages.Schedules({"x": 3.0}, torch.device("cpu"))
 
 
 def test_a_copy_runs_for_several_seeds(mymethod, run_script, tmp_path, monkeypatch):
