@@ -61,20 +61,20 @@ class Args(cli.OnlineArgs):
     """discount factor"""
     value_hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
     """widths of the hidden layers in the value network, of tanh units"""
+    max_std_start: Annotated[float | None, above(0)] = None
+    """upper limit of the policy's std at the start; None: 0.05 on hopper's (medium-)expert data, else none"""
     scale_rewards: bool | None = None
     """divide rewards by the running standard deviation of the discounted return; None: on halfcheetah alone"""
-    log_every: Annotated[int, at_least(1)] = 5_000
+    log_every: Annotated[int, at_least(1), only_with(reevaluate=True)] = 5_000
     """gradient steps between logged means in re-evaluation"""
 
     # 1. re-evaluation
     reevaluate: bool = True
     """learn the value of the offline policy first; without it the value network starts at random"""
     value_init: Annotated[Literal["returns", "fqe"], only_with(reevaluate=True)] = "returns"
-    """returns: regress V on the discounted returns of the data, closer to the behaviour policy's value (the paper);
-    fqe: fitted Q evaluation of π_off, then V(s) = E Q(s, a) over its actions"""
+    """returns: V is fitted to the data's discounted returns (the paper); fqe: to E Q(s, a) of fitted Q evaluation"""
     reevaluate_steps: Annotated[int | Literal["auto"], at_least(1)] = 1_000_000
-    """gradient steps; auto: until V rests on held-out states, at most as many as stand here otherwise, with a preset
-    the preset's"""
+    """gradient steps; auto: until V rests on held-out states, at most as many as without it"""
     reevaluate_batch_size: Annotated[int, at_least(1)] = 512
     """transitions in a batch"""
     value_lr: Annotated[float, at_least(0), only_with(reevaluate=True)] = 1e-4
@@ -98,7 +98,7 @@ class Args(cli.OnlineArgs):
     minibatch_size: Annotated[int, at_least(1)] = 128
     """transitions in a minibatch"""
     update_epochs: Annotated[int | None, at_least(1)] = None
-    """passes over each rollout; None: 10, on hopper's expert and medium-expert data 5"""
+    """passes over each rollout; None: 10, on hopper's (medium-)expert data 5"""
     actor_lr: Annotated[float, at_least(0)] = 3e-5
     """learning rate of the actor, annealed to zero"""
     critic_lr: Annotated[float, at_least(0)] = 2e-4
@@ -118,17 +118,12 @@ class Args(cli.OnlineArgs):
     beta_start: Annotated[float, at_least(0), only_with(constrain=True)] = 1.0
     """the paper's β at the first step: weight of the auxiliary advantage"""
     beta_steps: Annotated[int | None, at_least(1), only_with(constrain=True)] = None
-    """environment steps over which β falls linearly to zero; None: 250,000, on expert and
-    medium-expert data 500,000"""
-    max_std_start: Annotated[float | None, above(0)] = None
-    """upper limit of the policy's standard deviation at the start; None: 0.05 on hopper's expert and medium-expert
-    data, else none"""
+    """environment steps over which β falls linearly to zero; None: 250,000, on (medium-)expert data 500,000"""
     reference: Annotated[Literal["best", "interval", "adaptive"], only_with(constrain=True)] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
     when the last training episodes beat those of π_ref by more than chance (experiments/reference.py compares them)"""
     reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
-    """environment steps between moves of π_ref, rounded up to whole rollouts; None: 2,500, on hopper's expert
-    and medium-expert data 10,000"""
+    """steps between moves of π_ref, in whole rollouts; None: 2,500, on hopper's (medium-)expert data 10,000"""
     reference_window: Annotated[int, at_least(2), only_with(reference="adaptive")] = 10
     """adaptive: training episodes on either side of that comparison"""
     reference_margin: Annotated[float, at_least(0), only_with(reference="adaptive")] = 1.0
@@ -138,8 +133,8 @@ class Args(cli.OnlineArgs):
 
     def constants(self, task: Task) -> dict:
         """The paper's for each kind of data (see `Task.expert`)."""
-        scaled = task.robot == "halfcheetah"
-        values = dict(beta_steps=250_000, update_epochs=10, reference_interval=2_500, scale_rewards=scaled)
+        values = dict(beta_steps=250_000, update_epochs=10, reference_interval=2_500)
+        values |= dict(scale_rewards=task.robot == "halfcheetah")
         if task.expert:
             values |= dict(beta_steps=500_000)
             if task.robot == "hopper":
@@ -148,14 +143,15 @@ class Args(cli.OnlineArgs):
 
     def check(self) -> None:
         super().check()
-        n = self.rollout_steps
+        n, parts = self.rollout_steps, f"--num-envs ({self.num_envs}) and of --minibatch-size ({self.minibatch_size})"
         if n % self.num_envs or n % self.minibatch_size:
-            raise cli.UserError(
-                f"--rollout-steps is {n}, but has to be a multiple of --num-envs ({self.num_envs}) and of "
-                f"--minibatch-size ({self.minibatch_size})"
-            )
+            raise cli.UserError(f"--rollout-steps is {n}, but has to be a multiple of {parts}")
         if self.online_steps < n:
             raise cli.UserError(f"--online-steps is {self.online_steps}, but has to be at least --rollout-steps ({n})")
+
+    def whole_rollouts(self) -> int:
+        """Environment steps of fine-tuning, the last rollout whole."""
+        return self.online_steps // self.rollout_steps * self.rollout_steps
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -205,7 +201,7 @@ class Agent(nn.Module):
         obs_dim, action_dim = policy["obs_dim"], policy["action_dim"]
         self.actor = Actor(obs_dim, action_dim, policy["hidden_layers"])
         self.actor.load_state_dict(policy["actor"])
-        if args.max_std_start is not None:
+        if args.max_std_start is not None:  # for π_off too, so that this is what --value-init fqe evaluates
             self.actor.log_std.data.clamp_(max=math.log(args.max_std_start))
         self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)
         self.actor_reference = copy.deepcopy(self.actor_offline)
@@ -252,7 +248,8 @@ def reevaluation_step(args: Args, data: datasets.Dataset, agent: Agent, optimize
     """V of the offline policy, by regression on the data's returns or by fitted Q evaluation."""
     actor, value, critic, critic_target = agent.actor_offline, agent.value, agent.critic, agent.critic_target
     value_params, critic_params = list(value.parameters()), list(critic.parameters())
-    tails, coefficients, ends = discounted_tails(data, args.gamma)
+    if not (fqe := args.value_init == "fqe"):
+        tails, coefficients, ends = discounted_tails(data, args.gamma)
 
     def returns_gradients():
         obs, *_, rows = sample(data, args.reevaluate_batch_size)
@@ -276,7 +273,6 @@ def reevaluation_step(args: Args, data: datasets.Dataset, agent: Agent, optimize
                    "critic_loss": critic_loss.detach(), "q": q.detach().mean()}  # fmt: skip
         return torch.autograd.grad(value_loss, value_params), torch.autograd.grad(critic_loss, critic_params), metrics
 
-    fqe = args.value_init == "fqe"
     gradients = steps.compiled(fqe_gradients if fqe else returns_gradients, args.compile)
 
     def step():
@@ -309,8 +305,8 @@ def reference_advantage(args: Args, reference: Actor, obs: torch.Tensor, actions
     """α [softplus(log π_ref(a|s) + H(π_ref(·|s)) + 4A) - 4A] / A, (B,): high where π_ref would act likewise (Eq. 8)."""
     mean, log_std = reference(obs)
     shift = 4 * actions.shape[1]
-    surprise = gaussian_log_prob(actions, mean, log_std) + gaussian_entropy(log_std)
-    return args.reference_alpha * (F.softplus(surprise + shift) - shift) / actions.shape[1]
+    likeness = gaussian_log_prob(actions, mean, log_std) + gaussian_entropy(log_std)
+    return args.reference_alpha * (F.softplus(likeness + shift) - shift) / actions.shape[1]
 
 
 # ---------------------------------------------------------------------------------------------- 3. fine-tuning
@@ -318,7 +314,7 @@ def reference_advantage(args: Args, reference: Actor, obs: torch.Tensor, actions
 
 def schedules(args: Args) -> dict:
     """What changes with the environment step, and reaches it as a tensor: β and the learning rates, linear to zero."""
-    beta, total = args.beta_start if args.constrain else 0.0, whole_rollouts(args)
+    beta, total = args.beta_start if args.constrain else 0.0, args.whole_rollouts()
     return {
         "beta": lambda step: beta * max(1 - step / args.beta_steps, 0.0),
         "actor_lr": lambda step: args.actor_lr * (1 - step / total),
@@ -326,16 +322,8 @@ def schedules(args: Args) -> dict:
     }
 
 
-def whole_rollouts(args: Args) -> int:
-    """Environment steps of fine-tuning, the last rollout whole."""
-    return args.online_steps // args.rollout_steps * args.rollout_steps
-
-
 def update_epoch(args: Args, batch: dict, agent: Agent, optimizers: Optimizers, scheduled: dict):
-    """One pass over the rollout in minibatches. `batch` holds its tensors (rollout_steps, …), filled by the caller.
-
-    `scheduled` holds what `schedules` names, as scalar tensors.
-    """
+    """One pass over the rollout in minibatches; `batch` (rollout_steps, …) and `scheduled` are filled by the caller."""
     actor, value = agent.actor, agent.value
     actor_params, value_params = list(actor.parameters()), list(value.parameters())
 
@@ -387,25 +375,21 @@ def rollout(actor: Actor, env: envs.VectorEpisodes, steps_each: int) -> tuple[di
         mean, log_std = actor(torch.as_tensor(obs))
         actions = (mean + log_std.exp() * torch.randn_like(mean)).numpy()
         next_obs, rewards, terminated, ended, returns = env.step(actions.clip(-1, 1))
-        rows.append((obs, actions, next_obs, rewards, terminated, ended))
+        row = dict(obs=obs, actions=actions, next_obs=next_obs, rewards=rewards, terminated=terminated, ended=ended)
+        rows.append(row)
         finished += returns
-    names = ("obs", "actions", "next_obs", "rewards", "terminated", "ended")
-    return {name: np.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}, finished
+    return {name: np.stack([row[name] for row in rows]) for name in row}, finished
 
 
 @torch.no_grad()
 def fill(args: Args, batch: dict, collected: dict, agent: Agent, beta: torch.Tensor) -> torch.Tensor:
     """Turn a rollout into what the update needs, in place; the mean auxiliary advantage."""
     device = batch["obs"].device
-    obs, next_obs, actions = (
-        torch.as_tensor(collected[name], device=device).flatten(0, 1) for name in ("obs", "next_obs", "actions")
-    )
-    shape = collected["rewards"].shape
-    values, next_values = (agent.value(x).view(shape).cpu().numpy() for x in (obs, next_obs))
-    advantages = gae(
-        collected["rewards"], values, next_values, collected["terminated"], collected["ended"], args.gamma,
-        args.gae_lambda,
-    )  # fmt: skip
+    rewards, terminated, ended = (collected[name] for name in ("rewards", "terminated", "ended"))
+    obs, next_obs, actions = (torch.as_tensor(collected[name], device=device).flatten(0, 1)
+                              for name in ("obs", "next_obs", "actions"))  # fmt: skip
+    values, next_values = (agent.value(x).view(rewards.shape).cpu().numpy() for x in (obs, next_obs))
+    advantages = gae(rewards, values, next_values, terminated, ended, args.gamma, args.gae_lambda)
     returns = torch.as_tensor(advantages + values, device=device).flatten()
     advantages = torch.as_tensor(advantages, device=device).flatten()
     # A' = (A_GAE + β A_ref) / (1 + β), A_ref on the scale of A_GAE; then normalised
@@ -432,14 +416,12 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     batch, schedule = empty_batch(args, data), Schedules(schedules(args), device)
     epoch = update_epoch(args, batch, agent, optimizers, schedule.tensors)
     stepper = steps.Stepper(epoch, device, graph=args.compile, steps_per_graph=1)
-    env = envs.VectorEpisodes(
-        data.task, evaluator.mean, evaluator.std, args.num_envs, args.seed, args.reward_scale, args.reward_shift
-    )
+    env = envs.side_by_side(args, data.task, evaluator)
     outplayed = Outplayed(args.reference_window, args.reference_margin)
     # TRY NOT TO MODIFY: what changes in this stage and is not named here starts anew when a run is resumed
     state = {"agent": agent, **optimizers, "env": env, "best": best, "outplayed": outplayed, "scale": scale,
              "stepper": stepper}  # fmt: skip
-    total = whole_rollouts(args)
+    total = args.whole_rollouts()
     loop = Loop(run, "finetune", total, state, device)
     if not loop.start:
         run.log("finetune", 0, probe())
@@ -475,15 +457,15 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 KIND = "gaussian"  # of the policy to start from, see common/policies.py
 TAKES_CRITIC = False  # no offline algorithm has learned these V and Q: --no-reevaluate starts with new ones
 REEVALUATE = Stage("reevaluate", "reevaluate_steps", reevaluation_step, "re-evaluated", plateau="probe/v")
-FINETUNE = Stage(
-    "finetune", "online_steps", update_epoch, "fine-tuned", "eval_every", empty_batch, schedules,
-    per_step=lambda args: args.rollout_steps / args.update_epochs,
-)  # fmt: skip
+FINETUNE = Stage("finetune", "online_steps", update_epoch, "fine-tuned", "eval_every", empty_batch, schedules,
+                 per_step=lambda args: args.rollout_steps / args.update_epochs)  # fmt: skip
 STAGES = (REEVALUATE, FINETUNE)
 ABLATIONS = ("reevaluate", "constrain")  # --no-… leaves that part of the method out
 FINETUNING_ARGS = (  # what fine-tuning alone reads: runs that differ in nothing else share the stages before it
-    "constrain", "online_steps", "beta_start", "beta_steps", "reference", "reference_interval", "reference_window",
-    "reference_margin", "eval_every", "probe_every",
+    "constrain", "online_steps", "num_envs", "rollout_steps", "minibatch_size", "update_epochs", "actor_lr",
+    "critic_lr", "gae_lambda", "clip_coef", "ent_coef", "max_grad_norm", "adam_eps", "reference_alpha", "beta_start",
+    "beta_steps", "reference", "reference_interval", "reference_window", "reference_margin", "eval_every",
+    "probe_every",
 )  # fmt: skip
 
 

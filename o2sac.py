@@ -10,7 +10,6 @@ Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & H
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -31,10 +30,9 @@ import torch
 from torch import nn
 
 PRESETS = {
-    # The demo is 1/80 to 1/250 of the paper's stages, so what moves slowly there moves faster here: the targets of
-    # re-evaluation and λ. The constraint is tighter, for critics that have seen so little are to be trusted less. So
-    # tight a τ lies below the noise of f, which `lagrange_loss` counts as a violation: λ's learning rate limits how far
-    # λ grows in a run, here to e^1.8 times its start (the paper's to e^5), and with 1e-3 it would be e^6.
+    # 1/80 to 1/250 of the paper's gradient steps, so re-evaluation's targets and λ move faster; τ is tighter, for
+    # critics that have seen so little are to be trusted less. It lies below the noise of f, a violation to
+    # `lagrange_loss`, so λ's learning rate bounds its growth: here to e^1.8 times its start (the paper's to e^5)
     "demo": dict(
         env_id="hopper-medium-demo", offline="td3_bc", reevaluate_steps=6_000, reevaluate_tau=0.05,
         align_steps=2_000, online_steps=8_000, learning_starts=2_000, utd=2, lagrange_lr=3e-4, kl_threshold_start=0.01,
@@ -77,9 +75,10 @@ class Args(cli.OnlineArgs):
     """layer normalisation in the critics"""
     critics: Annotated[int, at_least(1), NEW_CRITICS] = 2
     """how many critics there are; the lowest of their values counts"""
+    lagrange_init: Annotated[float, above(0), only_with(constrain=True, align_constrain=True)] = 1.0
+    """λ at the start, of fine-tuning and, with --align-constrain, in alignment"""
     alpha: Annotated[float | None, at_least(0)] = None
-    """temperature: fixed in re-evaluation and alignment, the start of its tuning in fine-tuning (where 0 stays 0);
-    None: 0.2, on expert and medium-expert data 0.5"""
+    """temperature, fixed in stages 1 and 2, tuned from it in 3 (0 stays 0); None: 0.2, on (medium-)expert data 0.5"""
     log_every: Annotated[int, at_least(1)] = 5_000
     """gradient steps between logged means in re-evaluation and alignment"""
 
@@ -89,8 +88,7 @@ class Args(cli.OnlineArgs):
     critic_init: Literal["offline", "random"] = "offline"
     """without re-evaluation: the offline algorithm's own critic, or a new one that nothing has trained"""
     reevaluate_steps: Annotated[int | Literal["auto"], at_least(1)] = 500_000
-    """gradient steps of fitted Q evaluation; auto: until Q of the policy's actions rests on held-out states, at most as
-    many as stand here otherwise, with a preset the preset's"""
+    """gradient steps of fitted Q evaluation; auto: until Q rests on held-out states, at most as many as without it"""
     reevaluate_tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor there; with few steps a larger one is needed for Q to reach its fixed point"""
 
@@ -105,12 +103,12 @@ class Args(cli.OnlineArgs):
     """learning rate of the actor there; 0: it stands still, and the critics alone are aligned; None: --actor-lr"""
     align_constrain: bool = False
     """add fine-tuning's penalty λ f there, of the distance from π_off and with λ at its start"""
-    align_restore: bool = False
-    """fine-tune from π_off, with the aligned critics"""
 
     # 3. constrained fine-tuning
     constrain: bool = True
     """constrain the policy to the reference policy"""
+    align_restore: bool = False
+    """fine-tune from π_off, with the aligned critics"""
     online_steps: Annotated[int, at_least(1)] = 100_000
     """environment steps"""
     learning_starts: Annotated[int, at_least(1)] = 1_000
@@ -129,8 +127,6 @@ class Args(cli.OnlineArgs):
     """learning rate of the temperature"""
     target_entropy: Annotated[float | None, finite()] = None
     """entropy that the temperature is tuned to; None: minus the number of action dimensions"""
-    lagrange_init: Annotated[float, above(0), only_with(constrain=True, align_constrain=True)] = 1.0
-    """λ at the start"""
     lagrange_lr: Annotated[float, at_least(0), only_with(constrain=True)] = 5e-5
     """learning rate of log λ"""
     lagrange_expectile: Annotated[float, between(0, 1), only_with(constrain=True)] = 0.7
@@ -138,23 +134,20 @@ class Args(cli.OnlineArgs):
     log_prob_floor: Annotated[float, finite(), only_with(constrain=True)] = -50.0
     """log π_ref(a|s) is clamped from below at this"""
     per_dimension: Annotated[bool, only_with(constrain=True)] = False
-    """scale τ and that floor, which bound sums over the action's dimensions, to its number of them: τ / 6 for each, as
-    on halfcheetah and walker2d, and the floor / 3, as on hopper"""
+    """for each action dimension τ / 6, as on halfcheetah and walker2d, and a third of that floor, as on hopper"""
     kl_threshold_start: Annotated[float | None, at_least(0), only_with(constrain=True)] = None
-    """the paper's τ at the first step; None: 0.125, on expert and medium-expert data 0.005"""
+    """the paper's τ at the first step; None: 0.125, on (medium-)expert data 0.005"""
     kl_threshold_end: Annotated[float | None, at_least(0), only_with(constrain=True)] = None
-    """the paper's τ after --kl-threshold-steps; None: 2.0, on expert and medium-expert data 0.125, a
-    quarter of these with --reference interval"""
+    """the paper's τ at the end; None: 2.0, on (medium-)expert data 0.125; a quarter with --reference interval"""
     kl_threshold_steps: Annotated[int, at_least(1), only_with(constrain=True)] = 100_000
     """environment steps over which the threshold grows linearly"""
     reference: Annotated[Literal["best", "interval", "adaptive"], only_with(constrain=True)] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
     when the last training episodes beat those of π_ref by more than chance (experiments/reference.py compares them)"""
     reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
-    """environment steps between moves of π_ref; None: 1,000, on hopper's expert and medium-expert data 10,000"""
+    """environment steps between moves of π_ref; None: 1,000, on hopper's (medium-)expert data 10,000"""
     actor_grad_norm: Annotated[float | None, above(0)] = None
-    """the actor's gradient is clipped at this norm; None: 0.25 where --reference interval has 10,000 steps by default,
-    else not"""
+    """the actor's gradient is clipped at this norm; None: 0.25 where the default interval is 10,000, else not"""
     reference_window: Annotated[int, at_least(2), only_with(reference="adaptive")] = 10
     """adaptive: training episodes on either side of that comparison"""
     reference_margin: Annotated[float, at_least(0), only_with(reference="adaptive")] = 1.0
@@ -179,8 +172,6 @@ class Args(cli.OnlineArgs):
             raise cli.UserError("--critic-init random means a run without re-evaluation; add --no-reevaluate")
         if self.align_constrain and self.align_actor_lr == 0:
             raise cli.UserError("--align-constrain is about the actor, which --align-actor-lr 0 stops; leave one out")
-        if self.warmup_steps > (n := self.online_steps):
-            raise cli.UserError(f"--warmup-steps is {self.warmup_steps}, but has to be at most --online-steps ({n})")
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -232,16 +223,15 @@ class Agent(nn.Module):
         self.actor.load_state_dict(policy["actor"])
         self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)
         self.actor_reference = copy.deepcopy(self.actor_offline)
-        shape = dict(hidden_layers=args.critic_hidden, layer_norm=args.critic_layer_norm, n=args.critics)
-        naive = not args.reevaluate and args.critic_init == "offline"
-        if naive:  # the naive switch: the offline algorithm's critics, in that algorithm's shape
-            shape = {key: policy["critic"][key] for key in ("hidden_layers", "layer_norm")}
-        self.critic = Critic(obs_dim, action_dim, **shape)
-        if naive:
-            self.critic.load_state_dict(policy["critic"]["critic"])
+        if args.reevaluate or args.critic_init == "random":
+            self.critic = Critic(obs_dim, action_dim, args.critic_hidden, args.critic_layer_norm, args.critics)
+        else:  # the naive switch: the offline algorithm's critics, in that algorithm's shape
+            theirs = policy["critic"]
+            self.critic = Critic(obs_dim, action_dim, theirs["hidden_layers"], theirs["layer_norm"])
+            self.critic.load_state_dict(theirs["critic"])
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())
-        self.log_lagrange = nn.Parameter(torch.tensor(math.log(args.lagrange_init)))
+        self.log_lagrange = nn.Parameter(torch.tensor(args.lagrange_init).log())
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The most likely action, tanh of the mean."""
@@ -314,13 +304,10 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
     actor, critic, critic_target = agent.actor, agent.critic, agent.critic_target
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
 
-    def anchor(obs):
-        mean, log_std = agent.actor_offline(obs)
-        action = torch.tanh(mean)
-        return action, log_prob_of(mean, mean, log_std), critic_target(obs, action).amin(0), mean, log_std
-
     # π_off and Q̄ are frozen here: the anchor ȧ, log π_off(ȧ|s) and Q̄(s, ȧ) of every state are computed once
-    anchor_actions, anchor_log_prob, anchor_q, offline_mean, offline_log_std = in_chunks(anchor, data.obs)
+    offline_mean, offline_log_std = in_chunks(agent.actor_offline, data.obs)
+    anchor_actions, anchor_log_prob = torch.tanh(offline_mean), log_prob_of(offline_mean, offline_mean, offline_log_std)
+    anchor_q = in_chunks(lambda *x: critic_target(*x).amin(0), data.obs, anchor_actions)
 
     def gradients():
         obs, *_, rows = sample(data, args.batch_size)
@@ -374,35 +361,27 @@ def lagrange_loss(log_lagrange: torch.Tensor, slack: torch.Tensor, expectile: fl
     return log_lagrange.exp() * ((expectile - (slack > 0).float()).abs() * slack).mean()
 
 
-def finetuning_step(
-    args: Args, replay: ReplayBuffer, agent: Agent, optimizers: Optimizers, scheduled: dict, warming_up: bool = False
-):
-    """SAC's `utd` updates of one environment step, under E[log π(a|s) - log π_ref(a|s)] < τ (Eq. 10 and 11).
-
-    `scheduled` holds what `schedules` names, as scalar tensors. While `warming_up` the critics alone learn.
-    """
-    threshold = scheduled["kl_threshold"]
+def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers, scheduled: dict, warming_up=False):
+    """SAC's `utd` updates of one environment step, under E[log π(a|s) - log π_ref(a|s)] < τ (Eq. 10 and 11)."""
+    threshold = scheduled["kl_threshold"]  # the paper's τ, a tensor that the caller fills
     times_threshold, times_floor = (replay.action_dim / n if args.per_dimension else 1.0 for n in (6, 3))
     actor, critic, critic_target, reference = agent.actor, agent.critic, agent.critic_target, agent.actor_reference
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
     target_entropy = -float(replay.action_dim) if args.target_entropy is None else args.target_entropy
-    batch_size = args.batch_size
 
     def gradients():
-        obs, actions, rewards, next_obs, terminations = replay.sample(batch_size)
+        obs, actions, rewards, next_obs, terminations = replay.sample(args.batch_size)
         alpha = agent.log_alpha.exp().detach()
         lagrange = agent.log_lagrange.exp().detach() if args.constrain else torch.zeros_like(alpha)
-        with torch.no_grad():
-            reference_mean, reference_log_std = reference(torch.cat([obs, next_obs]))
 
-        def divergence(u, log_prob, half):  # f(s, a) = log π(a|s) - log π_ref(a|s)
-            reference_log_prob = log_prob_of(u, reference_mean[half], reference_log_std[half])
+        def divergence(states, u, log_prob):  # f(s, a) = log π(a|s) - log π_ref(a|s)
+            reference_log_prob = log_prob_of(u, *reference(states))
             return log_prob - reference_log_prob.clamp(min=times_floor * args.log_prob_floor)
 
         # critic: y = r + γ (1 - d) [ min_i Q̄_i(s', a') - α log π(a'|s') - λ f(s', a') ]
         with torch.no_grad():
             next_actions, next_u, next_log_prob = sample_actions(*actor(next_obs))
-            next_f = divergence(next_u, next_log_prob, slice(batch_size, None))
+            next_f = divergence(next_obs, next_u, next_log_prob)
             next_q = critic_target(next_obs, next_actions).amin(0)
             y = rewards + args.gamma * (1 - terminations) * (next_q - alpha * next_log_prob - lagrange * next_f)
         q = critic(obs, actions)
@@ -410,14 +389,13 @@ def finetuning_step(
 
         # actor: α log π(a|s) - min_i Q_i(s, a) + λ f(s, a)
         new_actions, u, log_prob = sample_actions(*actor(obs))
-        f = divergence(u, log_prob, slice(None, batch_size))
+        f = divergence(obs, u, log_prob)
         actor_loss = (alpha * log_prob - critic(obs, new_actions).amin(0) + lagrange * f).mean()
 
         # temperature towards the target entropy, multiplier towards E f = τ
         alpha_loss = -agent.log_alpha * (log_prob.detach() + target_entropy).mean()
-        multiplier_loss = lagrange_loss(
-            agent.log_lagrange, times_threshold * threshold - f.detach(), args.lagrange_expectile
-        )
+        slack = times_threshold * threshold - f.detach()
+        multiplier_loss = lagrange_loss(agent.log_lagrange, slack, args.lagrange_expectile)
 
         metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, "q": q.mean(), "q_target": y.mean(),
                    "alpha": alpha, "entropy": -log_prob.mean(), "kl": f.mean(), "lagrange": lagrange}  # fmt: skip
@@ -434,7 +412,7 @@ def finetuning_step(
     def step():
         for update in range(args.utd):
             critic_grads, actor_grads, alpha_grads, lagrange_grads, metrics = gradients()
-            if not warming_up:
+            if not warming_up:  # else the critics alone learn
                 if update == 0 and args.constrain:  # λ moves on the first of the ten only
                     optimizers["lagrange_optimizer"].step(lagrange_grads)
                 optimizers["alpha_optimizer"].step(alpha_grads)
@@ -451,13 +429,12 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     device = data.obs.device
     replay, schedule = experience(args, data), Schedules(schedules(args), device)
     stepper = steps.Stepper(None, device, graph=args.compile, steps_per_graph=1)
-    env = envs.make_env(data.task, evaluator.mean, evaluator.std)
-    env = envs.Episodes(env, args.seed, args.reward_scale, args.reward_shift)
+    env = envs.training(args, data.task, evaluator)
     outplayed = Outplayed(args.reference_window, args.reference_margin)
     # TRY NOT TO MODIFY: what changes in this stage and is not named here starts anew when a run is resumed
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "outplayed": outplayed,
              "stepper": stepper}  # fmt: skip
-    loop = Loop(run, "finetune", args.online_steps, state, device)
+    loop = Loop(run, "finetune", args.online_steps, state, device, probe)
 
     @torch.no_grad()
     def explore(actor, obs):
@@ -466,8 +443,6 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
     # TRY NOT TO MODIFY: the order of what happens in a step, which a resumed run repeats
     for env_step in loop:
-        if (env_step - 1) % args.probe_every == 0:
-            run.log("finetune", env_step - 1, probe())
         warming_up = env_step <= args.warmup_steps
         obs, action = env.obs, explore(agent.actor_offline if warming_up else agent.actor, env.obs)
         schedule.fill(env_step)
@@ -522,7 +497,7 @@ def main() -> None:
         optimizers["actor_optimizer"].lr.fill_(args.actor_lr)
         if args.align_restore:  # of all that alignment did the critics alone are kept
             agent.actor.load_state_dict(agent.actor_offline.state_dict())
-            optimizers["actor_optimizer"] = Optimizers(args, agent)["actor_optimizer"]
+            optimizers["actor_optimizer"] = Adam(agent.actor.parameters(), args.actor_lr)
             run.last_score, run.last_returns = best.score, best.returns
         agent.critic_target.load_state_dict(agent.critic.state_dict())
     if best.update(run.last_score, agent.actor, "aligned policy", run.last_returns) or args.reference == "adaptive":

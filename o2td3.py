@@ -11,7 +11,6 @@ Optimistic Critic Reconstruction and Constrained Fine-Tuning (Luo, Xie, Wang & H
 
 import copy
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -75,6 +74,8 @@ class Args(cli.OnlineArgs):
     """standard deviation of the noise on target actions"""
     noise_clip: Annotated[float, at_least(0)] = 0.5
     """that noise is clipped at this"""
+    lagrange_init: Annotated[float, above(0), only_with(constrain=True, align_constrain=True)] = 1.0
+    """λ at the start, of fine-tuning and, with --align-constrain, in alignment"""
     log_every: Annotated[int, at_least(1)] = 5_000
     """gradient steps between logged means in re-evaluation and alignment"""
 
@@ -84,8 +85,7 @@ class Args(cli.OnlineArgs):
     critic_init: Literal["offline", "random"] = "offline"
     """without re-evaluation: the offline algorithm's own critic, or a new one that nothing has trained"""
     reevaluate_steps: Annotated[int | Literal["auto"], at_least(1)] = 500_000
-    """gradient steps of fitted Q evaluation; auto: until Q of the policy's actions rests on held-out states, at most as
-    many as stand here otherwise, with a preset the preset's"""
+    """gradient steps of fitted Q evaluation; auto: until Q rests on held-out states, at most as many as without it"""
     reevaluate_tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor there; with few steps a larger one is needed for Q to reach its fixed point"""
 
@@ -100,19 +100,18 @@ class Args(cli.OnlineArgs):
     """learning rate of the actor there; 0: it stands still, and the critics alone are aligned; None: --actor-lr"""
     align_constrain: bool = False
     """add fine-tuning's penalty λ f there, of the distance from π_off and with λ at its start"""
-    align_restore: bool = False
-    """fine-tune from π_off, with the aligned critics"""
     align_distance: Annotated[float, at_least(0)] = 1.0
     """the paper's k: how fast the aligned Q falls with the squared distance from the anchor"""
     align_max_distance: Annotated[float, at_least(0)] = 0.2
     """that distance is clipped at this"""
     align_radius: Literal["fixed", "uniform"] = "fixed"
-    """length of the noise there: TD3's; or times U(0, 1.5) for each action, so that distances from the anchor vary in
-    any number of dimensions, where TD3's gather near the clip"""
+    """length of the noise there: TD3's; or times U(0, 1.5) for each action, for in many dimensions all are alike"""
 
     # 3. constrained fine-tuning
     constrain: bool = True
     """constrain the policy to the reference policy"""
+    align_restore: bool = False
+    """fine-tune from π_off, with the aligned critics"""
     online_steps: Annotated[int, at_least(1)] = 100_000
     """environment steps"""
     learning_starts: Annotated[int, at_least(1)] = 1_000
@@ -124,36 +123,30 @@ class Args(cli.OnlineArgs):
     policy_freq: Annotated[int, at_least(1)] = 2
     """critic updates per update of the actor, of the targets and of λ"""
     exploration_noise: Annotated[float | None, at_least(0)] = None
-    """standard deviation of the Gaussian noise on executed actions; None: 0.1, on expert and medium-expert data
-    0.05"""
+    """standard deviation of the Gaussian noise on executed actions; None: 0.1, on (medium-)expert data 0.05"""
     tau: Annotated[float, between(0, 1)] = 0.005
     """Polyak factor of the targets (the paper's τ is --mse-threshold-…)"""
     buffer: Literal["half", "all", "part", "none"] = "half"
     """offline data in online batches: half of each batch, all in one buffer, only the best episodes, or none"""
     part_episodes: Annotated[int, at_least(1), only_with(buffer="part")] = 50
     """how many episodes, those of highest return, --buffer part keeps"""
-    lagrange_init: Annotated[float, above(0), only_with(constrain=True, align_constrain=True)] = 1.0
-    """λ at the start"""
     lagrange_lr: Annotated[float, at_least(0), only_with(constrain=True)] = 5e-5
     """learning rate of log λ"""
     lagrange_expectile: Annotated[float, between(0, 1), only_with(constrain=True)] = 0.7
     """asymmetry of λ's loss: weight of violated states (0.7) against satisfied ones (0.3)"""
     mse_threshold_start: Annotated[float | None, at_least(0), only_with(constrain=True)] = None
-    """the paper's τ at the first step; None: 0.0025, on expert and medium-expert data 2.5e-5"""
+    """the paper's τ at the first step; None: 0.0025, on (medium-)expert data 2.5e-5"""
     mse_threshold_end: Annotated[float | None, at_least(0), only_with(constrain=True)] = None
-    """the paper's τ after --mse-threshold-steps; None: 0.04, on expert and medium-expert data 6.25e-4, a
-    quarter of these with --reference interval"""
+    """the paper's τ at the end; None: 0.04, on (medium-)expert data 6.25e-4; a quarter with --reference interval"""
     mse_threshold_steps: Annotated[int, at_least(1), only_with(constrain=True)] = 100_000
     """environment steps over which the threshold grows linearly"""
     reference: Annotated[Literal["best", "interval", "adaptive"], only_with(constrain=True)] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
     when the last training episodes beat those of π_ref by more than chance (experiments/reference.py compares them)"""
     reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
-    """environment steps between moves of π_ref; None: 1,000, on hopper's expert and medium-expert data and on
-    walker2d's expert data 10,000"""
+    """environment steps between moves of π_ref; None: 1,000; hopper's (medium-)expert, walker2d's expert data 10,000"""
     actor_grad_norm: Annotated[float | None, above(0)] = None
-    """the actor's gradient is clipped at this norm; None: 0.25 where --reference interval has 10,000 steps by default,
-    else not"""
+    """the actor's gradient is clipped at this norm; None: 0.25 where the default interval is 10,000, else not"""
     reference_window: Annotated[int, at_least(2), only_with(reference="adaptive")] = 10
     """adaptive: training episodes on either side of that comparison"""
     reference_margin: Annotated[float, at_least(0), only_with(reference="adaptive")] = 1.0
@@ -180,8 +173,6 @@ class Args(cli.OnlineArgs):
             raise cli.UserError("--critic-init random means a run without re-evaluation; add --no-reevaluate")
         if self.align_constrain and self.align_actor_lr == 0:
             raise cli.UserError("--align-constrain is about the actor, which --align-actor-lr 0 stops; leave one out")
-        if self.warmup_steps > (n := self.online_steps):
-            raise cli.UserError(f"--warmup-steps is {self.warmup_steps}, but has to be at most --online-steps ({n})")
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -228,15 +219,14 @@ class Agent(nn.Module):
         self.actor_offline = copy.deepcopy(self.actor).requires_grad_(False)
         self.actor_reference = copy.deepcopy(self.actor_offline)
         self.actor_target = copy.deepcopy(self.actor_offline)
-        shape = dict(hidden_layers=args.critic_hidden, layer_norm=args.critic_layer_norm)
-        naive = not args.reevaluate and args.critic_init == "offline"
-        if naive:  # the naive switch: the offline algorithm's critic, in that algorithm's shape
-            shape = {key: policy["critic"][key] for key in shape}
-        self.critic = Critic(obs_dim, action_dim, **shape)
-        if naive:
-            self.critic.load_state_dict(policy["critic"]["critic"])
+        if args.reevaluate or args.critic_init == "random":
+            self.critic = Critic(obs_dim, action_dim, args.critic_hidden, args.critic_layer_norm)
+        else:  # the naive switch: the offline algorithm's critics, in that algorithm's shape
+            theirs = policy["critic"]
+            self.critic = Critic(obs_dim, action_dim, theirs["hidden_layers"], theirs["layer_norm"])
+            self.critic.load_state_dict(theirs["critic"])
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_lagrange = nn.Parameter(torch.tensor(math.log(args.lagrange_init)))
+        self.log_lagrange = nn.Parameter(torch.tensor(args.lagrange_init).log())
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The action without exploration noise."""
@@ -249,7 +239,7 @@ class Agent(nn.Module):
 
 def critic_probe(args: Args, agent: Agent, held_out: datasets.Dataset) -> Probe:
     """Logged in every stage: Q at states that none trains on, and how far it falls with the distance from π_off(s)."""
-    (anchor,) = in_chunks(lambda obs: (agent.actor_offline(obs),), held_out.obs)
+    anchor = in_chunks(agent.actor_offline, held_out.obs)
     noise = (args.policy_noise * fixed_noise(anchor)).clamp(-args.noise_clip, args.noise_clip)
     actions = (anchor + noise).clamp(-1, 1)
     preference = -torch.linalg.vector_norm(actions - anchor, dim=-1)
@@ -276,7 +266,7 @@ def reevaluation_step(args: Args, data: datasets.Dataset, agent: Agent, optimize
     critic, critic_target = agent.critic, agent.critic_target
     critic_params = list(critic.parameters())
     # π_off never changes, so its action at every next state of the data is computed once, not once a step
-    (offline_next_actions,) = in_chunks(lambda obs: (agent.actor_offline(obs),), data.next_obs)
+    offline_next_actions = in_chunks(agent.actor_offline, data.next_obs)
 
     def gradients():
         obs, actions, rewards, next_obs, terminations, rows = sample(data, args.batch_size)
@@ -308,15 +298,12 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
     actor, critic, critic_target = agent.actor, agent.critic, agent.critic_target
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
 
-    def anchor(obs):
-        action = agent.actor_offline(obs)
-        return action, critic_target(obs, action).amin(0)
-
     # π_off and Q̄ are frozen here: the anchor ȧ and Q̄(s, ȧ) of every state are computed once
-    anchor_actions, anchor_q = in_chunks(anchor, data.obs)
+    anchor_actions = in_chunks(agent.actor_offline, data.obs)
+    anchor_q = in_chunks(lambda *x: critic_target(*x).amin(0), data.obs, anchor_actions)
 
     def gradients():
-        obs, actions, *_, rows = sample(data, args.batch_size)
+        obs, *_, rows = sample(data, args.batch_size)
         anchors, q_anchor_target = anchor_actions[rows], anchor_q[rows]
         new_actions = actor(obs)
         # Q'_i(s, ã) = min{ Q̄(s, ȧ) / (1 + k d²),  Q̄_i(s, ã) },  ã = π(s) + noise,  d = ‖ã - ȧ‖ / √A, clipped
@@ -324,7 +311,7 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
             # in many dimensions all noise is about equally long; with another radius for each action, distances vary
             radius = 1.5 * torch.rand_like(new_actions[:, :1]) if args.align_radius == "uniform" else 1.0
             noisy_actions = smoothed(new_actions, args, radius)
-            distance = (noisy_actions - anchors).norm(dim=1) / actions.shape[1] ** 0.5
+            distance = (noisy_actions - anchors).norm(dim=1) / anchors.shape[1] ** 0.5
             shrink = 1 + args.align_distance * distance.clamp(max=args.align_max_distance) ** 2
             # dividing a negative Q would raise it, so there it is multiplied
             ceiling = torch.where(q_anchor_target < 0, q_anchor_target * shrink, q_anchor_target / shrink)
@@ -374,14 +361,9 @@ def lagrange_loss(log_lagrange: torch.Tensor, slack: torch.Tensor, expectile: fl
     return log_lagrange.exp() * ((expectile - (slack > 0).float()).abs() * slack).mean()
 
 
-def finetuning_step(
-    args: Args, replay: ReplayBuffer, agent: Agent, optimizers: Optimizers, scheduled: dict, warming_up: bool = False
-):
-    """TD3's updates of one environment step, under E‖π(s) - π_ref(s)‖² / A < τ (Eq. 10 and 11).
-
-    `scheduled` holds what `schedules` names, as scalar tensors. While `warming_up` the critics alone learn.
-    """
-    threshold = scheduled["mse_threshold"]
+def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers, scheduled: dict, warming_up=False):
+    """TD3's updates of one environment step, under E‖π(s) - π_ref(s)‖² / A < τ (Eq. 10 and 11)."""
+    threshold = scheduled["mse_threshold"]  # the paper's τ, a tensor that the caller fills
     actor, actor_target, reference = agent.actor, agent.actor_target, agent.actor_reference
     critic, critic_target = agent.critic, agent.critic_target
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
@@ -404,9 +386,7 @@ def finetuning_step(
     def actor_gradients(obs):
         # actor: -Q_1(s, π(s)) / mean|Q_1| + λ f(s),  f(s) = ‖π(s) - π_ref(s)‖² / A
         new_actions = actor(obs)
-        with torch.no_grad():
-            reference_actions = reference(obs)
-        f = ((new_actions - reference_actions) ** 2).mean(1)
+        f = ((new_actions - reference(obs)) ** 2).mean(1)
         q = critic(obs, new_actions, n=1)[0]
         actor_loss = -q.mean() / q.abs().mean().detach() + lagrange() * f.mean()
         # multiplier towards E f = τ
@@ -428,7 +408,7 @@ def finetuning_step(
             optimizers["critic_optimizer"].step(critic_grads)
             if next(updates) % args.policy_freq == 0:
                 actor_grads, lagrange_grads, actor_metrics = actor_gradients(obs)
-                if not warming_up:
+                if not warming_up:  # else the critics alone learn
                     optimizers["actor_optimizer"].step(actor_grads)
                     if args.constrain:
                         optimizers["lagrange_optimizer"].step(lagrange_grads)
@@ -444,13 +424,12 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     device = data.obs.device
     replay, schedule = experience(args, data), Schedules(schedules(args), device)
     stepper = steps.Stepper(None, device, graph=args.compile, steps_per_graph=1, phases=args.policy_freq)
-    env = envs.make_env(data.task, evaluator.mean, evaluator.std)
-    env = envs.Episodes(env, args.seed, args.reward_scale, args.reward_shift)
+    env = envs.training(args, data.task, evaluator)
     outplayed = Outplayed(args.reference_window, args.reference_margin)
     # TRY NOT TO MODIFY: what changes in this stage and is not named here starts anew when a run is resumed
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "outplayed": outplayed,
              "stepper": stepper}  # fmt: skip
-    loop = Loop(run, "finetune", args.online_steps, state, device)
+    loop = Loop(run, "finetune", args.online_steps, state, device, probe)
 
     @torch.no_grad()
     def explore(actor, obs):
@@ -459,8 +438,6 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
 
     # TRY NOT TO MODIFY: the order of what happens in a step, which a resumed run repeats
     for env_step in loop:
-        if (env_step - 1) % args.probe_every == 0:
-            run.log("finetune", env_step - 1, probe())
         warming_up = env_step <= args.warmup_steps
         obs, action = env.obs, explore(agent.actor_offline if warming_up else agent.actor, env.obs)
         schedule.fill(env_step)
@@ -515,7 +492,7 @@ def main() -> None:
         optimizers["actor_optimizer"].lr.fill_(args.actor_lr)
         if args.align_restore:  # of all that alignment did the critics alone are kept
             agent.actor.load_state_dict(agent.actor_offline.state_dict())
-            optimizers["actor_optimizer"] = Optimizers(args, agent)["actor_optimizer"]
+            optimizers["actor_optimizer"] = Adam(agent.actor.parameters(), args.actor_lr)
             run.last_score, run.last_returns = best.score, best.returns
         agent.critic_target.load_state_dict(agent.critic.state_dict())
         agent.actor_target.load_state_dict(agent.actor.state_dict())

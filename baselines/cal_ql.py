@@ -224,7 +224,7 @@ def finetuning_step(args: Args, replay: EpisodeBuffer, agent: Agent, optimizers:
             q_all = critic(s.flatten(0, 1), a.flatten(0, 1)).view(2, *a.shape[:2])
             q, q_others = q_all[:, 0], q_all[:, 1:]
             td_loss = ((q - y[part]) ** 2).sum() / batch_size
-            # R(s) = log E_a [exp Q(s, a) / density(a)] - Q(s, a_data): CQL(H) with importance sampling
+            # R(s) = log Σ_a [exp Q(s, a) / density(a)] - Q(s, a_data): CQL(H) with importance sampling
             gaps = torch.logsumexp(torch.maximum(q_others, bound[:, part]) - log_density[:, part], dim=1) - q
             gap = gaps.clamp(min=min_gap).sum() / batch_size
             grads = torch.autograd.grad(td_loss + weight * gap, critic_params)
@@ -273,10 +273,9 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     replay = experience(args, data)
     step = finetuning_step(args, replay, agent, optimizers)
     stepper = steps.Stepper(step, device, graph=args.compile, steps_per_graph=1)
-    env = envs.make_env(data.task, evaluator.mean, evaluator.std)
-    env = envs.Episodes(env, args.seed, args.reward_scale, args.reward_shift)
+    env = envs.training(args, data.task, evaluator)
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "stepper": stepper}
-    loop = Loop(run, "finetune", args.online_steps, state, device)
+    loop = Loop(run, "finetune", args.online_steps, state, device, probe)
 
     @torch.no_grad()
     def explore(obs):
@@ -284,8 +283,6 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         return sample_actions(mean, log_std)[0][0].cpu().numpy()
 
     for env_step in loop:
-        if (env_step - 1) % args.probe_every == 0:
-            run.log("finetune", env_step - 1, probe())
         obs, action = env.obs, explore(env.obs)
         # Updates draw on the transitions before this one, so a GPU does them while the simulator takes this step
         if replay.ended:

@@ -228,10 +228,9 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
     replay = experience(args, data)
     step = finetuning_step(args, replay, agent, optimizers)
     stepper = steps.Stepper(step, device, graph=args.compile, steps_per_graph=1)
-    env = envs.make_env(data.task, evaluator.mean, evaluator.std)
-    env = envs.Episodes(env, args.seed, args.reward_scale, args.reward_shift)
+    env = envs.training(args, data.task, evaluator)
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "stepper": stepper}
-    loop = Loop(run, "finetune", args.online_steps, state, device)
+    loop = Loop(run, "finetune", args.online_steps, state, device, probe)
 
     @torch.no_grad()
     def explore(obs):
@@ -239,8 +238,6 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         return sample_actions(mean, log_std)[0][0].cpu().numpy()
 
     for env_step in loop:
-        if (env_step - 1) % args.probe_every == 0:
-            run.log("finetune", env_step - 1, probe())
         obs = env.obs
         action = explore(obs) if env_step > args.learning_starts else 2 * torch.rand(replay.action_dim).numpy() - 1
         # Updates draw on the transitions before this one, so a GPU does them while the simulator takes this step

@@ -148,6 +148,12 @@ class Episodes:
             self.step(action)
 
 
+def training(args, task: Task, evaluator) -> Episodes:
+    """The episodes of a run's training, with observations as the policy sees them."""
+    env = make_env(task, evaluator.mean, evaluator.std)
+    return Episodes(env, args.seed, args.reward_scale, args.reward_shift)
+
+
 class VectorEpisodes:
     """`n` such environments side by side: `obs` (n, S), and `step` takes (n, A) and gives arrays of n."""
 
@@ -183,6 +189,12 @@ class VectorEpisodes:
     def load_state_dict(self, state: dict) -> None:
         for i, episodes in enumerate(self.all):
             episodes.load_state_dict(state[str(i)])
+
+
+def side_by_side(args, task: Task, evaluator) -> VectorEpisodes:
+    """The same of `--num-envs` environments."""
+    seen = evaluator.mean, evaluator.std
+    return VectorEpisodes(task, *seen, args.num_envs, args.seed, args.reward_scale, args.reward_shift)
 
 
 def record_video(task: Task, mean, std, policy, device, folder) -> None:

@@ -24,10 +24,11 @@ class Loop:
     loop is made, and saved every `--checkpoint-seconds`, at the end, and when a signal asks to stop. `start` is the
     step that it goes on from, and `done` whether nothing is left to do. `total` may become the step that was reached,
     between two blocks, which ends the stage. The progress bar shows the last score, and beside it that of the state's
-    `best` where there is one.
+    `best` where there is one. Before every `--probe-every`-th step that is taken by itself `probe()` is logged.
     """
 
-    def __init__(self, run, stage: str, total: int, state: dict, device: torch.device):
+    def __init__(self, run, stage: str, total: int, state: dict, device: torch.device, probe: Callable | None = None):
+        self.probe = probe
         self.run, self.stage, self.total, self.state, self.device = run, stage, total, state, device
         self.start, self.done = run.restore(stage, state, device)
         self.before = run.seconds.get(stage, 0.0)
@@ -81,7 +82,10 @@ class Loop:
 
     def __iter__(self) -> Iterator[int]:
         """The steps one by one, counted from 1."""
-        return (step for step, _ in self.blocks(1))
+        for step, _ in self.blocks(1):
+            if self.probe and (step - 1) % self.run.args.probe_every == 0:
+                self.run.log(self.stage, step - 1, self.probe())
+            yield step
 
 
 def train(run, stage: str, make_step, steps: int, state: dict, *, device, compile=False, log_every: int, evaluate=None,

@@ -217,10 +217,12 @@ def clip_grad_norm(grads, max_norm: float | None) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def in_chunks(fn, *tensors: torch.Tensor, size: int = 65_536) -> list[torch.Tensor]:
-    """`fn` on all rows of the tensors, a chunk at a time; it returns a tuple of tensors."""
-    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    return [torch.cat(parts) for parts in zip(*(fn(*chunk) for chunk in chunks), strict=True)]
+def in_chunks(fn, *tensors: torch.Tensor, size: int = 65_536) -> torch.Tensor | list[torch.Tensor]:
+    """`fn` on all rows of the tensors, a chunk at a time; it returns a tensor or a tuple of tensors."""
+    parts = [fn(*chunk) for chunk in zip(*(tensor.split(size) for tensor in tensors), strict=True)]
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@
     GOES_ON                  that it starts from the offline algorithm's critics and optimisers, too (`learner`)
     TAKES_CRITIC             False: without re-evaluation it starts with a new critic, not with the offline algorithm's
     FROM_SCRATCH             that it starts from nothing
-    critic_probe(args, agent, held_out)  how its Q is asked, a `Probe` (common/probe.py): experiments/truth.py does
+    critic_probe(args, agent, held_out)  how its Q is asked, a `Probe` (common/probe.py), after a stage reevaluate:
+                             experiments/truth.py does
 
 From ABLATIONS on all but main may be missing. A copy of a script under another name is found by its file.
 """

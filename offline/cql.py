@@ -176,7 +176,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
             q_all = critic(s.flatten(0, 1), a.flatten(0, 1)).view(2, *a.shape[:2])
             q, q_others = q_all[:, 0], q_all[:, 1:]
             td_loss = ((q - y[part]) ** 2).sum() / batch_size
-            # R(s) = log E_a [exp Q(s, a) / density(a)] - Q(s, a_data): CQL(H) with importance sampling
+            # R(s) = log Σ_a [exp Q(s, a) / density(a)] - Q(s, a_data): CQL(H) with importance sampling
             gaps = torch.logsumexp(q_others - log_density[:, part], dim=1) - q
             gap = gaps.clamp(min=min_gap).sum() / batch_size
             grads = torch.autograd.grad(td_loss + weight * gap, critic_params)

@@ -1,10 +1,12 @@
 """A script declares what it is made of: a copy under another name works wherever scripts are named."""
 
+import ast
 import dataclasses
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,3 +194,21 @@ def test_what_an_offline_algorithm_lacks_is_named_before_anything_is_written(tmp
     assert code == 2 and "mine.py lacks train; offline/bc.py" in err and not (tmp_path / "runs").exists()
     code, _, err = run_script(o2sac, *SMALL, *TINY, "--run-dir", tmp_path / "runs", "--offline", "nowhere.py")
     assert code == 2 and "there is no script nowhere.py" in err
+
+
+@pytest.mark.parametrize("name", ["o2sac", "o2td3", "o2ppo"])
+def test_what_fine_tuning_alone_reads_is_read_by_no_other_stage(name):
+    """Runs that differ in it share the stages before, which would be another run's if one of them read it."""
+    script = stages.online(name)
+    tree = ast.parse(Path(script.__file__).read_text())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    waiting = ["Agent", *(stage.make_step.__name__ for stage in script.STAGES[:-1])]
+    seen, read = {"Args", "Optimizers"}, set()  # a learning rate is in no checkpoint
+    while waiting:
+        if (called := waiting.pop()) not in seen and called in functions:
+            seen.add(called)
+            nodes = list(ast.walk(functions[called]))
+            waiting += [node.id for node in nodes if isinstance(node, ast.Name)]
+            read |= {ast.unparse(node).removeprefix("args.") for node in nodes if isinstance(node, ast.Attribute)}
+    assert {"gamma", "batch_size"} & read
+    assert not read & set(script.FINETUNING_ARGS)
