@@ -24,7 +24,8 @@ class Loop:
     loop is made, and saved every `--checkpoint-seconds`, at the end, and when a signal asks to stop. `start` is the
     step that it goes on from, and `done` whether nothing is left to do. `total` may become the step that was reached,
     between two blocks, which ends the stage. The progress bar shows the last score, and beside it that of the state's
-    `best` where there is one. Before every `--probe-every`-th step that is taken by itself `probe()` is logged.
+    `best` where there is one. Of steps that are taken one by one `probe()` is logged before the first of every
+    `--probe-every`, and after the last.
     """
 
     def __init__(self, run, stage: str, total: int, state: dict, device: torch.device, probe: Callable | None = None):
@@ -86,6 +87,8 @@ class Loop:
             if self.probe and (step - 1) % self.run.args.probe_every == 0:
                 self.run.log(self.stage, step - 1, self.probe())
             yield step
+            if self.probe and step == self.total:
+                self.run.log(self.stage, step, self.probe())
 
 
 def train(run, stage: str, make_step, steps: int, state: dict, *, device, compile=False, log_every: int, evaluate=None,
