@@ -20,6 +20,7 @@ from common import cli, pretrain, tasks
 from common import stages as scripts
 from common.bounds import at_least
 from common.checkpoint import aside
+from common.errors import Interrupted
 from common.identity import changed, code_of
 from common.run import make_folder, other_arguments, read_json, run_name
 
@@ -281,16 +282,21 @@ def schedule(args: Args, jobs: dict) -> list[str]:
         waiting_for = [started[k] for k in needed if k in started]
         started[key] = remote.remote(command, args.cpus_per_run, args.retries, share, *waiting_for)
     failures, waiting = [], list(started.values())
-    with tqdm(total=len(waiting), desc="runs", unit="run") as bar:
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            for job in done:
-                try:
-                    failures += filter(None, [ray.get(job)])
-                except ray.exceptions.RayError as error:  # the machine it ran on is gone, and retries did not help
-                    failures.append(([line for line in str(error).splitlines() if line.strip()] or ["Ray failed"])[-1])
-                bar.update()
-    ray.shutdown()
+    try:
+        with tqdm(total=len(waiting), desc="runs", unit="run") as bar:
+            while waiting:
+                done, waiting = ray.wait(waiting)
+                for job in done:
+                    try:
+                        failures += filter(None, [ray.get(job)])
+                    except ray.exceptions.RayError as error:  # the machine it ran on is gone, and retries did not help
+                        words = [line for line in str(error).splitlines() if line.strip()]
+                        failures.append((words or ["Ray failed"])[-1])
+                    bar.update()
+    except KeyboardInterrupt as stop:
+        raise Interrupted("the runs that were at work, too; the same command goes on from what they saved") from stop
+    finally:
+        ray.shutdown()
     return failures
 
 

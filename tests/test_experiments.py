@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import offline
 from common import cli, pretrain, stages
 from common.cli import UserError
 from common.datasets import load
+from common.errors import Interrupted
 from common.identity import code_of
 from common.log import read_rows
 from experiments import (
@@ -147,6 +149,23 @@ def test_ray_that_does_not_start_is_said_in_a_sentence(monkeypatch, address, rem
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(UserError, match=rf"Ray does not start \(The current node timed out.*{remedy}"):
         harness.schedule(harness.Args(ray_address=address), {})
+
+
+def test_ctrl_c_says_what_becomes_of_the_runs(monkeypatch):
+    import ray
+
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    shut = []
+    for name, stand_in in {"init": lambda *_, **__: None, "cluster_resources": lambda: {"CPU": 2}, "wait": stopped,
+                           "shutdown": lambda: shut.append(True)}.items():  # fmt: skip
+        monkeypatch.setattr(ray, name, stand_in)
+    remote = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: "a job"))
+    monkeypatch.setattr(ray, "remote", lambda _: remote)
+    with pytest.raises(Interrupted, match="goes on from what they saved"):
+        harness.schedule(harness.Args(), {"run": (["x.py"], [], [])})
+    assert shut
 
 
 def test_shared_stages_change_nothing(tmp_path, ray_is_local, monkeypatch):
