@@ -81,10 +81,10 @@ def by_dataset(paths: list[Path]) -> dict[str, list[Path]]:
 
 def main() -> None:
     args = cli.read(Args, __doc__)
-    out, kinds = Path(args.out), analysis.plt().Figure().canvas.get_supported_filetypes()
+    out, kinds = Path(args.out), ("png", "pdf", "svg", "jpg", "jpeg")
     if not out.resolve().parent.is_dir():
         raise cli.UserError(f"there is no folder for {out}; make it, or choose another --out")
-    if out.is_dir() or out.suffix[1:] not in kinds:
+    if out.is_dir() or out.suffix[1:].lower() not in kinds:
         raise cli.UserError(f"{out} names no picture; give --out an ending such as .png, .pdf or .svg")
     sides = [finished(args.runs), finished(args.against)]
     names = [label(sides[0], "runs"), label(sides[1], "others")]
@@ -113,10 +113,12 @@ def main() -> None:
         ends = [np.array([run["final"] for run in found]) for found in runs.values()]
         print(f"probability that a run of {names[0]} ends higher: {analysis.improvement(*ends):.2f}")
         analysis.draw_curves(panel, groups)
-    handles, labels = panels[0].get_legend_handles_labels()
+    shown = analysis.named(panels)
     counts = " and ".join(f"{len(side)} of {name}" for name, side in zip(names, sides, strict=True))
     analysis.write_title(figure, f"Runs: {counts}. {analysis.CURVES}")
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(shared), fontsize=8, frameon=False)
+    figure.legend(
+        shown.values(), shown.keys(), loc="outside lower center", ncols=len(shared), fontsize=8, frameon=False
+    )
     analysis.save(figure, out)
     print(f"{out} shows the curves")
 

@@ -313,7 +313,7 @@ def reference_advantage(args: Args, reference: Actor, obs: torch.Tensor, actions
 
 
 def schedules(args: Args) -> dict:
-    """What changes with the environment step, and reaches it as a tensor: β and the learning rates, linear to zero."""
+    """What changes with the steps before a rollout, at first 0, and reaches it as a tensor: β and learning rates."""
     beta, total = args.beta_start if args.constrain else 0.0, args.whole_rollouts()
     return {
         "beta": lambda step: beta * max(1 - step / args.beta_steps, 0.0),

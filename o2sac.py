@@ -138,7 +138,7 @@ class Args(cli.OnlineArgs):
     kl_threshold_start: Annotated[float | None, at_least(0), only_with(constrain=True)] = None
     """the paper's τ at the first step; None: 0.125, on (medium-)expert data 0.005"""
     kl_threshold_end: Annotated[float | None, at_least(0), only_with(constrain=True)] = None
-    """the paper's τ at the end; None: 2.0, on (medium-)expert data 0.125; a quarter with --reference interval"""
+    """τ after --kl-threshold-steps; None: 2.0, on (medium-)expert data 0.125; --reference interval: a quarter"""
     kl_threshold_steps: Annotated[int, at_least(1), only_with(constrain=True)] = 100_000
     """environment steps over which the threshold grows linearly"""
     reference: Annotated[Literal["best", "interval", "adaptive"], only_with(constrain=True)] = "best"
@@ -147,7 +147,7 @@ class Args(cli.OnlineArgs):
     reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
     """environment steps between moves of π_ref; None: 1,000, on hopper's (medium-)expert data 10,000"""
     actor_grad_norm: Annotated[float | None, above(0)] = None
-    """the actor's gradient is clipped at this norm; None: 0.25 where the default interval is 10,000, else not"""
+    """the actor's gradient is clipped at this norm; None: 0.25 with --reference interval's 10,000, else not"""
     reference_window: Annotated[int, at_least(2), only_with(reference="adaptive")] = 10
     """adaptive: training episodes on either side of that comparison"""
     reference_margin: Annotated[float, at_least(0), only_with(reference="adaptive")] = 1.0

@@ -137,7 +137,7 @@ class Args(cli.OnlineArgs):
     mse_threshold_start: Annotated[float | None, at_least(0), only_with(constrain=True)] = None
     """the paper's τ at the first step; None: 0.0025, on (medium-)expert data 2.5e-5"""
     mse_threshold_end: Annotated[float | None, at_least(0), only_with(constrain=True)] = None
-    """the paper's τ at the end; None: 0.04, on (medium-)expert data 6.25e-4; a quarter with --reference interval"""
+    """τ after --mse-threshold-steps; None: 0.04, on (medium-)expert data 6.25e-4; --reference interval: a quarter"""
     mse_threshold_steps: Annotated[int, at_least(1), only_with(constrain=True)] = 100_000
     """environment steps over which the threshold grows linearly"""
     reference: Annotated[Literal["best", "interval", "adaptive"], only_with(constrain=True)] = "best"
@@ -146,7 +146,7 @@ class Args(cli.OnlineArgs):
     reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
     """environment steps between moves of π_ref; None: 1,000; hopper's (medium-)expert, walker2d's expert data 10,000"""
     actor_grad_norm: Annotated[float | None, above(0)] = None
-    """the actor's gradient is clipped at this norm; None: 0.25 where the default interval is 10,000, else not"""
+    """the actor's gradient is clipped at this norm; None: 0.25 with --reference interval's 10,000, else not"""
     reference_window: Annotated[int, at_least(2), only_with(reference="adaptive")] = 10
     """adaptive: training episodes on either side of that comparison"""
     reference_margin: Annotated[float, at_least(0), only_with(reference="adaptive")] = 1.0

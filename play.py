@@ -57,6 +57,8 @@ def read(args: Args) -> tuple[dict, tasks.Task]:
         raise cli.UserError(f"{path} does not say where it is played; give the dataset of its task with --env-id")
     policy = policies.read(path)
     try:
+        if ":" in policy["env_id"]:  # no file that came from elsewhere says what is imported
+            raise cli.UserError("a module registers it")
         task = tasks.limited(tasks.resolve(policy["env_id"]), args.max_episode_steps)
     except cli.UserError as error:
         raise cli.UserError(f"{path} was trained on {policy['env_id']}; give --env-id, and --dataset-path") from error

@@ -289,6 +289,7 @@ def finetune(args: Args, run: Run, data, held_out, agent: Agent, optimizers: Opt
     env = envs.training(args, data.task, evaluator)
     state = {"agent": agent, **optimizers, "replay": replay, "env": env, "best": best, "stepper": stepper}
     loop = Loop(run, "finetune", args.online_steps, state, device, probe)
+    schedule.fill(max(loop.start, 1))  # for the probe, which comes before the next step
 
     @torch.no_grad()
     def explore(obs):

@@ -218,7 +218,9 @@ def complete(args: Args) -> Args:
     """`args` with the constants of their data in the place of None, and checked. Raises UserError."""
     bounds.check(args)
     if "/" in args.exp_name or "__" in args.exp_name:
-        raise UserError(f"{args.exp_name} is to be a part of a folder's name; give --exp-name one without / and __")
+        raise UserError(
+            f"{args.exp_name} is to be a part of a folder's name, without / and __; rename the file, or see --exp-name"
+        )
     constants = args.constants(tasks.resolve(args.env_id, args.dataset_path))
     args = dataclasses.replace(args, **{k: value for k, value in constants.items() if getattr(args, k) is None})
     args.check()

@@ -26,13 +26,14 @@ def code_of(script: Path, *others: Path | None) -> dict[str, str]:
     """
     waiting = [script, *filter(None, others)]
     hashes, folders = {}, (ROOT, *map(home, waiting))
+    searched = (home(script), *folders)  # in this order, as Python does
     while waiting:
         path = waiting.pop()
         name = str(path.relative_to(next(folder for folder in folders if path.is_relative_to(folder))))
         if name in hashes:
             continue
         tree = ast.parse(path.read_bytes())
-        waiting += imported(tree, folders)
+        waiting += imported(tree, searched)
         hashes[name] = hashlib.sha256(repr(shape(tree)).encode()).hexdigest()[:16]
     return dict(sorted(hashes.items()))
 
@@ -69,8 +70,9 @@ def imported(tree: ast.AST, folders: tuple[Path, ...]) -> list[Path]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    paths = [folder.joinpath(*name.split(".")) for name in names for folder in folders]
-    return [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
+    places = [[folder.joinpath(*name.split(".")) for folder in folders] for name in names]
+    files = [[file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py")] for paths in places]
+    return [found for those in files if (found := next((file for file in those if file.is_file()), None))]
 
 
 def versions() -> dict[str, str]:

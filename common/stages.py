@@ -108,7 +108,7 @@ class Schedules:
             raise UserError(f"the schedule {constant[0]} has to be a function of the step, as lambda step: 3.0")
         self.functions = functions
         self.tensors = {name: torch.zeros((), device=device) for name in functions}
-        self.fill(1)  # steps are counted from 1, so that a function may divide by them
+        self.fill(1)  # the first step: O2SAC's and O2TD3's functions may divide by it
 
     def fill(self, step: int) -> None:
         for name, function in self.functions.items():

@@ -219,9 +219,9 @@ class Stepper:
     def _one(self) -> tuple[str, ...]:
         metrics = self.step()
         names = tuple(metrics)
-        if names not in self.sums and (wide := [name for name, value in metrics.items() if value.dim()]):
-            shape = tuple(metrics[wide[0]].shape)
-            raise UserError(f"the metric {wide[0]} has shape {shape}, and one number is logged; take its mean")
+        if names not in self.sums and (wrong := [x for x in metrics if getattr(metrics[x], "shape", 0) != ()]):
+            found = getattr(metrics[wrong[0]], "shape", type(metrics[wrong[0]]).__name__)
+            raise UserError(f"the metric {wrong[0]} has to be a tensor of shape (), not {found}; log a mean")
         values = torch.stack([value.detach() for value in metrics.values()])
         if names not in self.sums:
             self.sums[names] = torch.zeros_like(values)

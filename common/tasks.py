@@ -277,15 +277,17 @@ def registrar(env_id: str) -> Path | None:
     name = env_id.rpartition(":")[0]
     if not name:
         return None
-    file = Path(name).resolve() if name.endswith(".py") else None
-    if file and str(file.parent) not in sys.path:
-        sys.path.append(
-            str(file.parent)
-        )  # which evaluation's processes share, so that they find it by its name as well
+    file = Path(name).expanduser().resolve() if name.endswith(".py") else None
+    if file and "." in file.stem:
+        raise UserError(f"--env-id {env_id}: Python imports no file with a dot in its name; rename {file.name}")
+    if file and str(file.parent) not in sys.path:  # which evaluation's processes share, and so find it by its name
+        sys.path.append(str(file.parent))
     try:
         module = importlib.import_module(file.stem if file else name)
-    except Exception as error:  # it is the user's own code, and may do anything
+    except (Exception, SystemExit) as error:  # it is the user's own code, and may do anything
         raise UserError(f"--env-id {env_id}: {name} cannot be imported ({error})") from error
+    if getattr(module, "__file__", None) is None:  # a folder, or one of Python's own
+        return None
     found = Path(module.__file__).resolve()
     if file and found != file:
         raise UserError(f"--env-id {env_id}: a module {file.stem} is there already ({found}); rename your file")

@@ -166,7 +166,7 @@ class Report:
             f"{'; '.join(machines)}, PyTorch {torch.__version__}. Intervals: 95%, stratified bootstrap; with "
             "two or three runs that is from the lowest to the highest."
         ]
-        write_atomic(self.folder / f"{self.name}.md", ("\n".join(self.text) + "\n").encode())
+        write_atomic(self.folder / f"{self.name}.md", ("\n".join(self.text) + "\n").encode(), "choose another --out")
         print(f"{self.folder / self.name}.md holds the page")
         sys.exit(2 if failures else 0)
 
@@ -206,9 +206,16 @@ def panels(names, sharey: bool = True, across: int | None = None) -> tuple:
     return figure, list(axes.flat[: len(names)])
 
 
-def legend(panel, below: float = 0.2) -> None:
-    """The names of a panel's lines, off the data: below it, by that share of its height."""
-    panel.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -below))
+def named(panels) -> dict[str, object]:
+    """What the panels show, each name once."""
+    shown = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels]
+    return {label: handle for pairs in shown for handle, label in pairs}
+
+
+def legend(panel, below: float = 0.2, panels=()) -> None:
+    """The names of a panel's lines, or of several `panels`', off the data: below it, by that share of its height."""
+    found = named(panels or [panel])
+    panel.legend(found.values(), found.keys(), fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -below))
 
 
 def style(i: int) -> dict:
@@ -222,7 +229,8 @@ def draw_curves(panel, groups: dict[str, list[Path]], names: Iterable[str] = ())
     points = {name: [curve(path) for path in found] for name, found in groups.items()}
     draw_points(panel, points, measure(paths), names)
     if waiting := min((arguments(path).get("learning_starts", 0) for path in paths), default=0):
-        panel.axvspan(0, waiting, color="0.93", zorder=0, label="no update yet")
+        last = max(steps[-1] for curves in points.values() for steps, _ in curves)
+        panel.axvspan(0, min(waiting, last), color="0.93", zorder=0, label="no update yet")
 
 
 def draw_points(panel, groups: dict[str, list], what: str, names: Iterable[str] = ()) -> None:

@@ -98,13 +98,16 @@ def pairs(args: Args) -> dict[str, tuple[str, str]]:
     """What is compared, by its name: a script, and the offline algorithm that it starts from."""
     found = {}
     for algorithm in args.algorithms:
-        script, _, chosen = algorithm.partition("@")
-        starts = (chosen,) if chosen else OURS.get(Path(script).stem, (harness.offline_of(args, script),))
-        for start in starts:
-            of_several = chosen or len(starts) > 1
-            name = f"{Path(script).stem} from {Path(start).stem}" if of_several else Path(script).stem
+        script, chosen = algorithm, ""
+        if "@" in algorithm and not Path(algorithm).is_file():
+            script, _, chosen = algorithm.rpartition("@")
+        usual = OURS.get(Path(script).stem, (harness.offline_of(args, script),))
+        for start in (chosen,) if chosen else usual:
+            alone = len(usual) == 1 and start == usual[0]
+            name = Path(script).stem if alone else f"{Path(script).stem} from {Path(start).stem}"
             if name in found:
-                raise cli.UserError(f"two of --algorithms are called {name}; give one of the files another name")
+                words = "leave one out, or give one of the files another name"
+                raise cli.UserError(f"two of --algorithms are called {name}; {words}")
             found[name] = (script, start)
     return found
 
@@ -214,7 +217,10 @@ def probabilities(
     if not both:
         return {}
     points, bounds = analysis.bootstrap(both, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), REPS)
-    return {tuple(key.split(",")): (float(points[key][0]), *map(float, bounds[key][:, 0])) for key in both}
+    nothing = (np.nan, np.nan)  # one run against one has no interval
+    return {tuple(key.split(",")): (float(points[key][0]),
+                                    *(map(float, bounds[key][:, 0]) if max(map(len, both[key])) > 1 else nothing))
+            for key in both}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- pages
@@ -225,7 +231,7 @@ def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, text.getvalue().encode())
+    write_atomic(path, text.getvalue().encode(), "choose another --out")
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:

@@ -312,9 +312,8 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
         if policy:
             offline.check_algorithm(parsed(args, spec))
         elif not offline_policy(args, spec).exists() and not offline.from_scratch(parsed(args, spec)):
-            raise cli.UserError(
-                f"{spec.offline}, from which {spec.script} is to start, is neither a file nor a name in offline/"
-            )
+            start = parsed(args, spec).offline
+            raise cli.UserError(f"{start}, from which {spec.script} is to start, is neither a file nor in offline/")
     trained = dict(filter(None, policies.values()))  # once for all the runs that start from it
     jobs = {path: (command, [], []) for path, command in trained.items() if not path.exists()}
     for spec in missing:

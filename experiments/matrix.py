@@ -53,7 +53,7 @@ def main() -> None:
     figure, panels = analysis.panels(args.algorithms)
     for panel, y in zip(panels, args.algorithms, strict=True):
         analysis.draw_curves(panel, {x: found[x, y] for x in args.offline})
-    analysis.legend(panels[-1])
+    analysis.legend(panels[-1], panels=panels)
     report.figure(figure)
     report.finish(analysis.results(path for paths in found.values() for path in paths), failures)
 

@@ -79,8 +79,10 @@ def test_pairs():
         "o2td3 from td3_bc": ("o2td3", "td3_bc"), "o2td3 from iql": ("o2td3", "iql"), "o2ppo": ("o2ppo", "iql"),
         "iql": ("iql", "iql"), "rlpd": ("rlpd", "scratch"),
     }  # fmt: skip
-    found = comparison.pairs(comparison.Args(algorithms=("o2td3@iql", "o2ppo@offline/bc.py")))
-    assert found == {"o2td3 from iql": ("o2td3", "iql"), "o2ppo from bc": ("o2ppo", "offline/bc.py")}
+    found = comparison.pairs(comparison.Args(algorithms=("o2td3@iql", "o2ppo@offline/bc.py", "iql@iql")))
+    assert found == {
+        "o2td3 from iql": ("o2td3", "iql"), "o2ppo from bc": ("o2ppo", "offline/bc.py"), "iql": ("iql", "iql"),
+    }  # fmt: skip
 
 
 def test_the_whole_page(tmp_path, monkeypatch, run_script):

@@ -221,7 +221,7 @@ def test_flags_of_runs_that_cannot_be_are_refused_before_any_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("spec", "words"),
-    [(Spec("o2td3", "nothing", 0), "nothing, from which o2td3 is to start, is neither a file nor a name in offline/"),
+    [(Spec("o2td3", "nothing", 0), "nothing, from which o2td3 is to start, is neither a file nor in offline/"),
      (Spec("baselines/iql.py", "cql", 0), "cql does not hold what iql goes on with")],
 )  # fmt: skip
 def test_where_a_run_cannot_start_from_is_said_before_anything_is_trained(spec, words, tmp_path, monkeypatch):

@@ -216,3 +216,21 @@ def test_a_task_that_cannot_be_told_from_another_module_is_refused(tmp_path, mon
         tasks.registrar(f"{tmp_path}/json.py:Mine-v0")
     with pytest.raises(UserError, match=r"absent.py cannot be imported \(No module named 'absent'\)"):
         tasks.registrar(f"{tmp_path}/absent.py:Mine-v0")
+    (tmp_path / "leaves.py").write_text("raise SystemExit('no display')\n")
+    (tmp_path / "folder_alone").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    for env_id, words in {"leaves.py:Mine-v0": r"cannot be imported \(no display\)",
+                          "my.task.py:Id": "rename my.task.py"}.items():  # fmt: skip
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match=words):
+            tasks.registrar(env_id)
+    assert tasks.registrar("folder_alone:Id") is tasks.registrar("sys:Id") is None
+
+
+def test_what_lies_beside_a_task_hides_none_of_the_projects_code(tmp_path):
+    """Python imports the project's own, which comes first in its path."""
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "nn.py").write_text("another = 1\n")
+    (tmp_path / "mytask.py").write_text("import common.nn\n")
+    alone, beside = (identity.code_of(ROOT / "o2td3.py", *more) for more in ((), (tmp_path / "mytask.py",)))
+    assert beside["common/nn.py"] == alone["common/nn.py"]

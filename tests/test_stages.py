@@ -72,8 +72,9 @@ def test_what_a_copy_declares_wrongly_is_named(mymethod, old, new, words, monkey
     mymethod.write_text(text.replace(old, new))
     with pytest.raises(UserError, match=f"mymethod.py.*{words}.*extend.md|{words}.*extend.md"):
         stages.online(str(mymethod))
-    done = subprocess.run([sys.executable, mymethod, "--preset", "demo"], env=os.environ | {"PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True)  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, mymethod, "--preset", "demo"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and re.search(words, done.stderr) and done.stderr.count("\n") == 1
 
 
@@ -212,3 +213,6 @@ def test_what_fine_tuning_alone_reads_is_read_by_no_other_stage(name):
             read |= {ast.unparse(node).removeprefix("args.") for node in nodes if isinstance(node, ast.Attribute)}
     assert {"gamma", "batch_size"} & read
     assert not read & set(script.FINETUNING_ARGS)
+    names = list(script.Args.__annotations__)
+    below = names[names.index("constrain") :]  # the section of fine-tuning
+    assert set(script.FINETUNING_ARGS) == {*below, "probe_every"}

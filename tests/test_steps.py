@@ -214,5 +214,5 @@ def test_means_are_over_the_steps_since_the_last_call():
 def test_a_metric_that_is_no_number_is_named():
     """`torch.stack` would say of which shapes, and not whose."""
     stepper = steps.Stepper(lambda: {"q": torch.tensor(1.0), "far": torch.ones(256)}, torch.device("cpu"))
-    with pytest.raises(UserError, match="the metric far has shape"):
+    with pytest.raises(UserError, match="the metric far has to be a tensor of shape"):
         stepper.run(1)
