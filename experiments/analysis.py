@@ -228,8 +228,9 @@ def draw_curves(panel, groups: dict[str, list[Path]], names: Iterable[str] = ())
     paths = [path for found in groups.values() for path in found]
     points = {name: [curve(path) for path in found] for name, found in groups.items()}
     draw_points(panel, points, measure(paths), names)
-    if waiting := min((arguments(path).get("learning_starts", 0) for path in paths), default=0):
-        last = max(steps[-1] for curves in points.values() for steps, _ in curves)
+    waiting = min((arguments(path).get("learning_starts", 0) for path in paths), default=0)
+    last = max((steps[-1] for curves in points.values() for steps, _ in curves), default=0)
+    if waiting > last / 100:  # else nobody would see it
         panel.axvspan(0, min(waiting, last), color="0.93", zorder=0, label="no update yet")
 
 
