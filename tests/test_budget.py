@@ -9,6 +9,7 @@ import pytest
 import o2td3
 from common.cli import UserError
 from common.log import read_rows
+from common.run import plain
 from experiments import alignment, budget, harness, rollouts
 from tests.conftest import TINY
 
@@ -73,6 +74,8 @@ def test_of_finished_runs(tmp_path, run_script, monkeypatch, hdf5):
         other = {"auto": {}, "aligned": 30.0 + i, "seconds": {"reevaluate": 540, "align": 600 * i}}
         copy = shutil.copytree(first, harness.folder(args, spec))
         (copy / "result.json").write_text(json.dumps(result | other))
+        started_with = json.loads((copy / "args.json").read_text()) | plain(harness.parsed(args, spec))
+        (copy / "args.json").write_text(json.dumps(started_with))
     typed = [f"--run-flags={flags}", "--dataset-path", args.dataset_path, "--run-dir", args.run_dir, "--out", tmp_path]
     typed += ["--seeds", "1", "--budgets", "0.5", "--algorithms", "o2td3", "--states", "256", "--rollouts", "2"]
     code, out, err = run_script(budget, *typed)
