@@ -173,6 +173,8 @@ class Args(cli.OnlineArgs):
             raise cli.UserError("--critic-init random means a run without re-evaluation; add --no-reevaluate")
         if self.align_constrain and self.align_actor_lr == 0:
             raise cli.UserError("--align-constrain is about the actor, which --align-actor-lr 0 stops; leave one out")
+        if self.warmup_steps > (n := self.online_steps):
+            raise cli.UserError(f"--warmup-steps is {self.warmup_steps}, but has to be at most --online-steps ({n})")
 
 
 # ---------------------------------------------------------------------------------------------- networks

@@ -217,6 +217,7 @@ def test_arguments_that_exclude_each_other_are_refused(script):
     for flags, words in {
         "--critic-init random": "add --no-reevaluate",
         "--align-constrain --align-actor-lr 0": "leave one out",
+        "--online-steps 20 --warmup-steps 21": "at most --online-steps (20)",
     }.items():
         with pytest.raises(cli.UserError, match=re.escape(words)):
             parsed(script, flags)
