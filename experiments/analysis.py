@@ -87,9 +87,16 @@ def summary(path: Path) -> dict[str, float]:
 
 
 def bootstrap(values: dict, statistic: Callable, reps: int) -> tuple[dict, dict]:
-    """rliable's estimates of a statistic and their 95% intervals, by name: the same for the same values."""
+    """rliable's estimates of a statistic and their 95% intervals, by name: the same for the same values.
+
+    Values are a matrix with a row for each run, or a tuple of two to be compared; one run has no interval, here NaN.
+    """
     np.random.seed(0)  # it draws from NumPy's own generator, whatever random_state it is given
-    return rly.get_interval_estimates(values, statistic, reps=reps)
+    points, bounds = rly.get_interval_estimates(values, statistic, reps=reps)
+    for name, found in values.items():
+        if max(map(len, found if isinstance(found, tuple) else (found,))) == 1:
+            bounds[name] = np.full_like(bounds[name], np.nan)
+    return points, bounds
 
 
 def interval(values: dict[str, np.ndarray], reps: int = 5_000) -> dict[str, tuple[float, float, float]]:
@@ -100,9 +107,7 @@ def interval(values: dict[str, np.ndarray], reps: int = 5_000) -> dict[str, tupl
     """
     matrices = {name: np.asarray(v, float).reshape(len(v), -1) for name, v in values.items()}
     points, bounds = bootstrap(matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps)
-    nothing = (math.nan, math.nan)
-    return {name: (float(points[name][0]), *(map(float, bounds[name][:, 0]) if len(matrix) > 1 else nothing))
-            for name, matrix in matrices.items()}  # fmt: skip
+    return {name: (float(points[name][0]), *map(float, bounds[name][:, 0])) for name in values}
 
 
 def middle(values) -> float:

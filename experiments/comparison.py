@@ -203,8 +203,6 @@ def intervals(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     Arrays (runs, tasks, columns) by name become (3, columns): mean, low and high.
     """
     points, bounds = analysis.bootstrap(values, lambda x: trim_mean(x.reshape(-1, x.shape[-1]), 0.25, axis=0), REPS)
-    for name in (name for name, matrix in values.items() if len(matrix) == 1):
-        bounds[name] = np.full_like(bounds[name], np.nan)  # one run has no interval
     return {name: np.stack([points[name], *bounds[name]]) for name in values}
 
 
@@ -217,10 +215,7 @@ def probabilities(
     if not both:
         return {}
     points, bounds = analysis.bootstrap(both, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), REPS)
-    nothing = (np.nan, np.nan)  # one run against one has no interval
-    return {tuple(key.split(",")): (float(points[key][0]),
-                                    *(map(float, bounds[key][:, 0]) if max(map(len, both[key])) > 1 else nothing))
-            for key in both}  # fmt: skip
+    return {tuple(key.split(",")): (float(points[key][0]), *map(float, bounds[key][:, 0])) for key in both}
 
 
 # ---------------------------------------------------------------------------------------------- pages

@@ -114,7 +114,7 @@ def flags_of(args: Args, seed: int) -> list[str]:
 
 def absolute(env_id: str) -> str:
     """The same name, wherever a run is started: of `file.py:Id` the file's whole path."""
-    file, colon, name = env_id.rpartition(":")
+    file, _, name = env_id.rpartition(":")
     return f"{Path(file).absolute()}:{name}" if file.endswith(".py") else env_id
 
 

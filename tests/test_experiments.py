@@ -23,6 +23,7 @@ from experiments import (
     ablations,
     alignment_variants,
     analysis,
+    comparison,
     constraint,
     critic,
     dimension,
@@ -85,6 +86,13 @@ def test_interval_is_an_interquartile_mean():
     iqm, low, high = found["a"]
     assert iqm == pytest.approx(4.5) and low < 4.5 < high
     assert found["b"] == (3.0, 3.0, 3.0)
+
+
+def test_one_run_has_no_interval():
+    found = analysis.interval({"one": np.array([3.0]), "two": np.array([3.0, 5.0])}, reps=50)
+    assert analysis.number(found["one"]) == "3.0" and analysis.number(found["two"]) == "4.0 [3.0, 5.0]"
+    finals = {name: np.array([[value]]) for name, value in (("a", 2.0), ("b", 1.0))}
+    assert analysis.number(comparison.probabilities(finals, ["a"], ["b"])["a", "b"]) == "1.0"
 
 
 def test_improvement():

@@ -186,11 +186,10 @@ def test_a_command_that_is_refused_leaves_nothing(tmp_path, run_script, wrong):
 def test_the_file_of_a_task_belongs_to_the_code(tmp_path, monkeypatch, data):
     """A changed reward is another experiment, wherever the environment is registered."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    text = "import gymnasium\ngymnasium.register('{}-v0', 'gymnasium.envs.mujoco.hopper_v4:HopperEnv')\n"
-    for folder, reward in (("one", 1), ("two", 2)):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / f"task_{folder}.py").write_text(text.format(folder) + "from gains import REWARD\n")
-        (tmp_path / folder / "gains.py").write_text(f"REWARD = {reward}\n")
+    register = "gymnasium.register('one-v0', 'gymnasium.envs.mujoco.hopper_v4:HopperEnv')"
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "task_one.py").write_text(f"import gymnasium\nfrom gains import REWARD\n{register}\n")
+    (tmp_path / "one" / "gains.py").write_text("REWARD = 1\n")
 
     def made_with(env_id):
         monkeypatch.delitem(sys.modules, "gains", raising=False)
