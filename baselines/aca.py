@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 import offline
 from common import cli, datasets, envs, report, steps
-from common.bounds import above, at_least, between, even, only_with
+from common.bounds import above, at_least, between, even, finite, only_with
 from common.checkpoint import BestPolicy, seed_everything
 from common.loop import Loop
 from common.nn import (
@@ -53,8 +53,8 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_shift=-1.0, width=3.0, prior_steps=200_000, online_steps=200_000, eval_every=5_000,
-                    eval_episodes=20, final_episodes=100, best_margin=2.0),
+    "antmaze": dict(reward_shift=-1.0, target_entropy=-0.5, width=3.0, prior_steps=200_000, online_steps=200_000,
+                    eval_every=5_000, eval_episodes=20, final_episodes=100, best_margin=2.0),
     "adroit": dict(online_steps=200_000, eval_every=5_000, eval_episodes=100, best_margin=2.0),
 }  # fmt: skip
 
@@ -71,6 +71,8 @@ class Args(cli.OnlineArgs):
     """Polyak factor of the target critics"""
     lr: Annotated[float, at_least(0)] = 3e-4
     """learning rate of everything"""
+    target_entropy: Annotated[float, finite()] = -1.0
+    """entropy that the temperature is tuned to, for each action dimension (AntMaze: -0.5)"""
     actor_grad_norm: Annotated[float, above(0)] = 0.25
     """the actor's gradient is clipped at this norm"""
     width: Annotated[float | None, at_least(0)] = None
@@ -89,8 +91,8 @@ class Args(cli.OnlineArgs):
     """how many episodes, those of highest return, --buffer part keeps"""
     online_steps: Annotated[int, at_least(1)] = 100_000
     """environment steps"""
-    learning_starts: Annotated[int, at_least(1)] = 256
-    """environment steps before the first update"""
+    learning_starts: Annotated[int | None, at_least(1)] = None
+    """environment steps before the first update; None: 256, a batch, or 1 where --buffer starts with offline data"""
     eval_every: Annotated[int, at_least(1)] = 1_000
     """environment steps between evaluations"""
 
@@ -103,7 +105,7 @@ class Args(cli.OnlineArgs):
             values |= dict(width=15.0, prior_end=1.0)
         if task.expert or task.quality == "medium-replay":
             values |= dict(buffer="part")
-        return values
+        return values | dict(learning_starts=256 if (self.buffer or values["buffer"]) == "none" else 1)
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -228,7 +230,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
     """The update of one environment step. `scheduled` holds what `schedules` names, as scalar tensors."""
     actor, critic, critic_target, prior = agent.actor, agent.critic, agent.critic_target, scheduled["prior"]
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
-    target_entropy, batch_size = -float(replay.action_dim), args.batch_size
+    target_entropy, batch_size = args.target_entropy * replay.action_dim, args.batch_size
 
     def gradients():
         obs, actions, rewards, next_obs, terminations = replay.sample(batch_size)
@@ -250,7 +252,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
         q = critic(obs, actions) + ell_data
         critic_loss = ((q - y) ** 2).mean(1).sum()
 
-        # actor: α log π(a|s) - min_i R_i(s, a) - ℓ(s, a),  a ~ π; temperature towards the entropy -A
+        # actor: α log π(a|s) - min_i R_i(s, a) - ℓ(s, a),  a ~ π; temperature towards the target entropy
         new_actions, u, log_prob = sample_actions(*actor(obs))
         ell_policy = ell(u, here)
         actor_loss = (alpha * log_prob - critic(obs, new_actions).amin(0) - ell_policy).mean()

@@ -7,8 +7,8 @@ is played stand in one buffer, and every batch is uniform over it.
 
 The authors' code (rlkit) and CORL's differ. Networks and weights are CORL's, exp(A / λ) clipped at 100; `--weights
 softmax` offers the authors', whose β is --temperature 2 on locomotion (they take the advantages before the critics'
-step, this after it). The mean of the policy goes through a tanh, as in rlkit. Actions are clipped before they are
-played and stored.
+step, this after it), which offline/awac.py has to be given as well. The mean of the policy goes through a tanh, as in
+rlkit. Actions are clipped before they are played and stored.
 """
 
 import copy

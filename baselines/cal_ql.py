@@ -8,7 +8,7 @@ temperature and optimisers go on from `offline/cal_ql.py`; half of every batch i
 As in the authors' code (JaxCQL), calibration goes on online, with the returns of finished episodes: the running one's
 rows are drawn when it has ended, and updates begin with the first that has. CORL's gives online rows a return of 0 and
 switches calibration off (--no-calibrate-online). There is an update a step, as in CORL; the authors play an episode and
-then do as many. Nothing is published for locomotion: offline/cal_ql.py says what is taken there.
+then do as many. Nothing is published for locomotion: offline/cal_ql.py says what is taken there, and of the networks.
 """
 
 import copy
@@ -43,10 +43,10 @@ PRESETS = {
 
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
-    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, failure_reward=0.0, alpha=5.0, lagrange=True, min_gap=-200.0,
+    "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, failure_reward=0.0, alpha=5.0, lagrange=True,
                     online_steps=200_000, eval_every=5_000, eval_episodes=20, final_episodes=100, best_margin=2.0),
-    "adroit": dict(calibrate_to_end=True, alpha=1.0, min_gap=-200.0, online_steps=200_000, eval_every=5_000,
-                    eval_episodes=100, best_margin=2.0),
+    "adroit": dict(calibrate_to_end=True, alpha=1.0, online_steps=200_000, eval_every=5_000, eval_episodes=100,
+                   best_margin=2.0),
 }  # fmt: skip
 
 

@@ -6,10 +6,10 @@ the offline policy plays, and take the dataset's place.
     python baselines/wsrl.py --env-id hopper-medium-v2
 
 It needs an offline run of its own, with ten critics and LayerNorm, which is trained where there is none. The warm-up
-counts in the budget. α is a softplus, and goes on from the offline temperature. The minimum over all ten critics drives
-the actor (RLPD takes the mean). LayerNorm is in the critics only (the authors': in the actor, too). Weights at the
-start, log σ and the conservative multiplier are those of offline/cal_ql.py (the authors': on AntMaze log σ is free of
-the state, and the multiplier, from 1, is not multiplied by --alpha).
+counts in the budget. α is a softplus, and goes on from the offline temperature (with new moments of Adam; the others'
+go on). The minimum over all ten critics drives the actor (RLPD takes the mean). LayerNorm is in the critics only (the
+authors': in the actor, too). Weights at the start, log σ and the conservative multiplier are those of offline/cal_ql.py
+(the authors': on AntMaze log σ is free of the state, and the multiplier, from 1, is not multiplied by --alpha).
 """
 
 import copy
@@ -130,7 +130,7 @@ class Agent(nn.Module):
         del left["log_multiplier"]
         alpha = left.pop("log_temperature").exp()
         self.load_state_dict(left)
-        self.alpha_parameter = nn.Parameter(alpha.expm1().log())  # log(e - 1) where α is 1
+        self.alpha_parameter = nn.Parameter(alpha + (-(-alpha).expm1()).log())  # log(e^α - 1)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The most likely action, tanh of the mean."""
@@ -171,11 +171,11 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers: 
     target_entropy, m = -float(replay.action_dim), args.best_of
 
     def critic_gradients(obs, actions, rewards, next_obs, terminations):
-        # y = r + γ (1 - d) max_a' min_{i ∈ Z} Q̄_i(s', a'),  m actions a' ~ π,  Z two critics, which may be the same
+        # y = r + γ (1 - d) max_a' min_{i ∈ Z} Q̄_i(s', a'),  m actions a' ~ π,  Z two, drawn, may be one
         with torch.no_grad():
             mean, log_std = actor(next_obs)
             next_actions, _ = sample_actions(mean.expand(m, -1, -1), log_std.expand(m, -1, -1))
-            subset = torch.randint(critic.n, (2,), device=obs.device)
+            subset = torch.randint(critic.n, (2,), device=obs.device) if critic.n > 2 else slice(None)
             next_q = critic_target(next_obs.expand(m, -1, -1).flatten(0, 1), next_actions.flatten(0, 1))[subset]
             y = rewards + args.gamma * (1 - terminations) * next_q.amin(0).view(m, -1).amax(0)
         q = critic(obs, actions)

@@ -1,6 +1,7 @@
 """What a run is made of besides its arguments: its code, its data, and the versions of what it stands on."""
 
 import ast
+import functools
 import hashlib
 import platform
 import sys
@@ -32,10 +33,16 @@ def code_of(script: Path, *others: Path | None) -> dict[str, str]:
         name = str(path.relative_to(next(folder for folder in folders if path.is_relative_to(folder))))
         if name in hashes:
             continue
-        tree = ast.parse(path.read_bytes())
-        waiting += imported(tree, searched)
-        hashes[name] = hashlib.sha256(repr(shape(tree)).encode()).hexdigest()[:16]
+        hashes[name], names = read(path.read_bytes())
+        waiting += files_of(names, searched)
     return dict(sorted(hashes.items()))
+
+
+@functools.lru_cache(1_000)
+def read(source: bytes) -> tuple[str, list[str]]:
+    """The hash of a file's code, and what its import statements name."""
+    tree = ast.parse(source)
+    return hashlib.sha256(repr(shape(tree)).encode()).hexdigest()[:16], imported(tree)
 
 
 def home(file: Path) -> Path:
@@ -62,14 +69,19 @@ def is_text(node) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
-def imported(tree: ast.AST, folders: tuple[Path, ...]) -> list[Path]:
-    """The files in these folders that a module names in its import statements."""
+def imported(tree: ast.AST) -> list[str]:
+    """The modules that a file's import statements name, and what they may take from these."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def files_of(names: list[str], folders: tuple[Path, ...]) -> list[Path]:
+    """The files of these modules, each in the first of the folders that has it; none for a module that none has."""
     places = [[folder.joinpath(*name.split(".")) for folder in folders] for name in names]
     files = [[file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py")] for paths in places]
     return [found for those in files if (found := next((file for file in those if file.is_file()), None))]

@@ -196,9 +196,9 @@ def returns_to_go(
     """G_t = r_t + γ (1 - d_t) G_{t+1} of each row (N,), never across the end of an `episode` (N,), 0 behind it.
 
     Where a task's rewards say only whether it has failed so far, they are all `failure` in an episode that never
-    succeeds: that one goes on failing, r / (1 - γ). Elsewhere (`failure` None) what follows a time limit is unknown,
-    and a return near it is too low: the last 1 / (1 - γ) rows of an episode that was cut off have -∞, so no bound, but
-    where `to_end` asks for all of them.
+    succeeds: that one goes on failing, r / (1 - γ), without a bound where γ = 1. Elsewhere (`failure` None) what
+    follows a time limit is unknown, and a return near it is too low: the last 1 / (1 - γ) rows of an episode that was
+    cut off have -∞, so no bound, but where `to_end` asks for all of them.
     """
     r, d = rewards.double().cpu().numpy(), terminations.double().cpu().numpy()
     numbers = np.zeros(len(r), int) if episode is None else episode.cpu().numpy()
@@ -209,7 +209,7 @@ def returns_to_go(
         for i in range(stop - 1, start - 1, -1):
             returns[i] = value = r[i] + gamma * (1 - d[i]) * value
         if failure is not None and np.allclose(r[start:stop], failure):
-            returns[start:stop] = failure / (1 - gamma)
+            returns[start:stop] = failure / (1 - gamma) if gamma < 1 else -np.inf
         elif failure is None and not to_end and not d[stop - 1]:
             returns[max(start, stop - horizon) : stop] = -np.inf
         start = stop

@@ -20,7 +20,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rliable import library as rly
-from rliable import metrics
 from scipy.integrate import trapezoid
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="arch")  # of how rliable calls it
@@ -106,19 +105,27 @@ def interval(values: dict[str, np.ndarray], reps: int = 5_000) -> dict[str, tupl
     lowest to the highest, and with five it holds the mean of normal values nine times in ten.
     """
     matrices = {name: np.asarray(v, float).reshape(len(v), -1) for name, v in values.items()}
-    points, bounds = bootstrap(matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps)
+    points, bounds = bootstrap(matrices, lambda x: np.array([middle(x)]), reps)
     return {name: (float(points[name][0]), *map(float, bounds[name][:, 0])) for name in values}
 
 
-def middle(values) -> float:
-    """The interquartile mean."""
-    return float(metrics.aggregate_iqm(np.asarray(values, float)))
+def middle(values, axis: int | None = None) -> np.ndarray:
+    """The interquartile mean of all values or, with axis 0, of each column.
+
+    It and `improvement` are rliable's, without SciPy's checks: milliseconds, in each of a bootstrap's thousands.
+    """
+    values = np.sort(values, axis)
+    quarter = len(values) // 4
+    return values[quarter : len(values) - quarter].mean(0)
 
 
 def improvement(x: np.ndarray, y: np.ndarray) -> float:
-    """Probability that a run of `x` ends higher than one of `y`, ties counting half (Mann-Whitney's U)."""
+    """Probability that a run of `x` ends higher than one of `y` on the same task, ties counting half, mean over tasks.
+
+    (runs,) of one task or (runs, tasks), where runs may be more of one than of the other.
+    """
     x, y = (np.asarray(v, float).reshape(len(v), -1) for v in (x, y))
-    return float(metrics.probability_of_improvement(x, y))
+    return float(np.mean((x[:, None] > y) + 0.5 * (x[:, None] == y)))
 
 
 class Report:

@@ -35,8 +35,6 @@ from experiments.harness import Spec
 import numpy as np
 import torch
 from matplotlib.lines import Line2D
-from rliable import metrics
-from scipy.stats import trim_mean
 
 OURS = {
     "o2sac": ("td3_bc", "cql"),
@@ -202,7 +200,7 @@ def intervals(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     Arrays (runs, tasks, columns) by name become (3, columns): mean, low and high.
     """
-    points, bounds = analysis.bootstrap(values, lambda x: trim_mean(x.reshape(-1, x.shape[-1]), 0.25, axis=0), REPS)
+    points, bounds = analysis.bootstrap(values, lambda x: analysis.middle(x.reshape(-1, x.shape[-1]), 0), REPS)
     return {name: np.stack([points[name], *bounds[name]]) for name in values}
 
 
@@ -214,7 +212,7 @@ def probabilities(
     both = {f"{x},{y}": (finals[x], finals[y]) for x in names for y in others if x != y}
     if not both:
         return {}
-    points, bounds = analysis.bootstrap(both, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), REPS)
+    points, bounds = analysis.bootstrap(both, lambda x, y: np.array([analysis.improvement(x, y)]), REPS)
     return {tuple(key.split(",")): (float(points[key][0]), *map(float, bounds[key][:, 0])) for key in both}
 
 

@@ -3,6 +3,7 @@ are kept, so the same command started again does what is missing."""
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import shlex
@@ -138,13 +139,18 @@ def command_line(args: Args, spec: Spec) -> list[str]:
 
 def parsed(args: Args, spec: Spec):
     """The run's own arguments, as its script reads them. Raises UserError where it has none of that name."""
-    script, words = scripts.online(spec.script), command_line(args, spec)
+    script, words = scripts.online(spec.script), tuple(command_line(args, spec))
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # tyro's words are about the script that was started
-            return cli.parse(script.Args, script.PRESETS, script.FAMILIES, words)
+        return read(script, words)
     except SystemExit:
         unknown = tyro.cli(script.Args, args=words, return_unknown_args=True)[1]
         raise cli.UserError(f"{spec.script} has no {' '.join(unknown)}, which this experiment gives to it") from None
+
+
+@functools.lru_cache(1_000)  # asked for several times of each run, and tyro takes its time
+def read(script, words: tuple[str, ...]):
+    with contextlib.redirect_stderr(io.StringIO()):  # tyro's words are about the script that was started
+        return cli.parse(script.Args, script.PRESETS, script.FAMILIES, list(words))
 
 
 def check_stages(args: Args, spec: Spec, *names: str) -> None:

@@ -14,6 +14,7 @@ from common.foreign import load_policy, our_policy
 from common.identity import script_of
 from common.nn import hidden_of, mlp
 from common.policies import player, save_policy
+from common.pretrain import PretrainArgs
 from common.run import plain
 from common.stages import declared, find, load
 from common.steps import seconds_per_step
@@ -154,6 +155,16 @@ def other_values(args, found: dict) -> str:
     return ", ".join(f"{flag} {there} (here {here})" for flag, there, here in flags)
 
 
+def other_losses(args, found: dict) -> str:
+    """In words, which arguments of both, of the loss and the like, were others for what a script goes on with."""
+    known = found.get("learner", {}).get("args", {}) if goes_on(args) else {}
+    shared = {field.name for kind in (cli.OnlineArgs, PretrainArgs) for field in dataclasses.fields(kind)}
+    names = [field.name for field in dataclasses.fields(args) if field.name not in shared and field.name in known]
+    differ = [name for name in names if known[name] != getattr(args, name)]
+    said = [f"--{name.replace('_', '-')} {known[name]} (here {getattr(args, name)})" for name in differ]
+    return f"; learned with {', '.join(said)}" if said else ""
+
+
 def check_valued(args, found: dict) -> None:
     """Refuse to go on with what was learned from other rewards, or with another discount factor. Raises UserError."""
     if goes_on(args) and (differ := other_values(args, found)):
@@ -218,7 +229,7 @@ def policy(args, run, data: Dataset, alone: bool = True) -> tuple[dict, Evaluato
     said = f"{stored:.1f} when it was saved" if math.isfinite(stored) else "none in its file"
     here = f"{data.task.measure} {found['score']:.1f} here, {said}"
     trained = f", {found['steps']:,} steps" if found["steps"] else ""  # else nobody knows
-    print(f"offline policy: {found['algorithm']}{trained}; {here}")
+    print(f"offline policy: {found['algorithm']}{trained}; {here}{other_losses(args, found)}")
     if takes_critic(args) and (differ := other_values(args, found)):
         print(f"note: its critic, which this run starts from, is learned with {differ}")
     if found["kind"] != declared(args).KIND:

@@ -2,18 +2,22 @@
 advantage-weighted regression. Writes the policy and its critics to runs/<env_id>__awac__<seed>/policy.pt.
 
     python offline/awac.py --env-id hopper-medium-v2
+
+Networks and weights are CORL's, exp(A / λ) clipped at 100; `--weights softmax --temperature 2` are the authors'
+(rlkit's, where the advantages are those before the critics' step). The mean of the policy goes through a tanh, as in
+rlkit.
 """
 
 import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli, datasets, pretrain, steps
-from common.bounds import above, at_least, between
+from common.bounds import above, at_least, between, only_with
 from common.nn import Adam, ensemble_mlp, gaussian_log_prob, mlp, polyak
 from common.replay import sample
 
@@ -48,8 +52,10 @@ class Args(pretrain.PretrainArgs):
     """widths of the hidden layers in every network"""
     temperature: Annotated[float, above(0)] = 1 / 3
     """the paper's λ: advantages are divided by it (on all locomotion data; on AntMaze and Adroit 0.1)"""
-    max_weight: Annotated[float, above(0)] = 100.0
-    """advantage weights are clipped at this"""
+    weights: Literal["exp", "softmax"] = "exp"
+    """of the actions in a batch: exp(A / λ), or the share of it in the batch's sum times the batch's size"""
+    max_weight: Annotated[float, above(0), only_with(weights="exp")] = 100.0
+    """the former are clipped at this"""
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -129,11 +135,14 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
         return torch.autograd.grad(critic_loss, critic_params), metrics, obs, actions
 
     def actor_gradients(obs, actions):
-        # -exp(A / λ) log π(a|s),  A = min_i Q_i(s, a) - min_i Q_i(s, ã),  ã ~ π
+        # -w log π(a|s),  A = min_i Q_i(s, a) - min_i Q_i(s, ã),  ã ~ π
         mean, log_std = actor(obs)
         with torch.no_grad():
             advantage = critic(obs, actions).amin(0) - critic(obs, sample_actions(mean, log_std)).amin(0)
-            weight = (advantage / args.temperature).exp().clamp(max=args.max_weight)
+            if args.weights == "softmax":
+                weight = len(advantage) * (advantage / args.temperature).softmax(0)
+            else:
+                weight = (advantage / args.temperature).exp().clamp(max=args.max_weight)
         log_prob = gaussian_log_prob(actions, mean, log_std)
         actor_loss = -(weight * log_prob).mean()
         metrics = {"actor_loss": actor_loss, "advantage_weight": weight.mean(), "log_prob": log_prob.mean()}

@@ -6,8 +6,9 @@ runs/<env_id>__cal_ql__<seed>/policy.pt.
 
 Nothing is published for locomotion: weight and networks are those of offline/cql.py there, and the last 100 rows of
 episodes that the time limit cut off are not calibrated, as their returns are unknown (--calibrate-to-end). The authors
-multiply log σ by a learned number and add one, 1 and -1 at the start; here these stay. With --critics 10 --layer-norm
-it is what WSRL starts from, and with --no-calibrate CQL.
+multiply log σ by a learned number and add one, 1 and -1 at the start; here these stay. On AntMaze the critics have five
+layers, as CORL's and O2SAC's (the authors': four), for Adroit all networks are CORL's (theirs: two and three layers of
+512). With --critics 10 --layer-norm it is what WSRL starts from, and with --no-calibrate CQL.
 """
 
 import copy
@@ -36,10 +37,9 @@ PRESETS = {
 # Other defaults for a family of data, or for a part of one
 FAMILIES = {
     "antmaze": dict(reward_scale=10.0, reward_shift=-5.0, failure_reward=0.0, standardise=False,
-                    critic_hidden=(256,) * 5, hidden=(256, 256), alpha=5.0, lagrange=True, min_gap=-200.0,
+                    critic_hidden=(256,) * 5, hidden=(256, 256), alpha=5.0, lagrange=True,
                     eval_every=50_000, eval_episodes=20, final_episodes=100),
-    "adroit": dict(calibrate_to_end=True, alpha=1.0, min_gap=-200.0, standardise=False, eval_every=50_000,
-                   eval_episodes=100),
+    "adroit": dict(calibrate_to_end=True, alpha=1.0, standardise=False, eval_every=50_000, eval_episodes=100),
 }  # fmt: skip
 
 
@@ -79,7 +79,7 @@ class Args(pretrain.PretrainArgs):
     target_gap: Annotated[float, finite(), only_with(lagrange=True)] = 0.8
     """what the conservative gap of a critic is brought to then"""
     min_gap: Annotated[float | None, finite()] = None
-    """the conservative gap of a state is clipped from below at this; None: it is not"""
+    """the conservative gap of a state is clipped from below at this; None: it is not (CORL's: -200)"""
     best_of: Annotated[int, at_least(1)] = 10
     """actions that the policy draws at s' for the target, which takes the one of highest value"""
     n_actions: Annotated[int, at_least(1)] = 10

@@ -142,8 +142,9 @@ def ell64(u, mean, std, width, weight):
     return weight * (torch.log1p(torch.exp(density64(u, mean, std) - c)) + c)
 
 
-def test_aca(data, monkeypatch):
-    args, _, agent = online_agent(width=2.0)
+@pytest.mark.parametrize("target_entropy", [-1.0, -0.5])
+def test_aca(data, monkeypatch, target_entropy):
+    args, _, agent = online_agent(width=2.0, target_entropy=target_entropy)
     for module in (agent.actor, agent.critic, agent.critic_target):
         shaken(module)
     agent.log_alpha.data.fill_(-0.3)
@@ -171,7 +172,7 @@ def test_aca(data, monkeypatch):
     norm = torch.cat([grad.flatten() for grad in grads]).norm()
     assert norm > 0.25  # so that it is clipped
     same(optimizers["actor_optimizer"].calls[0], loss * (0.25 / norm.item()), list(agent.actor.parameters()))
-    loss = -agent.log_alpha.double() * (log_prob - A).mean().detach()
+    loss = -agent.log_alpha.double() * (log_prob + target_entropy * A).mean().detach()
     same(optimizers["alpha_optimizer"].calls[0], loss, [agent.log_alpha])
     for new, old, source in zip(agent.critic_target.parameters(), before.critic_target.parameters(),
                                 agent.critic.parameters(), strict=True):  # fmt: skip
@@ -232,4 +233,11 @@ def test_constants_and_schedule(env_id, weights, width, buffer):
     prior = aca.schedules(args)["prior"]
     close([prior(n + args.learning_starts + 1) for n in (0, 10_000, 20_000, 40_000)], weights)
     assert prior(0) == prior(args.learning_starts) == 1
-    assert (args.width, args.buffer) == (width, buffer)
+    assert (args.width, args.buffer, args.learning_starts) == (width, buffer, 256 if buffer == "none" else 1)
+    offline_args = cli.parse(sac_ml.Args, sac_ml.PRESETS, sac_ml.FAMILIES, ["--env-id", env_id])
+    assert args.target_entropy == offline_args.target_entropy == (-0.5 if "antmaze" in env_id else -1.0)
+
+
+def test_updates_begin_at_once_where_the_buffer_has_rows_of_the_data():
+    assert cli.complete(aca.Args(env_id="hopper-medium-v2", buffer="half")).learning_starts == 1
+    assert cli.complete(aca.Args(env_id="hopper-expert-v2", buffer="none")).learning_starts == 256

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -68,6 +69,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, run_script, tmp
     assert not [column for column in columns if column not in ("stage", "step") and f"`{column}`" not in page]
     result = json.loads((tmp_path / "whole" / name / "result.json").read_text())
     assert result["evaluations"] == 3 and result["best_fresh"] is not None
+    assert (result["start"] == result["offline"]) == (script is not pex)  # whose composition begins, not π_off
     assert result["regime"]["regime"] in regime.WORDS and result["regime"]["episodes"] == 2
 
     save = Run.save
@@ -164,6 +166,17 @@ def test_q_and_v_of_other_rewards_are_not_gone_on_with():
     )
 
 
+def test_what_was_learned_otherwise_is_said():
+    left = {"learner": {"args": {"expectile": 0.7, "beta": 3.0, "seed": 5, "log_every": 9, "hidden": [8]}}}
+    flags = ["--env-id", "hopper-medium-demo"]
+    assert offline.other_losses(parsed(iql, *flags), left) == ""
+    assert offline.other_losses(parsed(iql, *flags, "--expectile", "0.9"), left) == (
+        "; learned with --expectile 0.7 (here 0.9)"
+    )
+    assert offline.other_losses(parsed(pex, *flags), left) == "; learned with --beta 3.0 (here 10.0)"
+    assert offline.other_losses(parsed(o2td3, *flags), left) == ""  # which takes the policy alone
+
+
 def test_calibration_knows_failures_whatever_the_rewards_are_scaled_by():
     """A maze's episode that never succeeds goes on failing: r / (1 - γ), r = scale · 0 + shift."""
     for scale, shift in ((10.0, -5.0), (1.0, -1.0)):
@@ -173,6 +186,10 @@ def test_calibration_knows_failures_whatever_the_rewards_are_scaled_by():
         found = cal_ql.follow(args, rewards, torch.zeros(5), torch.tensor([0, 0, 1, 1, 1]))
         torch.testing.assert_close(found[:2], torch.full((2,), shift / (1 - args.gamma)))
         assert (found[2:] > found[0]).all()
+    args = parsed(cal_ql, "--env-id", "antmaze-umaze-v2", "--gamma", "1")  # where that has no limit
+    rewards = 10 * torch.tensor([0.0, 0.0, 0.0, 1.0]) - 5
+    found = cal_ql.follow(args, rewards, torch.zeros(4), torch.tensor([0, 0, 1, 1]))
+    assert found.tolist() == [-math.inf, -math.inf, 0.0, 5.0]
 
 
 def test_pex_is_evaluated_alike_however_often_and_by_however_many():

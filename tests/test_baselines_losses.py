@@ -435,6 +435,22 @@ def test_wsrl(data, monkeypatch, best_of):
     same(optimizers["alpha_optimizer"].calls[0], loss, [agent.alpha_parameter])
 
 
+def test_wsrl_goes_on_from_any_temperature_and_from_twins():
+    twins = offline_cal_ql.Args(env_id="hopper-medium-v2")
+    networks = offline_cal_ql.Agent(twins, S, A)
+    for log_temperature in (-20.0, 0.0, 4.6):  # of the last e^α is no float32
+        networks.log_temperature.data.fill_(log_temperature)
+        learner = {"args": vars(twins), "agent": networks.state_dict()}
+        agent = wsrl.Agent(cli.complete(wsrl.Args()), dict(obs_dim=S, action_dim=A, learner=learner))
+        alpha = torch.nn.functional.softplus(agent.alpha_parameter)
+        torch.testing.assert_close(alpha.log(), torch.tensor(log_temperature), rtol=1e-5, atol=1e-5)
+    args = cli.complete(wsrl.Args(compile=False, batch_size=B, utd=1, gamma=1.0))
+    batch = torch.zeros(B, S), torch.zeros(B, A), torch.zeros(B), torch.zeros(B, S), torch.zeros(B)
+    agent.critic_target.forward = lambda obs, _: torch.tensor([[1.0], [5.0]]).expand(2, len(obs))
+    for _ in range(8):  # of both twins, always
+        assert wsrl.finetuning_step(args, Batches(batch), agent, Recorder())()["q_target"] == 1
+
+
 @pytest.mark.parametrize(("script", "entropy"), [(rlpd, True), (rlpd, False), (wsrl, False)])
 def test_rlpd_and_wsrl_worked_example(script, entropy, monkeypatch):
     changes = dict(critics=3, backup_entropy=entropy) if script is rlpd else {}

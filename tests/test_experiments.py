@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rliable import metrics
 
 import offline
 from common import cli, pretrain, stages
@@ -93,6 +94,15 @@ def test_one_run_has_no_interval():
     assert analysis.number(found["one"]) == "3.0" and analysis.number(found["two"]) == "4.0 [3.0, 5.0]"
     finals = {name: np.array([[value]]) for name, value in (("a", 2.0), ("b", 1.0))}
     assert analysis.number(comparison.probabilities(finals, ["a"], ["b"])["a", "b"]) == "1.0"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 11])
+def test_statistics_are_those_of_rliable(n):
+    rng = np.random.default_rng(n)
+    x, y = rng.integers(0, 5, (n, 3)).astype(float), rng.integers(0, 5, (n + 2, 3)).astype(float)  # with ties
+    assert analysis.middle(x) == pytest.approx(metrics.aggregate_iqm(x))
+    assert analysis.middle(x, 0) == pytest.approx([metrics.aggregate_iqm(column) for column in x.T])
+    assert analysis.improvement(x, y) == pytest.approx(metrics.probability_of_improvement(x, y))
 
 
 def test_improvement():

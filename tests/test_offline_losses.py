@@ -143,8 +143,9 @@ def test_the_best_episodes_are_those_of_highest_return(data):
     assert len(best.table) == len(best)
 
 
-def test_awac(data, monkeypatch):
-    args, agent, optimizers = make(awac, temperature=0.5)
+@pytest.mark.parametrize("weights", ["exp", "softmax"])
+def test_awac(data, monkeypatch, weights):
+    args, agent, optimizers = make(awac, temperature=0.5, weights=weights)
     obs, actions, rewards, next_obs, terminations, _ = fixed_rows(monkeypatch, awac, data)
     noise = noises(monkeypatch, (B, A), (B, A))
     before, record = copy.deepcopy(agent), optimizers["critic_optimizer"].step
@@ -167,7 +168,8 @@ def test_awac(data, monkeypatch):
     same(optimizers["critic_optimizer"].calls[0], loss, critic_params)
     advantage = critic64(agent.critic, obs, actions).min(0).values
     advantage = advantage - critic64(agent.critic, obs, execute(obs, noise[1])).min(0).values
-    weight = torch.exp(advantage / 0.5).clamp(max=100).detach()
+    weight = torch.exp(advantage / 0.5).detach()
+    weight = B * weight / weight.sum() if weights == "softmax" else weight.clamp(max=100)
     loss = -(weight * policy64(agent.actor, obs).log_prob(actions.double()).sum(1)).mean()
     same(optimizers["actor_optimizer"].calls[0], loss, list(agent.actor.parameters()))
     moved(agent.critic_target, before.critic_target, agent.critic)
