@@ -8,8 +8,8 @@ that is played stand in one buffer, and every batch is uniform over it.
 The authors' code (implicit_q_learning) and CORL's differ. As the authors', the actor's learning rate is constant online
 (CORL's cosine goes on behind its end, and so begins at 0). As CORL's, states are standardised, V(s') and the advantage
 are those before V's step, log σ is held in -20…2, and the hand has the expectile 0.8, β 3 and a dropout of 0.1 (the
-authors': states as they are, after V's step, -5…2, and 0.7 and 0.5 without dropout). Rewards of locomotion are as they are
-(the authors' data's, not their play's: times 1,000 by the range of returns); data and play are transformed alike.
+authors': states as they are, after V's step, -5…2, and 0.7 and 0.5 without dropout). Rewards of locomotion are as they
+are (the authors' data's, not their play's: times 1,000 by the range of returns); data and play are transformed alike.
 """
 
 import copy

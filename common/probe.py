@@ -15,10 +15,10 @@ def spread(name: str, values: Tensor) -> dict[str, float]:
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Spearman's ρ along the last dimension, (..., K) twice -> (...). Ties are broken by position."""
-    ranks = [values.argsort(-1).argsort(-1).double() for values in (x, y)]
-    x, y = (rank - rank.mean(-1, keepdim=True) for rank in ranks)
-    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
+    """Spearman's ρ along the last dimension, (..., K) twice -> (...). Ties share a rank; what is constant has ρ 0."""
+    columns = x.unsqueeze(-1), y.unsqueeze(-1)
+    x, y = ((v > v.mT).double().sum(-1) - (v < v.mT).double().sum(-1) for v in columns)  # twice the centred ranks
+    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt().clamp(min=1)
 
 
 def fixed_noise(anchor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.checkpoint import write_atomic
 from common.log import read_rows
-from common.run import origin, read_json
+from common.run import dataset_label, origin, read_json
 from experiments import harness
 
 import numpy as np
@@ -51,6 +51,12 @@ def result(path: Path) -> dict:
     return read_json(path / "result.json", "delete it, and the command that made the run makes it again")
 
 
+def simulator(result: dict) -> str:
+    """What a run was played in, with MuJoCo's version where its results say it."""
+    mujoco = result.get("made_with", {}).get("versions", {}).get("MuJoCo")
+    return result["simulator"] + (f", MuJoCo {mujoco}" if mujoco else "")
+
+
 def arguments(path: Path) -> dict:
     """What a run was started with; nothing where only its results were kept."""
     found = path / "args.json"
@@ -69,7 +75,8 @@ def summary(path: Path) -> dict[str, float]:
     area: mean score over the environment steps (speed); drop: the most that an evaluation fell below the offline
     policy, 0 if none did (instability); smooth_drop: the same of the means of three in a row, for the least of many
     evaluations is partly bad luck; regret: mean of 1 - score / 100, clipped to 0…1, over all evaluations and the
-    offline policy's.
+    offline policy's, NaN of returns. The offline policy counts as the evaluation at step 0, before re-evaluation and
+    alignment.
     """
     steps, points = curve(path)
     offline, values = points[0], points[1:]
@@ -81,7 +88,7 @@ def summary(path: Path) -> dict[str, float]:
         "area": float(trapezoid(points, steps) / steps[-1]),
         "drop": float(max(0.0, offline - values.min())),
         "smooth_drop": float(max(0.0, offline - threes.min())),
-        "regret": float(1 - np.clip(points / 100, 0, 1).mean()),
+        "regret": float(1 - np.clip(points / 100, 0, 1).mean()) if measure([path]) == "score" else math.nan,
     }
 
 
@@ -129,10 +136,15 @@ def improvement(x: np.ndarray, y: np.ndarray) -> float:
 
 
 class Report:
-    """Tables and figures of one experiment, written to `<out>/<name>.md` and `<out>/<name>*.png`."""
+    """Tables and figures of one experiment, written to `<out>/<name>.md` and `<out>/<name>*.png`.
+
+    Of other data than the experiment's usual ones the name is `<name>_<data>`.
+    """
 
     def __init__(self, args: harness.Args, name: str, question: str):
-        self.args, self.name = args, name
+        data = dataset_label(args)
+        self.args, self.script = args, name
+        self.name = name if data == type(args).env_id else f"{name}_{data}"
         self.folder = harness.ROOT / args.out
         self.folder.mkdir(parents=True, exist_ok=True)
         self.text = [f"# {question}\n"]
@@ -158,25 +170,28 @@ class Report:
         save(figure, path)
         self.text.append(f"\n![{self.name}]({path.name})")
 
-    def finish(self, made: list[dict], failures: list[str]) -> None:
+    def finish(self, made: list[dict], failures: list[str], older: int = 0, folder: str = "") -> None:
         """Write the page, with what every number depends on beneath it; leave with exit code 2 if runs failed.
 
-        `made` are the runs' results, of which "source", "hardware" and "eval_episodes" are read.
+        `made` are the runs' results, of which "source", "simulator", "hardware" and "eval_episodes" are read; as many
+        as `older` of them stood in a `folder` already.
         """
         for failure in failures:
             print(f"failed: {failure}", file=sys.stderr)
             self.text.append(f"\n**Failed, and not in any number here**: {failure}")
         if not made:
             sys.exit("error: no run came to its end, so there is nothing to show; look at the messages above")
-        sources, machines, episodes = (
-            sorted({f"{r[key]}" for r in made}) for key in ("source", "hardware", "eval_episodes")
+        said = [r | {"simulator": simulator(r)} for r in made]
+        sources, simulators, machines, episodes = (
+            sorted({f"{r[key]}" for r in said}) for key in ("source", "simulator", "hardware", "eval_episodes")
         )
-        command = shlex.join([f"experiments/{self.name}.py", *sys.argv[1:]])
+        command = shlex.join([f"experiments/{self.script}.py", *sys.argv[1:]])
+        others = f" ({older} of them stood in {folder} before)" if older else ""
         self.text += [
-            f"\nMade by `python {command}`: {len(made)} runs at the scale `{self.args.scale}`, data: "
-            f"{'; '.join(sources)}. {' or '.join(episodes)} episodes an evaluation. Machine: "
-            f"{'; '.join(machines)}, PyTorch {torch.__version__}. Intervals: 95%, stratified bootstrap; with "
-            "two or three runs that is from the lowest to the highest."
+            f"\nMade by `python {command}`: {len(made)} runs{others} at the scale `{self.args.scale}`, data: "
+            f"{'; '.join(sources)}. Simulator: {'; '.join(simulators)}. {' or '.join(episodes)} episodes an "
+            f"evaluation. Machine: {'; '.join(machines)}, PyTorch {torch.__version__}. Intervals: 95%, stratified "
+            "bootstrap; with two or three runs of one task that is from the lowest to the highest."
         ]
         write_atomic(self.folder / f"{self.name}.md", ("\n".join(self.text) + "\n").encode(), "choose another --out")
         print(f"{self.folder / self.name}.md holds the page")
@@ -269,7 +284,9 @@ def draw_points(panel, groups: dict[str, list], what: str, names: Iterable[str] 
 
 
 def number(point: tuple[float, float, float], digits: int = 1) -> str:
-    """An interquartile mean with its interval, if it has one."""
+    """An interquartile mean with its interval, if it has one; – if it is none."""
+    if math.isnan(point[0]):
+        return "–"
     iqm, low, high = (f"{x:.{digits}f}" for x in point)
     return iqm if math.isnan(point[1]) else f"{iqm} [{low}, {high}]"
 

@@ -18,6 +18,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ CURVE_COLUMNS = (*RUN, "step", "score")
 RUN_COLUMNS = (
     *RUN, "offline_algorithm", "start", "final", "gain", "area", "drop", "smooth_drop", "regret", "offline",
     "training_regret", "regime", "policy_mean", "data_mean", "seconds", "offline_seconds", "offline_steps", "utd",
-    "measure", "eval_episodes", "source", "hardware", "matmul",
+    "measure", "eval_episodes", "source", "simulator", "hardware", "matmul",
 )  # fmt: skip
 GRID = 20  # points of a sample-efficiency curve after the first
 REPS = 2_000  # of the bootstrap
@@ -60,12 +61,13 @@ KEYS = {"final": "final", "area": "area (speed)", "drop": "deepest fall", "smoot
         "regret": "evaluation regret"}  # fmt: skip
 
 EXPLAINED = """
-Final: mean of the last three evaluations. Area: mean score over the environment steps. Deepest fall: below the offline
-score; the least of many evaluations of few episodes is biased downwards, which the means of three are less. Evaluation
-regret: mean of 1 - score / 100, clipped to 0…1, over all evaluations and the offline policy's. Training regret: share
-of training episodes without a success (CORL's). Regime: see common/regime.py, with the number of seeds. Updates: of
-the critics, after an environment step. Minutes: as they were on that machine, with all that ran beside; online those of
-re-evaluation and alignment are included."""
+Final: mean of the last three evaluations. Area: mean score over the environment steps, from the offline policy's on,
+with which every curve begins (what alignment leaves, and PEX's composition with a new policy, stand in the CSV as
+`start`). Deepest fall: below the offline score; the least of many evaluations of few episodes is biased downwards,
+which the means of three are less. Evaluation regret: mean of 1 - score / 100, clipped to 0…1, over all evaluations and
+the offline policy's. Training regret: share of training episodes without a success (CORL's). Regime: see
+common/regime.py, with the number of seeds. Updates: of the critics, after an environment step. Minutes: as they were on
+that machine, with all that ran beside; online those of re-evaluation and alignment are included."""
 
 
 @dataclass
@@ -162,6 +164,7 @@ def measured(args: Args, run: Spec, path: Path) -> dict:
         "policy_mean": regime["policy"], "data_mean": regime["data"], "seconds": sum(result["seconds"].values()),
         "offline_seconds": offline_seconds(args, run), "offline_steps": result["offline_steps"],
         **{key: result[key] for key in ("measure", "eval_episodes", "source", "hardware")},
+        "simulator": analysis.simulator(result),
         "utd": getattr(args_of_run, "utd", None), "matmul": args_of_run.matmul,
     }  # fmt: skip
 
@@ -205,11 +208,16 @@ def intervals(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def probabilities(
-    finals: dict[str, np.ndarray], names: list[str], others: list[str]
+    finals: dict[str, dict[str, list]], names: list[str], others: list[str]
 ) -> dict[tuple[str, str], tuple[float, float, float]]:
     """That a run of one of `names` ends higher than one of each of `others` on the same task, ties counting half, with
-    95% intervals: (probability, low, high) by both names."""
-    both = {f"{x},{y}": (finals[x], finals[y]) for x in names for y in others if x != y}
+    95% intervals: (probability, low, high) by both names. finals[name][task] lists runs; tasks that only one of two has
+    do not count, and two that share none are left out."""
+    both = {}
+    for x, y in itertools.product(names, others):
+        if shared := [task for task, runs in finals[x].items() if x != y and runs and finals[y].get(task)]:
+            found = matrices({name: {task: finals[name][task] for task in shared} for name in (x, y)})
+            both[f"{x},{y}"] = found[x], found[y]
     if not both:
         return {}
     points, bounds = analysis.bootstrap(both, lambda x, y: np.array([analysis.improvement(x, y)]), REPS)
@@ -314,7 +322,12 @@ def main() -> None:
     for task in env_ids(args):
         here = dataclasses.replace(args, env_id=task)
         specs = {name: [spec(here, pair, seed) for seed in range(args.seeds)] for name, pair in compared.items()}
-        failures += harness.run_all(here, [run for of_name in specs.values() for run in of_name])
+        try:
+            failures += harness.run_all(here, [run for of_name in specs.values() for run in of_name])
+        except cli.UserError as error:  # as of data that cannot be had
+            if task == env_ids(args)[0]:
+                raise
+            failures.append(f"{task}: {error}")
         for name, of_name in specs.items():
             for run in of_name:
                 for path in harness.finished(here, [run]):
@@ -323,14 +336,16 @@ def main() -> None:
                     points = np.stack(analysis.curve(path), 1)
                     curves += [about | {"step": int(step), "score": round(score, 3)} for step, score in points]
 
-    report = analysis.Report(args, "comparison", "The method against those that it is compared with")
-    runs, curves = others(old_runs, runs) + runs, others(old_curves, curves) + curves
+    every = dataclasses.replace(args, env_id=Args.env_id, dataset_path="")  # data share a page
+    report = analysis.Report(every, "comparison", "The method against those that it is compared with")
+    older = others(old_runs, runs)
+    runs, curves = older + runs, others(old_curves, curves) + curves
     if runs:
         write_csv(report.folder / names[0], RUN_COLUMNS, runs)
         write_csv(report.folder / names[1], CURVE_COLUMNS, curves)
         show(report, runs, curves)
-    report.text.append(EXPLAINED)
-    report.finish(runs, failures)
+    report.text.append(f"\n{budget(args):,} environment steps each.{EXPLAINED}")
+    report.finish(runs, failures, len(older), args.published)
 
 
 def show(report: analysis.Report, runs: list[dict], curves: list[dict]) -> None:
@@ -352,10 +367,24 @@ def show(report: analysis.Report, runs: list[dict], curves: list[dict]) -> None:
     report.figure(figure, task="")
     report.text.append(f"\n{analysis.CURVES}")
     together(report, values, points)
+    chances(report, values)
+
+
+def chances(report: analysis.Report, values: dict[str, dict[str, list[dict]]]) -> None:
+    """A table of the probabilities that ours end higher than each of the others."""
+    finals = {name: {task: [run["final"] for run in runs] for task, runs in of_name.items()}
+              for name, of_name in values.items()}  # fmt: skip
+    ours = [name for name in finals if name.split(" ")[0] in OURS]
+    theirs = [name for name in finals if name not in ours]
+    found = probabilities(finals, ours, theirs)
+    if found:
+        lines = [[x, *(analysis.number(found[x, y], 2) if (x, y) in found else "–" for y in theirs)] for x in ours]
+        title = "Probability that a run of … ends higher than one of …, on the tasks that both have runs of"
+        report.table(title, ["", *theirs], lines)
 
 
 def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], points: dict) -> None:
-    """Over all tasks: aggregates, probabilities of improvement, and sample-efficiency curves."""
+    """Over all tasks: aggregates, and sample-efficiency curves."""
     ends = matrices({name: {task: [[run["final"], run["area"]] for run in found] for task, found in of_name.items()}
                      for name, of_name in values.items()})  # fmt: skip
     if not ends:
@@ -366,14 +395,7 @@ def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], 
     report.table("All tasks: IQM [95% interval]", ["", "runs of each", "final", "area (speed)"], lines)
     if lacking := [name for name in values if name not in ends]:
         report.text.append(f"\nWithout runs of every task: {', '.join(lacking)}.")
-    finals = {name: found[..., 0] for name, found in ends.items()}
-    ours = [name for name in finals if name.split(" ")[0] in OURS]
-    theirs = [name for name in finals if name not in ours]
-    chances = probabilities(finals, ours, theirs)
-    if chances:
-        lines = [[x, *(analysis.number(chances[x, y], 2) for y in theirs)] for x in ours]
-        report.table("Probability that a run of … ends higher than one of", ["", *theirs], lines)
-    n = len(next(iter(finals.values()))[0])
+    n = next(iter(ends.values())).shape[1]
     figure, [panel] = analysis.panels([f"IQM over {n} task{'s' * (n > 1)}"])
     on_tasks = matrices({name: {task: [on_grid(*points[known_by(run)]) for run in found]
                                 for task, found in of_name.items()} for name, of_name in values.items()})  # fmt: skip
@@ -386,6 +408,7 @@ def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], 
     panel.set_ylabel("score\nhigher is better")
     analysis.legend(panel)
     report.figure(figure, "_efficiency", task="")
+    report.text.append("\nLines: interquartile means over runs and tasks; bands: their 95% intervals.")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 evaluation at all (`--reference adaptive`).
 
     python experiments/reference.py
+
+At intervals the paper has another threshold, at the end a quarter of the other rules' (not where a preset sets it):
+what is compared are the paper's two ways, and --run-flags="--kl-threshold-end 2" (O2TD3: --mse-threshold-end 0.04)
+makes them differ in the rule alone.
 """
 
 import sys
@@ -10,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli
+from experiments import harness
 from experiments.analysis import comparison
 from experiments.harness import Args, Spec, full
 
@@ -19,7 +24,7 @@ INTERVALS = (1_000, 5_000, 10_000)
 def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     best = full(args, script, seed)
     runs = {"best so far": best}
-    for n in INTERVALS:
+    for n in (n for n in INTERVALS if n < harness.parsed(args, best).online_steps):  # else it never moves
         name = f"every {n:,} steps"
         runs[name] = best.variant(f"every{n}", "--reference", "interval", "--reference-interval", str(n))
     return runs | {"adaptive": best.variant("adaptive", "--reference", "adaptive")}

@@ -17,9 +17,9 @@ from common import cli, datasets, regime, tasks
 from common.evaluation import Evaluator
 from common.identity import ROOT
 from common.run import FREE_ARGS, Run, run_name
-from tests.conftest import OFTEN, TINY
+from tests.conftest import DEMO, OFTEN, TINY
 
-SMALL = ["--env-id", "hopper-medium-demo", "--offline-steps", "4", "--online-steps", "90", "--eval-every", "30"]
+SMALL = [*DEMO, "--offline-steps", "4", "--online-steps", "90", "--eval-every", "30"]
 WAIT = ["--learning-starts", "20"]
 FLAGS = {
     iql: [],

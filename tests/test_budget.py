@@ -80,7 +80,7 @@ def test_of_finished_runs(tmp_path, run_script, monkeypatch, hdf5):
     typed += ["--seeds", "1", "--budgets", "0.5", "--algorithms", "o2td3", "--states", "256", "--rollouts", "2"]
     code, out, err = run_script(budget, *typed)
     assert code == 0, err
-    page = (tmp_path / "budget.md").read_text()
+    page = (tmp_path / "budget_data.md").read_text()
     rows = [re.split(r" *\| *", line)[1:-1] for line in page.splitlines() if line.startswith("| o2td3 |")]
     short, own, auto = rows[:3]  # of re-evaluation
     assert [row[1] for row in (short, own, auto)] == ["8", "16", "auto: 16 (0 of 1 at a plateau)"]
@@ -94,7 +94,7 @@ def test_of_finished_runs(tmp_path, run_script, monkeypatch, hdf5):
     last = [row for row in read_rows(first / "progress.csv") if row["stage"] == "align"][-1]
     assert own[4:6] == [f"{last[f'probe/{name}']:.2f}" for name in ("rank_correlation", "drift")]
     assert [row[1:5] for row in rows[6:7]] == [["as at this scale", "1", "29 min", "0%"]]
-    assert rows[7][1] == "auto" and rows[7][4] in ("99%", "100%") and (tmp_path / "budget.png").exists()
+    assert rows[7][1] == "auto" and rows[7][4] in ("99%", "100%") and (tmp_path / "budget_data.png").exists()
 
 
 def test_refused(run_script, tmp_path):

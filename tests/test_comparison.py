@@ -23,7 +23,8 @@ def made_up_run(folder, offline, scores, successes=(), **result):
     ]
     (folder / "progress.csv").write_text("\n".join(["stage,step,charts/score,charts/episodic_success", *lines]) + "\n")
     fixed = {"references": [0.0, 100.0], "regime": None, "seconds": {"finetune": 120.0}, "source": "made up",
-             "hardware": "none", "eval_episodes": 10, "measure": "score", "offline_steps": 5}  # fmt: skip
+             "simulator": "a robot", "hardware": "none", "eval_episodes": 10, "measure": "score",
+             "offline_steps": 5}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(fixed | {"offline": offline} | result))
     return folder
 
@@ -37,6 +38,12 @@ def test_a_run_in_numbers(tmp_path):
     assert found["gain"] == pytest.approx(205 / 3 - 60)
     assert falling["drop"] == 40 and falling["smooth_drop"] == pytest.approx(60 - 110 / 3)
     assert falling["regret"] == pytest.approx(np.mean([0.4, 0.7, 0.5, 0.6, 0.8, 0]))  # 120 counts as 100
+
+
+def test_returns_have_no_regret(tmp_path):
+    found = analysis.summary(made_up_run(tmp_path / "a", 2_000.0, {1: 2_500}, measure="return"))
+    assert np.isnan(found["regret"]) and found["gain"] == 500
+    assert analysis.number((found["regret"],) * 3) == "–"
 
 
 def test_training_regret(tmp_path):
@@ -56,12 +63,13 @@ def test_aggregates(monkeypatch):
     found = comparison.matrices(values)
     assert found.keys() == {"a", "b"}  # c lacks a task
     assert found["a"].tolist() == [[1, 4], [2, 5]] and found["b"].tolist() == [[6, 8], [7, 9]]
-    chances = comparison.probabilities(
-        {"a": np.array([[1.0, 5], [2, 6]]), "b": np.array([[0.0, 5], [0, 6]])}, ["a"], ["b"]
-    )
-    (probability, low, high) = chances["a", "b"]
+    finals = {"a": {"x": [1.0, 2], "y": [5, 6], "z": [-9]}, "b": {"x": [0.0, 0], "y": [5, 6], "z": []},
+              "c": {"x": [3, 0, 3], "y": [], "z": []}, "d": {"w": [1]}}  # fmt: skip
+    chances = comparison.probabilities(finals, ["a"], ["a", "b", "c", "d"])
+    assert chances.keys() == {("a", "b"), ("a", "c")}
+    (probability, low, high) = chances["a", "b"]  # on the tasks that both have runs of
     assert probability == pytest.approx((1 + 0.5) / 2)  # always on one task, half with ties on the other
-    assert low <= probability <= high
+    assert low <= probability <= high and chances["a", "c"][0] == pytest.approx(1 / 3)
     curves = np.broadcast_to(np.arange(5.0), (8, 1, 5)).copy()
     curves[0] += 1_000  # which an interquartile mean leaves out
     iqm, low, high = comparison.intervals({"a": curves})["a"]
@@ -136,6 +144,28 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
         rows = list(csv.DictReader(file))
     assert len(rows) == 16 and {row["offline_seconds"] for row in rows} == {"600.0", ""}
     assert {row["regime"] for row in rows} == {"superior"} and {float(row["policy_mean"]) for row in rows} == {40}
+    assert "4,096 environment steps each" in page and "Simulator: a robot." in page
+    assert f"16 runs (14 of them stood in {published} before)" in page
+
+
+def test_a_task_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch, run_script):
+    def run_all(args, specs):
+        if args.env_id.startswith("walker2d"):
+            raise UserError("no such file")
+        for spec in specs:
+            made_up_run(harness.folder(args, spec), 40.0, {2_048: 60.0})
+        return []
+
+    monkeypatch.setattr(harness, "run_all", run_all)
+    monkeypatch.setattr(comparison, "REPS", 50)
+    flags = ["--algorithms", "rlpd", "--seeds", "1", "--run-dir", tmp_path / "runs", "--out", tmp_path / "out"]
+    both = ["hopper-medium-v2", "walker2d-medium-v2"]
+    code, _, err = run_script(comparison, *flags, "--published", "", "--env-ids", *both)
+    assert code == 2 and err == "failed: walker2d-medium-v2: no such file\n"
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| rlpd | 1 | 40.0 | 60.0 |" in page and "walker2d-medium-v2: no such file" in page
+    code, _, err = run_script(comparison, *flags, "--published", "", "--env-ids", *both[::-1])
+    assert code == 2 and err == "error: no such file\n"  # of the first it is said at once
 
 
 def test_nothing_that_ships_is_compared_with_what_was_trained_for_it():

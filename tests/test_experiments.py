@@ -92,7 +92,7 @@ def test_interval_is_an_interquartile_mean():
 def test_one_run_has_no_interval():
     found = analysis.interval({"one": np.array([3.0]), "two": np.array([3.0, 5.0])}, reps=50)
     assert analysis.number(found["one"]) == "3.0" and analysis.number(found["two"]) == "4.0 [3.0, 5.0]"
-    finals = {name: np.array([[value]]) for name, value in (("a", 2.0), ("b", 1.0))}
+    finals = {name: {"a task": [value]} for name, value in (("a", 2.0), ("b", 1.0))}
     assert analysis.number(comparison.probabilities(finals, ["a"], ["b"])["a", "b"]) == "1.0"
 
 
@@ -103,6 +103,13 @@ def test_statistics_are_those_of_rliable(n):
     assert analysis.middle(x) == pytest.approx(metrics.aggregate_iqm(x))
     assert analysis.middle(x, 0) == pytest.approx([metrics.aggregate_iqm(column) for column in x.T])
     assert analysis.improvement(x, y) == pytest.approx(metrics.probability_of_improvement(x, y))
+
+
+def test_a_reference_that_never_moves_is_not_compared():
+    args = harness.Args()
+    assert list(reference.settings(args, "o2sac", 0)) == ["best so far", "every 1,000 steps", "every 5,000 steps",
+                                                          "adaptive"]  # fmt: skip
+    assert "every 10,000 steps" in reference.settings(dataclasses.replace(args, scale="paper"), "o2sac", 0)
 
 
 def test_improvement():

@@ -18,12 +18,12 @@ from common import checkpoint, cli
 from common.cli import UserError
 from common.replay import PrioritisedBuffer, ReplayBuffer
 from common.run import run_name
-from tests.conftest import OFTEN, TINY, kill_at
+from tests.conftest import DEMO, OFTEN, TINY, kill_at
 from tests.test_collect import collect
 
 ROOT = Path(o2sac.__file__).parent
 SMALL = [
-    "--env-id", "hopper-medium-demo", "--offline-steps", "4", "--reevaluate-steps", "12", "--align-steps", "12",
+    *DEMO, "--offline-steps", "4", "--reevaluate-steps", "12", "--align-steps", "12",
     "--online-steps", "120", "--learning-starts", "60", "--utd", "2", "--eval-every", "40", "--align-eval-every", "6",
     "--log-every", "5",
 ]  # fmt: skip

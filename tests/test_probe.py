@@ -20,6 +20,10 @@ def test_rank_correlation_is_spearmans():
     found = probe.rank_correlation(torch.tensor(x), torch.tensor(y))
     np.testing.assert_allclose(found, expected, atol=1e-12)
     assert found[0] == pytest.approx(1) and found[1] == pytest.approx(-1)
+    x, y = rng.integers(0, 4, (5, 32)), rng.integers(0, 4, (5, 32))  # with ties
+    expected = [scipy.stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)]
+    np.testing.assert_allclose(probe.rank_correlation(torch.tensor(x), torch.tensor(y)), expected, atol=1e-12)
+    assert probe.rank_correlation(torch.zeros(4), torch.zeros(4)) == 0  # as in a maze where no episode succeeds
 
 
 def test_probe_of_a_known_critic():

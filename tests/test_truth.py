@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+import o2ppo
 import o2sac
 import o2td3
-from common import agreement, datasets, envs, policies
+from common import agreement, cli, datasets, envs, policies
 from common.cli import UserError
 from experiments import alignment, budget, harness, q_stability, rollouts, truth
 from tests.conftest import TINY
@@ -130,6 +131,12 @@ def test_what_no_simulator_can_answer_is_refused_before_the_first_run(experiment
     assert code == 2 and "cannot be put into states of these data" in err
 
 
+def test_no_return_is_compared_with_a_v_of_divided_rewards():
+    args = cli.complete(o2ppo.Args(env_id="halfcheetah-medium-v2"))
+    with pytest.raises(UserError, match="--no-scale-rewards"):
+        rollouts.check(args)
+
+
 def test_monte_carlo_of_q_stability(monkeypatch):
     monkeypatch.setattr(rollouts, "STATES", 4)
     found = q_stability.true_values(harness.Args(), "o2td3", 0)
@@ -200,12 +207,14 @@ def test_of_finished_runs(tmp_path, run_script, monkeypatch, hdf5):
     typed += ["--dataset-path", args.dataset_path, "--scale", "paper"]
     code, out, err = run_script(truth, *typed, "--states", "7", "--actions", "4", "--rollouts", "2")
     assert code == 0, err
-    page = (tmp_path / "truth.md").read_text()
+    page = (tmp_path / "truth_data.md").read_text()
     for script in ("o2sac", "o2td3"):
         for word in ("re-evaluated", "aligned", "fine-tuned", truth.HALVES):
             assert page.count(f"| {script} | {word} |") == 2
         assert f"| {script} | re-evaluated | 1 | 7 |" in page
-    assert page.count(truth.PREFERENCE) == 3 and page.count(truth.PERFECT) == 2 and (tmp_path / "truth.png").exists()
+    assert (
+        page.count(truth.PREFERENCE) == 3 and page.count(truth.PERFECT) == 2 and (tmp_path / "truth_data.png").exists()
+    )
     q, _, returns = truth.measured(truth.Args(**vars(args) | dict(noise=False, states=7)), spec, {})
     assert returns.shape == (1, 7, 17) and q.keys() == {"re-evaluated", "aligned", "fine-tuned"}
     assert not torch.equal(q["re-evaluated"], q["aligned"])
