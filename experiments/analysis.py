@@ -153,7 +153,7 @@ class Report:
         """Show a table on the screen and keep it for the page."""
         shown = Table(title=title, title_justify="left")
         for column in columns:
-            shown.add_column(column)
+            shown.add_column(column, overflow="fold")
         for line in lines:
             shown.add_row(*line)
         Console(width=160, markup=False).print(shown)
