@@ -394,7 +394,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers, 
         f = divergence(obs, u, log_prob)
         actor_loss = (alpha * log_prob - critic(obs, new_actions).amin(0) + lagrange * f).mean()
 
-        # temperature towards the target entropy, multiplier towards E f = τ
+        # temperature towards the target entropy; multiplier: until τ is the 0.7-expectile of f, above E f
         alpha_loss = -agent.log_alpha * (log_prob.detach() + target_entropy).mean()
         slack = times_threshold * threshold - f.detach()
         multiplier_loss = lagrange_loss(agent.log_lagrange, slack, args.lagrange_expectile)

@@ -211,7 +211,7 @@ def smoothed(actions: torch.Tensor, args: Args, radius: torch.Tensor | float = 1
 
 
 class Agent(nn.Module):
-    """All that is learned: π, π̄, π_off, π_ref, Q, Q̄, log λ. The offline and reference policies are copies."""
+    """π, π̄, Q, Q̄, log λ, which are learned, and π_off and π_ref, copies of π that are not."""
 
     def __init__(self, args: Args, policy: dict):
         super().__init__()
@@ -223,7 +223,7 @@ class Agent(nn.Module):
         self.actor_target = copy.deepcopy(self.actor_offline)
         if args.reevaluate or args.critic_init == "random":
             self.critic = Critic(obs_dim, action_dim, args.critic_hidden, args.critic_layer_norm)
-        else:  # the naive switch: the offline algorithm's critics, in that algorithm's shape
+        else:  # the offline algorithm's critics, in that algorithm's shape, as in the naive switch
             theirs = policy["critic"]
             self.critic = Critic(obs_dim, action_dim, theirs["hidden_layers"], theirs["layer_norm"])
             self.critic.load_state_dict(theirs["critic"])
@@ -308,7 +308,7 @@ def alignment_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers:
         obs, *_, rows = sample(data, args.batch_size)
         anchors, q_anchor_target = anchor_actions[rows], anchor_q[rows]
         new_actions = actor(obs)
-        # Q'_i(s, ã) = min{ Q̄(s, ȧ) / (1 + k d²),  Q̄_i(s, ã) },  ã = π(s) + noise,  d = ‖ã - ȧ‖ / √A, clipped
+        # Q'_i(s, ã) = min{ Q̄(s, ȧ) / (1 + k δ²),  Q̄_i(s, ã) },  ã = π(s) + noise,  δ = ‖ã - ȧ‖ / √A, clipped
         with torch.no_grad():
             # in many dimensions all noise is about equally long; with another radius for each action, distances vary
             radius = 1.5 * torch.rand_like(new_actions[:, :1]) if args.align_radius == "uniform" else 1.0
@@ -391,7 +391,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers, 
         f = ((new_actions - reference(obs)) ** 2).mean(1)
         q = critic(obs, new_actions, n=1)[0]
         actor_loss = -q.mean() / q.abs().mean().detach() + lagrange() * f.mean()
-        # multiplier towards E f = τ
+        # multiplier: until τ is the 0.7-expectile of f, above E f
         multiplier_loss = lagrange_loss(agent.log_lagrange, threshold - f.detach(), args.lagrange_expectile)
         return (
             clip_grad_norm(torch.autograd.grad(actor_loss, actor_params), args.actor_grad_norm),

@@ -1,15 +1,15 @@
 """IQL, fine-tuned (Kostrikov, Nair & Levine, ICLR 2022, arXiv 2110.06169): offline and online the loss is the same,
 and only the data grow. V, the critics, the policy and their optimisers go on from `offline/iql.py`; the dataset and all
-that is played stand in one buffer, and every batch is uniform over it.
+that is played stand in one buffer, and every batch is uniform over it (--buffer all).
 
     python baselines/iql.py --preset demo
     python baselines/iql.py --env-id hopper-medium-v2
 
 The authors' code (implicit_q_learning) and CORL's differ. As the authors', the actor's learning rate is constant online
-(CORL's cosine goes on behind its end, and so begins at 0). As CORL's, states are standardised, V(s') and the advantage
-are those before V's step, log σ is held in -20…2, and the hand has the expectile 0.8, β 3 and a dropout of 0.1 (the
-authors': states as they are, after V's step, -5…2, and 0.7 and 0.5 without dropout). Rewards of locomotion are as they
-are (the authors' data's, not their play's: times 1,000 by the range of returns); data and play are transformed alike.
+(CORL's cosine goes on behind its end, and so begins at 0). As CORL's, states are standardised (the authors': as they
+are), V(s') and the advantage are those before V's step (after it), log σ is held in -20…2 (-5…2), and the hand has the
+expectile 0.8 and β 3 (0.7 and 0.5); its dropout of 0.1 is both's. Rewards of locomotion are as they are (the authors
+multiply their data's, and not their play's, by 1,000 / the range of returns); data and play are transformed alike.
 """
 
 import copy

@@ -5,13 +5,13 @@ and Q̄ go on from `offline/iql.py` by IQL's losses, with new optimisers; half o
     python baselines/pex.py --preset demo
     python baselines/pex.py --env-id hopper-medium-v2
 
-Constants online are the defaults of the authors' code, the offline policy is offline/iql.py's (on locomotion with β =
-3, theirs with 10); their README runs halfcheetah-random and AntMaze with the expectile 0.9. Nothing is published for
-Adroit, where the expectile is IQL's. It evaluates at random (see `Composition.mode`), and so does this; charts/greedy
-is the last score without that. Unlike in the authors' code states are standardised as offline/iql.py has them, actions
-are clipped before they are played, stored and learned from, evaluation has an environment of its own, and online rows
-are drawn with replacement. policy.pt and best.pt hold the new policy alone, without its score, for the whole is no
-single network.
+Constants online are the defaults of the authors' code, the offline policy is offline/iql.py's (with β = 3 but on
+AntMaze, theirs with 10); their README runs halfcheetah-random and AntMaze with the expectile 0.9. Nothing is published
+for Adroit, where the expectile is IQL's. It evaluates at random (see `Composition.mode`), and so does this;
+charts/greedy is the last score without that. Unlike in the authors' code states are standardised as offline/iql.py has
+them, actions are clipped before they are played, stored and learned from, evaluation has an environment of its own, and
+online rows are drawn with replacement. policy.pt and best.pt hold the new policy alone, without its score, for the
+whole is no single network.
 """
 
 import copy

@@ -192,7 +192,7 @@ def draw_constraint(panel, line: Line, constraints: list[str], weight: str) -> N
     for name in constraints:
         plot(panel, *line.points(f"losses/{name}"), color="C4", label="f: divergence from π_ref")
         plot(panel, *line.points(f"charts/{name}_threshold"), "k-.", label="τ: its threshold")
-        panel.set_ylabel(f"divergence from π_ref\n({UNITS[name]}); λ grows\nwhere f is above τ")
+        panel.set_ylabel(f"divergence from π_ref\n({UNITS[name]}); λ grows while\nits upper expectile is > τ")
     if not constraints:
         plot(panel, *line.points("losses/approx_kl"), color="C4", label="divergence of an update")
         panel.set_ylabel("how far an update\nmoves the policy (nats)")

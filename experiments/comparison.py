@@ -65,7 +65,7 @@ Final: mean of the last three evaluations. Area: mean score over the environment
 with which every curve begins (what alignment leaves, and PEX's composition with a new policy, stand in the CSV as
 `start`). Deepest fall: below the offline score; the least of many evaluations of few episodes is biased downwards,
 which the means of three are less. Evaluation regret: mean of 1 - score / 100, clipped to 0…1, over all evaluations and
-the offline policy's. Training regret: share of training episodes without a success (CORL's). Regime: see
+the offline policy's. Training regret: share of training episodes without a success (CORL's). Policy to data: see
 common/regime.py, with the number of seeds. Updates: of the critics, after an environment step. Minutes: as they were on
 that machine, with all that ran beside; online those of re-evaluation and alignment are included."""
 
@@ -309,25 +309,29 @@ def task_table(report: analysis.Report, task: str, runs: dict[str, list[dict]]) 
             mean([run["offline_steps"] for run in found], 0), mean([run["utd"] for run in found], 0),
             minutes([run["offline_seconds"] for run in found]), minutes([run["seconds"] for run in found]),
         ])  # fmt: skip
-    columns = ["", "runs", "offline", *KEYS.values(), "training regret", "regime", "offline steps", "updates",
+    columns = ["", "runs", "offline", *KEYS.values(), "training regret", "policy to data", "offline steps", "updates",
                "offline min", "online min"]  # fmt: skip
-    report.table(task, columns, lines)
+    sources = sorted({run["source"] for of_name in runs.values() for run in of_name})
+    report.table(f"{task} ({'; '.join(sources)})", columns, lines)
 
 
 def main() -> None:
     args = cli.read(Args, __doc__)
     names = [f"{what}_{args.scale}_{budget(args)}.csv" for what in ("runs", "curves")]
     old_runs, old_curves = published(args, dict(zip(names, (RUN_COLUMNS, CURVE_COLUMNS), strict=True)))
-    compared, failures, runs, curves = pairs(args), [], [], []
-    for task in env_ids(args):
-        here = dataclasses.replace(args, env_id=task)
-        specs = {name: [spec(here, pair, seed) for seed in range(args.seeds)] for name, pair in compared.items()}
+    failures, runs, curves, asked = [], [], [], {}
+    for task in env_ids(args):  # before the first run
+        here = asked[task] = dataclasses.replace(args, env_id=task), {}
+        for name, pair in pairs(args).items():
+            here[1][name] = [spec(here[0], pair, seed) for seed in range(args.seeds)]
+    for task, (here, specs) in asked.items():
         try:
             failures += harness.run_all(here, [run for of_name in specs.values() for run in of_name])
         except cli.UserError as error:  # as of data that cannot be had
-            if task == env_ids(args)[0]:
+            if task == next(iter(asked)):
                 raise
             failures.append(f"{task}: {error}")
+            continue
         for name, of_name in specs.items():
             for run in of_name:
                 for path in harness.finished(here, [run]):

@@ -4,8 +4,8 @@ evaluation at all (`--reference adaptive`).
     python experiments/reference.py
 
 At intervals the paper has another threshold, at the end a quarter of the other rules' (not where a preset sets it):
-what is compared are the paper's two ways, and --run-flags="--kl-threshold-end 2" (O2TD3: --mse-threshold-end 0.04)
-makes them differ in the rule alone.
+what is compared are the paper's two ways, and --algorithms o2sac --run-flags="--kl-threshold-end 2" (o2td3:
+--mse-threshold-end 0.04) makes them differ in the rule alone.
 """
 
 import sys

@@ -30,7 +30,10 @@ def held_out(args, data: Dataset) -> Dataset:
 def check(args) -> None:
     """Refuse before any run what no simulator can answer after it. Raises UserError."""
     if getattr(args, "scale_rewards", False):
-        raise UserError("divided by a running deviation V is no return; --run-flags=--no-scale-rewards")
+        raise UserError(
+            "O2PPO's V is no return where rewards are divided by a running deviation; leave it out of --algorithms, "
+            "or run it alone, --algorithms o2ppo --run-flags=--no-scale-rewards"
+        )
     held_out(args, dataset(args))
 
 

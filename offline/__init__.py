@@ -158,6 +158,8 @@ def other_values(args, found: dict) -> str:
 def other_losses(args, found: dict) -> str:
     """In words, which arguments of both, of the loss and the like, were others for what a script goes on with."""
     known = found.get("learner", {}).get("args", {}) if goes_on(args) else {}
+    if known and found["algorithm"] in ALGORITHMS:  # what there was no argument for then was as it usually is
+        known = vars(algorithm(found["algorithm"]).Args()) | known
     shared = {field.name for kind in (cli.OnlineArgs, PretrainArgs) for field in dataclasses.fields(kind)}
     names = [field.name for field in dataclasses.fields(args) if field.name not in shared and field.name in known]
     differ = [name for name in names if known[name] != getattr(args, name)]

@@ -3,9 +3,9 @@ advantage-weighted regression. Writes the policy and its critics to runs/<env_id
 
     python offline/awac.py --env-id hopper-medium-v2
 
-Networks and weights are CORL's, exp(A / λ) clipped at 100; `--weights softmax --temperature 2` are the authors'
-(rlkit's, where the advantages are those before the critics' step). The mean of the policy goes through a tanh, as in
-rlkit.
+Networks and weights are CORL's, exp(A / λ) clipped at 100; `--weights softmax --temperature 2` are the authors' for
+locomotion (rlkit's, where the advantages are those before the critics' step). The mean of the policy goes through a
+tanh, as in rlkit.
 """
 
 import copy

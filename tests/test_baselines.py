@@ -17,6 +17,7 @@ from common import cli, datasets, regime, tasks
 from common.evaluation import Evaluator
 from common.identity import ROOT
 from common.run import FREE_ARGS, Run, run_name
+from offline import cal_ql as offline_cal_ql
 from tests.conftest import DEMO, OFTEN, TINY
 
 SMALL = [*DEMO, "--offline-steps", "4", "--online-steps", "90", "--eval-every", "30"]
@@ -167,7 +168,10 @@ def test_q_and_v_of_other_rewards_are_not_gone_on_with():
 
 
 def test_what_was_learned_otherwise_is_said():
-    left = {"learner": {"args": {"expectile": 0.7, "beta": 3.0, "seed": 5, "log_every": 9, "hidden": [8]}}}
+    left = {
+        "algorithm": "iql",
+        "learner": {"args": {"expectile": 0.7, "beta": 3.0, "seed": 5, "log_every": 9, "hidden": [8]}},
+    }
     flags = ["--env-id", "hopper-medium-demo"]
     assert offline.other_losses(parsed(iql, *flags), left) == ""
     assert offline.other_losses(parsed(iql, *flags, "--expectile", "0.9"), left) == (
@@ -175,6 +179,15 @@ def test_what_was_learned_otherwise_is_said():
     )
     assert offline.other_losses(parsed(pex, *flags), left) == "; learned with --beta 3.0 (here 10.0)"
     assert offline.other_losses(parsed(o2td3, *flags), left) == ""  # which takes the policy alone
+    older = left | {"algorithm": "awac"}  # from before there was the argument
+    found = offline.other_losses(parsed(awac, *flags, "--weights", "softmax"), older)
+    assert "--weights exp (here softmax)" in found
+
+
+@pytest.mark.parametrize("env_id", ["hopper-medium-v2", "antmaze-umaze-v2", "pen-cloned-v1"])
+def test_the_conservative_gap_is_not_clipped(env_id):
+    for script in (cal_ql, offline_cal_ql):
+        assert parsed(script, "--env-id", env_id).min_gap is None
 
 
 def test_calibration_knows_failures_whatever_the_rewards_are_scaled_by():

@@ -81,6 +81,12 @@ def test_curves_on_a_grid(tmp_path):
     np.testing.assert_allclose(grid, np.linspace(0, 100, 21))
 
 
+def test_a_wrong_name_is_said_before_the_first_run(tmp_path, monkeypatch, run_script):
+    monkeypatch.setattr(harness, "run_all", lambda *_: pytest.fail("it has begun"))
+    code, _, err = run_script(comparison, "--env-ids", "hopper-medium-v2", "nonsense-v9", "--published", "")
+    assert code == 2 and "nonsense-v9" in err
+
+
 def test_pairs():
     found = comparison.pairs(comparison.Args(algorithms=("o2td3", "o2ppo", "iql", "rlpd")))
     assert found == {
@@ -150,10 +156,11 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
 
 def test_a_task_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch, run_script):
     def run_all(args, specs):
-        if args.env_id.startswith("walker2d"):
-            raise UserError("no such file")
         for spec in specs:
-            made_up_run(harness.folder(args, spec), 40.0, {2_048: 60.0})
+            if not harness.folder(args, spec).exists():
+                made_up_run(harness.folder(args, spec), 40.0, {2_048: 60.0})
+        if args.env_id.startswith("walker2d"):
+            raise UserError("runs of other arguments")
         return []
 
     monkeypatch.setattr(harness, "run_all", run_all)
@@ -161,11 +168,12 @@ def test_a_task_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatc
     flags = ["--algorithms", "rlpd", "--seeds", "1", "--run-dir", tmp_path / "runs", "--out", tmp_path / "out"]
     both = ["hopper-medium-v2", "walker2d-medium-v2"]
     code, _, err = run_script(comparison, *flags, "--published", "", "--env-ids", *both)
-    assert code == 2 and err == "failed: walker2d-medium-v2: no such file\n"
+    assert code == 2 and err == "failed: walker2d-medium-v2: runs of other arguments\n"
     page = (tmp_path / "out" / "comparison.md").read_text()
-    assert "| rlpd | 1 | 40.0 | 60.0 |" in page and "walker2d-medium-v2: no such file" in page
+    assert page.count("| rlpd | 1 | 40.0 | 60.0 |") == 1 and "walker2d-medium-v2: runs of other arguments" in page
+    assert "walker2d" not in (tmp_path / "out" / "runs_demo_10240.csv").read_text()
     code, _, err = run_script(comparison, *flags, "--published", "", "--env-ids", *both[::-1])
-    assert code == 2 and err == "error: no such file\n"  # of the first it is said at once
+    assert code == 2 and err == "error: runs of other arguments\n"  # of the first it is said at once
 
 
 def test_nothing_that_ships_is_compared_with_what_was_trained_for_it():
