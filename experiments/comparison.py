@@ -385,7 +385,7 @@ def chances(report: analysis.Report, values: dict[str, dict[str, list[dict]]]) -
         lines = [[x, *(analysis.number(found[x, y], 2) if (x, y) in found else "–" for y in theirs)] for x in ours]
         title = "Probability that a run of … ends higher than one of …, on the tasks that both have runs of"
         report.table(title, ["", *theirs], lines)
-        report.text.append("\nThat three runs all end above three others on a task comes about by chance once in 20 times.")
+        report.text.append("\nBy chance alone three runs all end above three others on a task once in 20 times.")
 
 
 def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], points: dict) -> None:
