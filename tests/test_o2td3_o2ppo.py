@@ -17,12 +17,12 @@ import o2td3
 from common import policies
 from common.evaluation import Evaluator
 from common.replay import ReplayBuffer
-from tests.conftest import TINY, kill_at
+from tests.conftest import DEMO, TINY, kill_at
 from tests.reference import check_trained_alike
 
 ROOT = Path(o2td3.__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-COMMON = ["--env-id", "hopper-medium-demo", "--offline-steps", "4", "--reevaluate-steps", "12", "--log-every", "5"]
+COMMON = [*DEMO, "--offline-steps", "4", "--reevaluate-steps", "12", "--log-every", "5"]
 SMALL = {
     "o2td3": [*COMMON, *TINY, "--align-steps", "12", "--online-steps", "120", "--learning-starts", "60",
               "--eval-every", "40", "--align-eval-every", "6"],

@@ -4,9 +4,11 @@ import re
 
 from benchmarks import protocol
 
+from tests.conftest import DEMO
+
 
 def test_times_every_stage(run_script, tmp_path):
-    flags = ["--env-id", "hopper-medium-demo", "--fraction", "4e-6", "--no-compile", "--device", "cpu"]
+    flags = [*DEMO, "--fraction", "4e-6", "--no-compile", "--device", "cpu"]
     code, out, err = run_script(protocol, *flags, "--run-dir", tmp_path)
     assert code == 0, err
     rows = {m[1].strip(): m[2].strip() for m in re.finditer(r"│ ([\w:\- ]+?) +│ +([\d,]*) │", out)}
@@ -16,7 +18,7 @@ def test_times_every_stage(run_script, tmp_path):
 
 
 def test_times_several_seeds_apart_from_one(run_script, tmp_path):
-    flags = ["--env-id", "hopper-medium-demo", "--fraction", "4e-6", "--no-compile", "--device", "cpu", "--seed", "3"]
+    flags = [*DEMO, "--fraction", "4e-6", "--no-compile", "--device", "cpu", "--seed", "3"]
     code, out, err = run_script(protocol, *flags, "--num-seeds", "2", "--run-dir", tmp_path)
     assert code == 0, err
     assert "and 1 more" in out and "from start to end" in out
