@@ -234,7 +234,7 @@ def is_layer(layer: object) -> bool:
 
 def check_critic(critic: object, inputs: int, path: Path) -> None:
     """Refuse critics that are not in the shape that they say. Raises UserError."""
-    kinds = {"layer_norm": (bool, str), "hidden_layers": (int, list), "critic": dict, "critic_target": dict}
+    kinds = {"layer_norm": (bool, str), "hidden_layers": (int, list), "critic": dict}
     if not isinstance(critic, dict) or not all(isinstance(critic.get(name), kind) for name, kind in kinds.items()):
         raise UserError(f"{path} has a critic with missing or foreign entries; make it again")
     if critic["layer_norm"] not in (True, False, "after"):
@@ -246,8 +246,7 @@ def check_critic(critic: object, inputs: int, path: Path) -> None:
     with torch.device("meta"):
         net = ensemble_mlp(2, inputs, hidden, 1, critic["layer_norm"])
     like = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    for name in ("critic", "critic_target"):
-        check_tensors(critic[name], like, path, f"its {name}")
+    check_tensors(critic["critic"], like, path, "its critic")
 
 
 def check_tensors(tensors: dict, like: dict[str, torch.Tensor], path: Path, where: str) -> None:

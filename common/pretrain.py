@@ -47,7 +47,7 @@ def train(args, data: datasets.Dataset, Agent, Optimizers, training_step) -> Pat
     """Train on `data`, which is standardised here, and return the policy's path. A finished run trains nothing.
 
     `Agent(args, obs_dim, action_dim)` has `kind`, `actor`, `act(obs)` (its most likely actions) and, where it learns
-    one, `critic` with `critic_target`; one that plays otherwise as well has `evaluate(evaluator, device, last)`, which
+    one, `critic`; one that plays otherwise as well has `evaluate(evaluator, device, last)`, which
     gives the "score" of `act` and what stands beside it. `training_step(args, data, agent, optimizers)` gives the step.
     """
     run, algorithm = Run(args, run_name(args), data, wait=True), script_name(args)
@@ -92,7 +92,7 @@ def trained(run: Run, algorithm: str, data: datasets.Dataset, Agent, Optimizers,
     if hasattr(agent, "critic") and getattr(agent.critic, "n", 2) == 2:  # twins, which others can take over
         critics = {"critic": {
             "layer_norm": agent.critic.layer_norm, "hidden_layers": widths_of(agent.critic.net),
-            "critic": agent.critic.state_dict(), "critic_target": agent.critic_target.state_dict(),
+            "critic": agent.critic.state_dict(),
         }}  # fmt: skip
     learner = {"args": plain(args), "agent": agent.state_dict()}
     learner |= {name: optimizer.state_dict() for name, optimizer in optimizers.items()}

@@ -21,7 +21,7 @@ NETWORKS = ([256, "ReLU", 256, "ReLU"], [64, "Tanh", 32, "Tanh"], [16, "LayerNor
 def saved(tmp_path):
     """A policy with critics in a file of its own: (path, what the file holds)."""
     critic = {f"net.{key}": value for key, value in ensemble_mlp(2, S + A, 2, 1, True).state_dict().items()}
-    critics = {"layer_norm": True, "hidden_layers": 2, "critic": critic, "critic_target": critic}
+    critics = {"layer_norm": True, "hidden_layers": 2, "critic": critic}
     fields = checkpoint("squashed_gaussian") | {"state_mean": torch.arange(S) / 3, "state_std": torch.full((S,), 2.5)}
     path = tmp_path / "policy.pt"
     policies.save_policy(path, **fields, critic=critics)
@@ -116,7 +116,7 @@ CRAFTED = {
     "critics of endless width": (critic_with(hidden_layers=[10**12]), "critic that cannot be built"),
     "critics of names": (critic_with(hidden_layers=["ReLU"]), "critic that cannot be built"),
     "critics without norm": (critic_with(layer_norm=False), "its critic net."),
-    "no target critics": (critic_with(critic_target={}), "its critic_target net.0.weight is missing"),
+    "no critics": (critic_with(critic={}), "its critic net.0.weight is missing"),
 }  # fmt: skip
 
 
