@@ -34,7 +34,7 @@ def code_of(script: Path, *others: Path | None) -> dict[str, str]:
         if name in hashes:
             continue
         hashes[name], names = read(path.read_bytes())
-        waiting += files_of(names, searched)
+        waiting += [file for file in files_of(names, searched, path) if any(map(file.is_relative_to, folders))]
     return dict(sorted(hashes.items()))
 
 
@@ -46,8 +46,8 @@ def read(source: bytes) -> tuple[str, list[str]]:
 
 
 def home(file: Path) -> Path:
-    """The folder from which a file is imported."""
-    return file.parent.parent if file.name == "__init__.py" else file.parent
+    """The folder from which a file is imported, outside of all packages."""
+    return next(folder for folder in file.parents if not (folder / "__init__.py").is_file())
 
 
 def changed(was: dict[str, str], now: dict[str, str]) -> list[str]:
@@ -70,19 +70,24 @@ def is_text(node) -> bool:
 
 
 def imported(tree: ast.AST) -> list[str]:
-    """The modules that a file's import statements name, and what they may take from these."""
+    """The modules that a file's import statements name, and what they may take from these; .name: beside the file."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            names += [module, *(f"{module}{'.' * bool(node.module)}{alias.name}" for alias in node.names)]
     return names
 
 
-def files_of(names: list[str], folders: tuple[Path, ...]) -> list[Path]:
-    """The files of these modules, each in the first of the folders that has it; none for a module that none has."""
-    places = [[folder.joinpath(*name.split(".")) for folder in folders] for name in names]
+def files_of(names: list[str], folders: tuple[Path, ...], here: Path) -> list[Path]:
+    """The files of the modules that a file, `here`, names: each in the first of the folders that has it, if one has."""
+    places = []
+    for name in names:
+        parts = name.lstrip(".").split(".")
+        level = len(name) - len(name.lstrip("."))
+        places.append([folder.joinpath(*parts) for folder in (here.parents[level - 1 : level] if level else folders)])
     files = [[file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py")] for paths in places]
     return [found for those in files if (found := next((file for file in those if file.is_file()), None))]
 

@@ -226,6 +226,21 @@ def test_a_task_that_cannot_be_told_from_another_module_is_refused(tmp_path, mon
     assert tasks.registrar("folder_alone:Id") is tasks.registrar("sys:Id") is None
 
 
+def test_what_a_task_in_a_package_imports_is_its_code(tmp_path):
+    package, maze = (
+        tmp_path / "mypackage",
+        ["from . import rewards", "from .walls import wall", "from ..shared import x"],
+    )
+    maze += ["import mypackage.other", "from .... import beyond"]
+    files = {"tasks/maze.py": "\n".join(maze), "tasks/__init__.py": "", "tasks/rewards.py": "a = 1",
+             "tasks/walls.py": "wall = 1", "shared.py": "x = 1", "other.py": "y = 1"}  # fmt: skip
+    (package / "tasks").mkdir(parents=True)
+    for name, text in (files | {"__init__.py": "", "not_imported.py": ""}).items():
+        (package / name).write_text(text)
+    found = identity.code_of(ROOT / "o2td3.py", package / "tasks" / "maze.py")
+    assert found.keys() == {f"mypackage/{name}" for name in files} | identity.code_of(ROOT / "o2td3.py").keys()
+
+
 def test_what_lies_beside_a_task_hides_none_of_the_projects_code(tmp_path):
     """Python imports the project's own, which comes first in its path."""
     (tmp_path / "common").mkdir()
