@@ -165,6 +165,8 @@ def show(run: Run, result: dict) -> None:
             score, ended = f"{result[stage.done]:.1f}" if stage.done in result else "", result.get("auto", {})
             words = " ({steps:,} steps, {ended_by})".format(**ended[stage.name]) if stage.name in ended else ""
             table.add_row(stage.done + words, score, seconds[stage.name])
+    if result["start"] != result[result["evaluated"][-1]]:  # as of PEX, which begins with a new policy beside it
+        table.add_row("before the first step", f"{result['start']:.1f}")
     table.add_row(f"best online (step {result['best_online_step']:,})", f"{result['best_online']:.1f}")
     table.add_row("last online", f"{result['last_online']:.1f}", seconds["finetune"])
     table.add_row("mean of the last 3", f"{result['mean_of_last_3']:.1f}")

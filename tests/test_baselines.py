@@ -71,6 +71,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, run_script, tmp
     result = json.loads((tmp_path / "whole" / name / "result.json").read_text())
     assert result["evaluations"] == 3 and result["best_fresh"] is not None
     assert (result["start"] == result["offline"]) == (script is not pex)  # whose composition begins, not π_off
+    assert ("│ before the first step" in out) == (script is pex)
     assert result["regime"]["regime"] in regime.WORDS and result["regime"]["episodes"] == 2
 
     save = Run.save
