@@ -58,10 +58,11 @@ def naive_switch(args) -> list[np.ndarray]:
 def write_title(figure, seeds: str, result: dict, args) -> None:
     played = f", played in {result['simulator']}" if "simulator" in result else ""
     episodes = f"{args.eval_episodes} episodes" if args.eval_episodes > 1 else "1 episode"
+    actions = " of the most likely actions" if result.get("best_alone", True) else ""  # PEX's are partly drawn
     figure.suptitle(
         f"{args.exp_name} from {result['offline_algorithm']} on {result['dataset']}{played}\n{seeds}, "
-        f"{args.online_steps:,} environment steps of fine-tuning\nan evaluation: {episodes} of the most likely "
-        "actions, always from the same start states",
+        f"{args.online_steps:,} environment steps of fine-tuning\nan evaluation: {episodes}{actions}, always from "
+        "the same start states",
         fontsize=10, x=0.01, ha="left", parse_math=False,  # a name between two dollar signs is no formula
     )  # fmt: skip
 

@@ -278,3 +278,12 @@ def test_the_picture_of_several_seeds_shows_the_tables_statistic(tmp_path):
     band = panel.collections[0].get_datalim(panel.transData).intervaly
     assert band.tolist() == [40, 78]  # 74 ± 4 at its end
     assert "offline policies: mean 34.0" in curves(panel)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_title_says_which_actions_are_evaluated(alone):
+    result = dict(offline_algorithm="iql", dataset="some-data", best_alone=alone)  # PEX's play is no single network
+    figure = Figure()
+    plots.write_title(figure, "1 seed (0)", result, o2sac.Args(eval_episodes=10))
+    assert ("10 episodes of the most likely actions, always" in figure.get_suptitle()) == alone
+    assert "10 episodes" in figure.get_suptitle()
