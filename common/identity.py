@@ -26,8 +26,8 @@ def code_of(script: Path, *others: Path | None) -> dict[str, str]:
     What is hashed is the syntax tree without its docstrings: what Python runs. Comments and blank lines change nothing.
     """
     waiting = [script, *filter(None, others)]
-    hashes, folders = {}, (ROOT, *map(home, waiting))
-    searched = (home(script), *folders)  # in this order, as Python does
+    hashes, folders = {}, (ROOT, *(folder for file in waiting for folder in homes(file)))
+    searched = (script.parent, *folders)  # in this order, as Python does
     while waiting:
         path = waiting.pop()
         name = str(path.relative_to(next(folder for folder in folders if path.is_relative_to(folder))))
@@ -45,9 +45,11 @@ def read(source: bytes) -> tuple[str, list[str]]:
     return hashlib.sha256(repr(shape(tree)).encode()).hexdigest()[:16], imported(tree)
 
 
-def home(file: Path) -> Path:
-    """The folder from which a file is imported, outside of all packages."""
-    return next(folder for folder in file.parents if not (folder / "__init__.py").is_file())
+def homes(file: Path) -> list[Path]:
+    """The folders from which a file and what lies beside it are imported: the one outside of all packages, where it is
+    a part of these, and its own, where it is started or named by its path."""
+    outside = next(folder for folder in file.parents if not (folder / "__init__.py").is_file())
+    return [outside] if file.name == "__init__.py" else [outside, file.parent]
 
 
 def changed(was: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -181,15 +181,15 @@ class Report:
             self.text.append(f"\n**Failed, and not in any number here**: {failure}")
         if not made:
             sys.exit("error: no run came to its end, so there is nothing to show; look at the messages above")
-        said = [r | {"simulator": simulator(r)} for r in made]
-        sources, simulators, machines, episodes = (
-            sorted({f"{r[key]}" for r in said}) for key in ("source", "simulator", "hardware", "eval_episodes")
+        sources, machines, episodes = (
+            sorted({f"{r[key]}" for r in made}) for key in ("source", "hardware", "eval_episodes")
         )
         command = shlex.join([f"experiments/{self.script}.py", *sys.argv[1:]])
         others = f" ({older} of them stood in {folder} before)" if older else ""
         self.text += [
             f"\nMade by `python {command}`: {len(made)} runs{others} at the scale `{self.args.scale}`, data: "
-            f"{'; '.join(sources)}. Simulator: {'; '.join(simulators)}. {' or '.join(episodes)} episodes an "
+            f"{'; '.join(sources)}. Simulator: {'; '.join(sorted(set(map(simulator, made))))}. "
+            f"{' or '.join(episodes)} episodes an "
             f"evaluation. Machine: {'; '.join(machines)}, PyTorch {torch.__version__}. Intervals: 95%, stratified "
             "bootstrap; with two or three runs of one task that is from the lowest to the highest."
         ]

@@ -319,12 +319,13 @@ def main() -> None:
     args = cli.read(Args, __doc__)
     names = [f"{what}_{args.scale}_{budget(args)}.csv" for what in ("runs", "curves")]
     old_runs, old_curves = published(args, dict(zip(names, (RUN_COLUMNS, CURVE_COLUMNS), strict=True)))
-    failures, runs, curves, asked = [], [], [], {}
-    for task in env_ids(args):  # before the first run
-        here = asked[task] = dataclasses.replace(args, env_id=task), {}
-        for name, pair in pairs(args).items():
-            here[1][name] = [spec(here[0], pair, seed) for seed in range(args.seeds)]
-    for task, (here, specs) in asked.items():
+    compared, failures, runs, curves = pairs(args), [], [], []
+    # of all tasks, before the first run
+    on_task = {task: dataclasses.replace(args, env_id=task) for task in env_ids(args)}
+    asked = {task: {name: [spec(here, pair, seed) for seed in range(args.seeds)] for name, pair in compared.items()}
+             for task, here in on_task.items()}  # fmt: skip
+    for task, specs in asked.items():
+        here = on_task[task]
         try:
             failures += harness.run_all(here, [run for of_name in specs.values() for run in of_name])
         except cli.UserError as error:  # as of data that cannot be had

@@ -24,7 +24,8 @@ INTERVALS = (1_000, 5_000, 10_000)
 def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     best = full(args, script, seed)
     runs = {"best so far": best}
-    for n in (n for n in INTERVALS if n < harness.parsed(args, best).online_steps):  # else it never moves
+    steps = harness.parsed(args, best).online_steps
+    for n in [n for n in INTERVALS if n < steps]:  # else it never moves
         name = f"every {n:,} steps"
         runs[name] = best.variant(f"every{n}", "--reference", "interval", "--reference-interval", str(n))
     return runs | {"adaptive": best.variant("adaptive", "--reference", "adaptive")}

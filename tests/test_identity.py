@@ -227,18 +227,20 @@ def test_a_task_that_cannot_be_told_from_another_module_is_refused(tmp_path, mon
 
 
 def test_what_a_task_in_a_package_imports_is_its_code(tmp_path):
-    package, maze = (
-        tmp_path / "mypackage",
-        ["from . import rewards", "from .walls import wall", "from ..shared import x"],
-    )
-    maze += ["import mypackage.other", "from .... import beyond"]
+    package = tmp_path / "mypackage"
+    maze = ["from . import rewards", "from .walls import wall", "from ..shared import x"]
+    maze += ["import mypackage.other", "import beside", "from .... import beyond"]
     files = {"tasks/maze.py": "\n".join(maze), "tasks/__init__.py": "", "tasks/rewards.py": "a = 1",
-             "tasks/walls.py": "wall = 1", "shared.py": "x = 1", "other.py": "y = 1"}  # fmt: skip
+             "tasks/walls.py": "wall = 1", "tasks/beside.py": "z = 1", "shared.py": "x = 1",
+             "other.py": "y = 1"}  # fmt: skip
     (package / "tasks").mkdir(parents=True)
     for name, text in (files | {"__init__.py": "", "not_imported.py": ""}).items():
         (package / name).write_text(text)
     found = identity.code_of(ROOT / "o2td3.py", package / "tasks" / "maze.py")
     assert found.keys() == {f"mypackage/{name}" for name in files} | identity.code_of(ROOT / "o2td3.py").keys()
+    script = package / "tasks" / "mymethod.py"  # which Python starts as a file, and so finds what lies beside it
+    script.write_text("import beside\n")
+    assert identity.code_of(script).keys() == {"mypackage/tasks/mymethod.py", "mypackage/tasks/beside.py"}
 
 
 def test_what_lies_beside_a_task_hides_none_of_the_projects_code(tmp_path):
