@@ -12,13 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli
-from experiments import harness
-from experiments.analysis import comparison
+from experiments import arms, harness
 from experiments.harness import Spec, full, scripts
 
 
 @dataclass
-class Args(harness.Args):
+class Args(arms.Args):
     algorithms: tuple[str, ...] = ("o2sac", "o2td3")
     """the online algorithms; O2PPO has no alignment"""
 
@@ -42,4 +41,4 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
 
 if __name__ == "__main__":
     title = "What should alignment train, and how fast?"
-    cli.run(lambda: comparison(cli.read(Args, __doc__), "alignment_variants", title, settings, "the paper's"))
+    cli.run(lambda: arms.comparison(cli.read(Args, __doc__), "alignment_variants", title, settings, "the paper's"))

@@ -116,6 +116,24 @@ def interval(values: dict[str, np.ndarray], reps: int = 5_000) -> dict[str, tupl
     return {name: (float(points[name][0]), *map(float, bounds[name][:, 0])) for name in values}
 
 
+def intervals(values: dict[str, np.ndarray], reps: int = 5_000) -> dict[str, np.ndarray]:
+    """The same of several numbers of a run at once: arrays (runs, tasks, columns) become (3, columns)."""
+    points, bounds = bootstrap(values, lambda x: middle(x.reshape(-1, x.shape[-1]), 0), reps)
+    return {name: np.stack([points[name], *bounds[name]]) for name in values}
+
+
+def matrices(values: dict[str, dict[str, list]]) -> dict[str, np.ndarray]:
+    """values[name][task] lists runs: arrays (runs, tasks, …) of those names that have runs of every task that any has.
+
+    Where a task has more runs than another, its first ones are taken.
+    """
+    tasks = {task for of_name in values.values() for task, runs in of_name.items() if runs}
+    whole = {name: [of_name[task] for task in sorted(tasks)] for name, of_name in values.items()
+             if all(of_name.get(task) for task in tasks)}  # fmt: skip
+    n = {name: min(map(len, lists)) for name, lists in whole.items()}
+    return {name: np.stack([np.array(runs[: n[name]], float) for runs in lists], 1) for name, lists in whole.items()}
+
+
 def middle(values, axis: int | None = None) -> np.ndarray:
     """The interquartile mean of all values or, with axis 0, of each column.
 
@@ -291,57 +309,9 @@ def number(point: tuple[float, float, float], digits: int = 1) -> str:
     return iqm if math.isnan(point[1]) else f"{iqm} [{low}, {high}]"
 
 
-def compare(report: Report, title: str, groups: dict[str, list[Path]], baseline: str = "") -> None:
-    """A table of settings: where they begin and end, how fast they learn, how far they fall, and against a baseline."""
-    runs = {name: [summary(path) for path in paths] for name, paths in groups.items() if paths}
-    keys = ("start", "final", "gain", "area", "drop")
-    values = {key: interval({name: np.array([r[key] for r in rs]) for name, rs in runs.items()}) for key in keys}
-    lines = []
-    for name, rs in runs.items():
-        line = [name, str(len(rs)), *(number(values[key][name]) for key in keys)]
-        if baseline:
-            gains = [[r["gain"] for r in runs.get(x, [])] for x in (name, baseline)]
-            line.append(f"{improvement(*gains):.2f}" if name != baseline and all(gains) else "")
-        lines.append(line)
-    what = measure([path for paths in groups.values() for path in paths])
-    columns = ["", "runs", f"{what} at the start", "final", "gain over offline", "area (speed)", "largest drop"]
-    report.table(title, columns + ([f"P(better than {baseline})"] if baseline else []), lines)
-
-
 CURVES = "Lines: interquartile means over seeds, as in the table; bands: their range; dotted: the offline policies."
 
 
 def title_of(args: harness.Args, spec: harness.Spec) -> str:
     """A run's script, and what it starts from."""
     return f"{Path(spec.script).stem} from {origin(harness.parsed(args, spec))}"
-
-
-def comparison(
-    args: harness.Args, name: str, question: str, settings: Callable, baseline="", draw=None, caption: str = CURVES
-):
-    """A whole experiment: `settings(args, script, seed)` names its runs, to be compared with the `baseline` among them.
-
-    `draw(panel, groups)` draws an algorithm's panel from a dictionary of setting -> run folders; None: learning curves.
-    """
-    specs = {(y, seed): settings(args, y, seed) for y in args.algorithms for seed in range(args.seeds)}
-    failures = harness.run_all(args, [spec for runs in specs.values() for spec in runs.values()])
-    report = Report(args, name, question)
-    titles = [title_of(args, next(iter(specs[y, 0].values()))) for y in args.algorithms]
-    figure, axes = panels(titles)
-    names = [setting for runs in specs.values() for setting in runs]
-    everything = []
-    for panel, title, y in zip(axes, titles, args.algorithms, strict=True):
-        groups = {
-            setting: harness.finished(args, [specs[y, seed][setting] for seed in range(args.seeds)])
-            for setting in specs[y, 0]
-        }
-        compare(report, title, groups, baseline)
-        if draw is None:
-            draw_curves(panel, groups, names)
-        else:
-            draw(panel, groups)
-        legend(panel)
-        everything += [path for paths in groups.values() for path in paths]
-    report.figure(figure)
-    report.text.append(f"\n{caption}")
-    report.finish(results(everything), failures)

@@ -186,27 +186,6 @@ def on_grid(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.interp(np.linspace(0, steps[-1], GRID + 1), steps, values)
 
 
-def matrices(values: dict[str, dict[str, list]]) -> dict[str, np.ndarray]:
-    """values[name][task] lists runs: arrays (runs, tasks, …) of those names that have runs of every task that any has.
-
-    Where a task has more runs than another, its first ones are taken.
-    """
-    tasks = {task for of_name in values.values() for task, runs in of_name.items() if runs}
-    whole = {name: [of_name[task] for task in sorted(tasks)] for name, of_name in values.items()
-             if all(of_name.get(task) for task in tasks)}  # fmt: skip
-    n = {name: min(map(len, lists)) for name, lists in whole.items()}
-    return {name: np.stack([np.array(runs[: n[name]], float) for runs in lists], 1) for name, lists in whole.items()}
-
-
-def intervals(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Interquartile means over runs and tasks with 95% stratified bootstrap intervals, column by column.
-
-    Arrays (runs, tasks, columns) by name become (3, columns): mean, low and high.
-    """
-    points, bounds = analysis.bootstrap(values, lambda x: analysis.middle(x.reshape(-1, x.shape[-1]), 0), REPS)
-    return {name: np.stack([points[name], *bounds[name]]) for name in values}
-
-
 def probabilities(
     finals: dict[str, dict[str, list]], names: list[str], others: list[str]
 ) -> dict[tuple[str, str], tuple[float, float, float]]:
@@ -216,7 +195,7 @@ def probabilities(
     both = {}
     for x, y in itertools.product(names, others):
         if shared := [task for task, runs in finals[x].items() if x != y and runs and finals[y].get(task)]:
-            found = matrices({name: {task: finals[name][task] for task in shared} for name in (x, y)})
+            found = analysis.matrices({name: {task: finals[name][task] for task in shared} for name in (x, y)})
             both[f"{x},{y}"] = found[x], found[y]
     if not both:
         return {}
@@ -295,9 +274,8 @@ def mean(values: list[float | None], digits: int = 1) -> str:
 
 def task_table(report: analysis.Report, task: str, runs: dict[str, list[dict]]) -> None:
     """A table of one task: offline score, where each method ends and how it gets there, its regime, its time."""
-    values = intervals(
-        {name: np.array([[[run[key] for key in KEYS]] for run in found]) for name, found in runs.items()}
-    )
+    of_runs = {name: np.array([[[run[key] for key in KEYS]] for run in found]) for name, found in runs.items()}
+    values = analysis.intervals(of_runs, REPS)
     lines = []
     for name, found in runs.items():
         regimes = collections.Counter(run["regime"] for run in found if run["regime"])
@@ -319,21 +297,17 @@ def main() -> None:
     args = cli.read(Args, __doc__)
     names = [f"{what}_{args.scale}_{budget(args)}.csv" for what in ("runs", "curves")]
     old_runs, old_curves = published(args, dict(zip(names, (RUN_COLUMNS, CURVE_COLUMNS), strict=True)))
-    compared, failures, runs, curves = pairs(args), [], [], []
+    compared, runs, curves = pairs(args), [], []
     # of all tasks, before the first run
     on_task = {task: dataclasses.replace(args, env_id=task) for task in env_ids(args)}
     asked = {task: {name: [spec(here, pair, seed) for seed in range(args.seeds)] for name, pair in compared.items()}
              for task, here in on_task.items()}  # fmt: skip
-    for task, specs in asked.items():
+    done, failures = harness.run_tasks(
+        {task: (on_task[task], [run for of_name in specs.values() for run in of_name]) for task, specs in asked.items()}
+    )
+    for task in done:
         here = on_task[task]
-        try:
-            failures += harness.run_all(here, [run for of_name in specs.values() for run in of_name])
-        except cli.UserError as error:  # as of data that cannot be had
-            if task == next(iter(asked)):
-                raise
-            failures.append(f"{task}: {error}")
-            continue
-        for name, of_name in specs.items():
+        for name, of_name in asked[task].items():
             for run in of_name:
                 for path in harness.finished(here, [run]):
                     about = dict(zip(RUN, (task, name, run.seed), strict=True))
@@ -391,22 +365,24 @@ def chances(report: analysis.Report, values: dict[str, dict[str, list[dict]]]) -
 
 def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], points: dict) -> None:
     """Over all tasks: aggregates, and sample-efficiency curves."""
-    ends = matrices({name: {task: [[run["final"], run["area"]] for run in found] for task, found in of_name.items()}
-                     for name, of_name in values.items()})  # fmt: skip
+    ends = analysis.matrices(
+        {name: {task: [[run["final"], run["area"]] for run in found] for task, found in of_name.items()}
+         for name, of_name in values.items()}
+    )  # fmt: skip
     if not ends:
         report.text.append("\nNo method has runs of every task, so there is nothing to say over all of them.")
         return
     lines = [[name, str(len(ends[name])), *(analysis.number(x) for x in columns.T)]
-             for name, columns in intervals(ends).items()]  # fmt: skip
+             for name, columns in analysis.intervals(ends, REPS).items()]  # fmt: skip
     report.table("All tasks: IQM [95% interval]", ["", "runs of each", "final", "area (speed)"], lines)
     if lacking := [name for name in values if name not in ends]:
         report.text.append(f"\nWithout runs of every task: {', '.join(lacking)}.")
     n = next(iter(ends.values())).shape[1]
     figure, [panel] = analysis.panels([f"IQM over {n} task{'s' * (n > 1)}"])
-    on_tasks = matrices({name: {task: [on_grid(*points[known_by(run)]) for run in found]
+    on_tasks = analysis.matrices({name: {task: [on_grid(*points[known_by(run)]) for run in found]
                                 for task, found in of_name.items()} for name, of_name in values.items()})  # fmt: skip
     grid = np.linspace(0, 1, GRID + 1)
-    for name, (iqm, low, high) in intervals(on_tasks).items():
+    for name, (iqm, low, high) in analysis.intervals(on_tasks, REPS).items():
         look = analysis.style(list(values).index(name))
         panel.plot(grid, iqm, label=name, linewidth=1.5, **look)
         panel.fill_between(grid, low, high, color=look["color"], alpha=0.1, linewidth=0)

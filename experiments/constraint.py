@@ -10,9 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli
-from experiments import analysis, harness
-from experiments.analysis import comparison
-from experiments.harness import Args, Spec, full, scripts
+from experiments import analysis, arms, harness
+from experiments.arms import Args
+from experiments.harness import Spec, full, scripts
 
 FACTORS = (0.01, 0.1, 1, 10, 100)
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -55,4 +55,4 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
 if __name__ == "__main__":
     title = "How much constraint?"
     caption = "Dots: runs; lines: their interquartile means. The aligned policy counts as an evaluation, in drops too."
-    cli.run(lambda: comparison(cli.read(Args, __doc__), "constraint", title, settings, draw=draw, caption=caption))
+    cli.run(lambda: arms.comparison(cli.read(Args, __doc__), "constraint", title, settings, draw=draw, caption=caption))

@@ -15,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 
 from common import cli
 from common.bounds import at_least
-from experiments import harness
-from experiments.analysis import comparison
+from experiments import arms, harness
 from experiments.harness import Spec, full, scripts
 
 STARTS = {
@@ -28,7 +27,7 @@ STARTS = {
 
 
 @dataclass
-class Args(harness.Args):
+class Args(arms.Args):
     algorithms: tuple[str, ...] = ("o2sac", "o2td3")
     """the online algorithms; O2PPO has no Q, and always begins with rollouts"""
     warmup_steps: Annotated[int | None, at_least(1)] = None
@@ -59,4 +58,4 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
 
 if __name__ == "__main__":
     title = "Does the critic's start matter at all?"
-    cli.run(lambda: comparison(cli.read(Args, __doc__), "critic", title, settings, "aligned"))
+    cli.run(lambda: arms.comparison(cli.read(Args, __doc__), "critic", title, settings, "aligned"))

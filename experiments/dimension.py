@@ -12,8 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli
-from experiments import harness
-from experiments.analysis import comparison
+from experiments import arms, harness
 from experiments.harness import Spec, scripts
 
 SCALE = 0.1  # of rewards, and with them of O2SAC's temperature, or entropy would weigh ten times more
@@ -24,7 +23,7 @@ OWN = {  # an argument of a script, what turns it on, what to call it, the stage
 
 
 @dataclass
-class Args(harness.Args):
+class Args(arms.Args):
     env_id: str = "pen-cloned-v1"
     """the dataset"""
     algorithms: tuple[str, ...] = ("o2sac", "o2td3")
@@ -50,7 +49,7 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
 def main() -> None:
     args = cli.read(Args, __doc__)
     title = "What do many action dimensions ask for?"
-    comparison(args, "dimension", title, settings, "the paper's")
+    arms.comparison(args, "dimension", title, settings, "the paper's")
 
 
 if __name__ == "__main__":

@@ -336,6 +336,20 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
     return failures
 
 
+def run_tasks(asked: dict[str, tuple[Args, list[Spec]]]) -> tuple[list[str], list[str]]:
+    """`run_all` for each task: on which runs were done, and what failed, a line each. Raises UserError of the first."""
+    done, failures = [], []
+    for task, (args, specs) in asked.items():
+        try:
+            failures += run_all(args, specs)
+            done.append(task)
+        except cli.UserError as error:  # as of data that cannot be had
+            if task == next(iter(asked)):
+                raise
+            failures.append(f"{task}: {error}")
+    return done, failures
+
+
 def finished(args: Args, specs: list[Spec]) -> list[Path]:
     """The folders of those runs that came to their end."""
     return [path for spec in specs if ((path := folder(args, spec)) / "result.json").exists()]

@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli
-from experiments import harness
-from experiments.analysis import comparison
-from experiments.harness import Args, Spec, full
+from experiments import arms, harness
+from experiments.arms import Args
+from experiments.harness import Spec, full
 
 INTERVALS = (1_000, 5_000, 10_000)
 
@@ -33,4 +33,4 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
 
 if __name__ == "__main__":
     title = "When should the reference policy move?"
-    cli.run(lambda: comparison(cli.read(Args, __doc__), "reference", title, settings, "best so far"))
+    cli.run(lambda: arms.comparison(cli.read(Args, __doc__), "reference", title, settings, "best so far"))

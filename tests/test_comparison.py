@@ -60,7 +60,7 @@ def test_training_regret(tmp_path):
 def test_aggregates(monkeypatch):
     monkeypatch.setattr(comparison, "REPS", 50)
     values = {"a": {"x": [1, 2, 3], "y": [4, 5]}, "b": {"x": [6, 7], "y": [8, 9]}, "c": {"x": [1, 1], "y": []}}
-    found = comparison.matrices(values)
+    found = analysis.matrices(values)
     assert found.keys() == {"a", "b"}  # c lacks a task
     assert found["a"].tolist() == [[1, 4], [2, 5]] and found["b"].tolist() == [[6, 8], [7, 9]]
     finals = {"a": {"x": [1.0, 2], "y": [5, 6], "z": [-9]}, "b": {"x": [0.0, 0], "y": [5, 6], "z": []},
@@ -72,7 +72,7 @@ def test_aggregates(monkeypatch):
     assert low <= probability <= high and chances["a", "c"][0] == pytest.approx(1 / 3)
     curves = np.broadcast_to(np.arange(5.0), (8, 1, 5)).copy()
     curves[0] += 1_000  # which an interquartile mean leaves out
-    iqm, low, high = comparison.intervals({"a": curves})["a"]
+    iqm, low, high = analysis.intervals({"a": curves}, 50)["a"]
     assert iqm.tolist() == [0, 1, 2, 3, 4] and (low <= iqm).all() and (iqm <= high).all()
 
 
