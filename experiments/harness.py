@@ -8,6 +8,7 @@ import io
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -269,12 +270,14 @@ def schedule(args: Args, jobs: dict) -> list[str]:
 
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # wherever this was started
     environment = {"env_vars": {"PYTHONPATH": path}}
+    sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(args.ray_address, include_dashboard=False, log_to_driver=False, logging_level="warning",
                  runtime_env=environment)  # fmt: skip
     except Exception as error:  # Ray's own are of many kinds, and a node that is too slow is a plain Exception
         remedy = "see --ray-address" if args.ray_address else "on a busy machine the same command may start it later"
         raise cli.UserError(f"Ray does not start ({str(error).partition(chr(10))[0].rstrip('.')}); {remedy}") from error
+    signal.signal(signal.SIGTERM, sigterm)  # with Ray's own it would end in a dump of the stack
     have, needs = ray.cluster_resources(), {"CPU": args.cpus_per_run, "GPU": args.gpus_per_run}
     lacking = [f"{n:g} {kind}s a run" for kind, n in needs.items() if n > have.get(kind, 0)]
     if lacking and args.ray_address is None:  # a cluster may grow

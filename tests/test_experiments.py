@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,20 +178,26 @@ def test_ray_that_does_not_start_is_said_in_a_sentence(monkeypatch, address, rem
         harness.schedule(harness.Args(ray_address=address), {})
 
 
-def test_ctrl_c_says_what_becomes_of_the_runs(monkeypatch):
+def test_a_stop_says_what_becomes_of_the_runs(monkeypatch):
+    """Ctrl-C, and SIGTERM, as a cluster sends it, for which Ray has a handler of its own."""
     import ray
 
     def stopped(_):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
 
+    def init(*_, **__):
+        signal.signal(signal.SIGTERM, lambda *_: pytest.fail("Ray's handler was called"))
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as cli.run does: it is Ctrl-C's
     shut = []
-    for name, stand_in in {"init": lambda *_, **__: None, "cluster_resources": lambda: {"CPU": 2}, "wait": stopped,
+    for name, stand_in in {"init": init, "cluster_resources": lambda: {"CPU": 2}, "wait": stopped,
                            "shutdown": lambda: shut.append(True)}.items():  # fmt: skip
         monkeypatch.setattr(ray, name, stand_in)
     remote = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: "a job"))
     monkeypatch.setattr(ray, "remote", lambda _: remote)
     with pytest.raises(Interrupted, match="goes on from what they saved"):
         harness.schedule(harness.Args(), {"run": (["x.py"], [], [])})
+    signal.signal(signal.SIGTERM, before)
     assert shut
 
 
