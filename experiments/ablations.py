@@ -2,7 +2,7 @@
 
     python experiments/ablations.py
     python experiments/ablations.py --algorithms o2td3 --seeds 5 --scale quick
-    python experiments/ablations.py --algorithms o2td3 --settings full naive --env-ids hopper-medium-v2 walker2d-medium-v2
+    python experiments/ablations.py --settings full naive --env-ids hopper-medium-v2 walker2d-medium-v2
 
 Runs that are finished are kept, so the same command goes on where it was stopped.
 """

@@ -93,7 +93,8 @@ def comparison(
     for task, y in found:
         title = analysis.title_of(tasks[task], next(iter(cells[task, y][0].values())))
         titles.append(f"{task}: {title}" if len(tasks) > 1 else title)
-    figure, panels = analysis.panels(titles, sharey=len(tasks) == 1, across=len(args.algorithms))
+    across = len(args.algorithms) if len(args.algorithms) > 1 else None  # a row for each task, or one of all tasks
+    figure, panels = analysis.panels(titles, sharey=len(tasks) == 1, across=across)
     names = dict.fromkeys(setting for groups in found.values() for setting in groups)
     for panel, title, ((task, _), groups) in zip(panels, titles, found.items(), strict=True):
         compare(report, title, {setting: {task: paths} for setting, paths in groups.items()}, baseline)
