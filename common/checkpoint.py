@@ -31,7 +31,10 @@ def aside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-RESUME = "choose another --run-dir, then start the same command again: it continues from the last checkpoint"
+RESUME = (
+    "move the run's folder to another disk and name that with --run-dir; the same command continues from the last "
+    "checkpoint"
+)
 
 
 def write_atomic(path: Path, data: bytes, remedy: str = RESUME) -> None:

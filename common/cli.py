@@ -154,6 +154,8 @@ class OnlineArgs(RunArgs):
             raise UserError("--best-margin counts standard errors, which one episode has none of; --eval-episodes 2")
         if self.capture_video:
             check_video()
+        if self.seed + self.num_seeds > 2**32:
+            raise UserError(f"--seed {self.seed} --num-seeds {self.num_seeds} goes beyond 2**32 - 1, the last seed")
 
 
 def parse(
@@ -255,6 +257,11 @@ def run(main: Callable[[], None]) -> None:
         except (Interrupted, KeyboardInterrupt) as stop:
             words = str(stop) or "nothing was being trained at the moment; the same command goes on from what is saved"
             sys.exit(_fail(f"stopped: {words}", 130))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            words = f"{error.filename} cannot be used ({error.strerror})"
+            sys.exit(_fail(f"error: {words}; see to its permissions and its name, or give another", 2))
         except torch.cuda.OutOfMemoryError as error:
             sys.exit(_fail(f"error: the GPU has too little free memory ({error}); use --device cpu or a free GPU", 2))
         except (MemoryError, RuntimeError) as error:

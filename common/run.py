@@ -144,7 +144,8 @@ class Run:
     def _earlier(self) -> tuple[dict, list[str]]:
         """args.json as it is, and in words what has changed since and is no reason to stop. Raises UserError."""
         path = self.dir / "args.json"
-        if not path.exists():
+        saved = (self.dir / "result.json").exists() or any(self.dir.glob("*.pt"))
+        if not path.exists() or not saved:  # it was refused, or killed before its first checkpoint
             return {}, []
         afresh = "give this run a name of its own with --exp-name" if self.args.script else "choose another --run-dir"
         old = read_json(path, f"{afresh}, or delete that folder")

@@ -256,7 +256,8 @@ class Stepper:
 
     def load_state_dict(self, state: dict) -> None:
         for names, sums, count in state["sums"]:
-            self.sums[tuple(names)], self.counts[tuple(names)] = sums.to(self.device).clone(), count
+            if count:  # else their means were read when it was saved, and nothing was returned since
+                self.sums[tuple(names)], self.counts[tuple(names)] = sums.to(self.device).clone(), count
 
 
 def seconds_per_step(step, device: torch.device, n: int = 5) -> float:

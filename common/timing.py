@@ -21,7 +21,7 @@ def untrained(args, data, hidden_layers: int | Sequence[int] = 2, more: dict | N
     policy = dict(
         kind=script.KIND, obs_dim=obs_dim, action_dim=action_dim, hidden_layers=hidden_of(actor.net),
         actor=actor.state_dict(),
-        critic=dict(layer_norm=False, hidden_layers=2, critic=critic, critic_target=critic),
+        critic=dict(layer_norm=False, hidden_layers=2, critic=critic),
     ) | (more or {})  # fmt: skip
     agent = script.Agent(args, policy).to(data.obs.device)
     return agent, script.Optimizers(args, agent)

@@ -253,6 +253,12 @@ def test_one_episode_has_no_standard_error():
         cli.complete(o2td3.Args(best_margin=2.0, eval_episodes=1))
 
 
+def test_seeds_beyond_the_last_are_refused_before_the_first_is_trained():
+    with pytest.raises(cli.UserError, match="--seed 4294967295 --num-seeds 2 goes beyond"):
+        cli.complete(o2td3.Args(seed=2**32 - 1, num_seeds=2))
+    cli.complete(o2td3.Args(seed=2**32 - 2, num_seeds=2))
+
+
 def test_a_refused_number_leaves_nothing_behind(run_script, tmp_path):
     flags = ["--env-id", "hopper-medium-demo", "--device", "cpu", "--run-dir", tmp_path / "runs"]
     code, out, err = run_script(o2td3, *flags, "--critic-lr", "nan")

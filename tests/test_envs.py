@@ -149,6 +149,18 @@ def test_stepper_averages_all_steps_since_the_last_reading():
     assert half.means() == {"n": 5.5, "twice": 11.0}
 
 
+def test_what_was_read_before_an_interruption_is_no_mean_after_it():
+    """A step that returned something else before: nothing is divided by the number of times that it did."""
+    names = iter(["rare", "often"])
+    stepper = steps.Stepper(lambda: {next(names): torch.tensor(2.0)}, torch.device("cpu"))
+    stepper.run(1)
+    assert stepper.means() == {"rare": 2.0}
+    rest = steps.Stepper(lambda: {next(names): torch.tensor(3.0)}, torch.device("cpu"))
+    rest.load_state_dict(stepper.state_dict())
+    rest.run(1)
+    assert rest.means() == {"often": 3.0}
+
+
 def test_what_is_computed_every_third_time_is_averaged_over_those_times_across_interruptions():
     def stepper_at(done: int):
         count = itertools.count(done + 1)

@@ -161,6 +161,13 @@ def test_files_that_hold_something_else_are_named(raw_data):
     refused("dt.pt", raw_data, "Decision Transformer")
     torch.save({"actor": {}}, "empty.pt")
     refused("empty.pt", raw_data, "no layers")
+    for actor, words in [
+        ({"log_std_offset.constant": torch.zeros(1)}, "no layers"),
+        (named(net=network(S, 8, A)) | {"net.9.weight": torch.ones(A), "net.9.bias": torch.zeros(A)}, "not linear"),
+        (named(net=network(S, 8, A)) | {"log_std_offset.constant": torch.zeros(1)}, "log_std_multiplier.constant"),
+    ]:
+        torch.save({"actor": actor}, "part.pt")
+        refused("part.pt", raw_data, words)
     torch.save([1], "list.pt")
     refused("list.pt", raw_data, "no policy that is known")
     refused("nothing.pt", raw_data, "there is no checkpoint")

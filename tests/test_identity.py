@@ -70,11 +70,13 @@ def test_the_code_of_a_script_is_all_that_it_imports():
 def begin(tmp_path, data, monkeypatch):
     """Opens the run folder "run" as another start would, with arguments and code of its own."""
 
-    def open_run(code=None, of=data, **changes):
+    def open_run(code=None, of=data, saved=True, **changes):
         monkeypatch.setattr(run, "code_of", lambda *_: {"mine.py": "1", "common/nn.py": "2"} | (code or {}))
         arguments = dict(run_dir=str(tmp_path), script=bc.__file__) | changes
         opened = run.Run(OnlineArgs(**arguments), "run", of)
         opened.lock.release()
+        if saved:
+            (tmp_path / "run" / "bc.pt").touch()
         return opened
 
     return open_run
@@ -103,6 +105,17 @@ def test_an_argument_that_came_later_was_at_its_default(begin, tmp_path):
     with pytest.raises(UserError, match=r"other arguments: --holdout 0.01 \(now 0.2\);"):
         begin(holdout=0.2)
     begin()
+
+
+def test_a_folder_in_which_nothing_was_saved_holds_no_run(begin, tmp_path, capsys):
+    """As one whose offline part was refused, or that was killed at once: the corrected command begins it."""
+    begin(saved=False)
+    begin({"mine.py": "3"}, saved=False, holdout=0.2)
+    kept = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert kept["holdout"] == 0.2 and kept["made_with"]["code"]["mine.py"] == "3" and "made_with_before" not in kept
+    (tmp_path / "run" / "result.json").write_text("{}")  # its checkpoints were deleted
+    with pytest.raises(UserError, match=r"other arguments: --holdout 0.2 \(now 0.01\);"):
+        begin({"mine.py": "3"})
 
 
 def test_other_versions_are_said_and_not_refused(begin, monkeypatch, capsys):
@@ -196,6 +209,7 @@ def test_the_file_of_a_task_belongs_to_the_code(tmp_path, monkeypatch, data):
         arguments = OnlineArgs(run_dir=str(tmp_path), script=bc.__file__, env_id=env_id)
         opened = run.Run(arguments, "run", data)
         opened.lock.release()
+        (tmp_path / "run" / "bc.pt").touch()
         return opened.made_with["code"]
 
     monkeypatch.chdir(tmp_path / "one")

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import o2td3
 from common import cli, nn, steps
+from tests.conftest import DEMO
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
@@ -45,7 +47,9 @@ def test_threads_wait_as_the_user_says(tmp_path):
 
 
 COMPILE = """
+import o2td3
 from common import cli, nn, steps
+
 import torch
 steps.setup(torch.device("cpu"), 0)
 step = steps.compiled(lambda: torch.arange(3).float() + 1, enabled=True)
@@ -101,6 +105,14 @@ def main():
     open(FILE, "w").write("done")
 cli.run(main)
 """
+
+
+def test_a_file_that_may_not_be_used_is_named(run_script, tmp_path):
+    """Whatever asks for it: a name too long for the disk stands for all that the system refuses."""
+    code, _, err = run_script(o2td3, *DEMO, "--offline", "x" * 300)
+    assert code == 2 and err.startswith(f"error: {'x' * 300} cannot be used (File name too long)")
+    code, _, err = run_script(o2td3, *DEMO, "--exp-name", "x" * 300, "--run-dir", tmp_path)
+    assert code == 2 and "File name too long" in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

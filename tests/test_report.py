@@ -5,6 +5,7 @@ import json
 import warnings
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import o2ppo
@@ -12,7 +13,7 @@ import o2sac
 import o2td3
 import pytest
 import torch
-from common import cli, plots
+from common import cli, plots, report
 from common.datasets import load
 from common.evaluation import Evaluator
 from common.log import Log
@@ -233,6 +234,19 @@ def test_what_cannot_be_drawn_costs_the_picture(tmp_path, capsys):
     rows, result = made_up_run(args)
     plots.draw(tmp_path / "curve.png", plots.curve, [row | {"step": "?"} for row in rows], result, args)
     assert "curve.png could not be drawn" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content", [b"time/fps,rollout/ep_rew_mean,stage,step\n1,2,3,4\n5,6", b"a,b\n1,2,3\n", b"\xff\xfe"]
+)
+def test_another_programs_progress_beside_the_policy_is_not_shown(content, tmp_path):
+    """Stable-Baselines3's logger gives its file the same name, with as many columns as it likes."""
+    path = tmp_path / "progress.csv"
+    path.write_bytes(content)
+    assert report.offline_rows(SimpleNamespace(dir=tmp_path / "run"), {"progress": path}) == []
+    path.write_text("stage,step,cql/score\ncql,5,1.0\n")
+    rows = report.offline_rows(SimpleNamespace(dir=tmp_path / "run"), {"progress": path})
+    assert rows == [{"stage": "cql", "step": 5, "cql/score": 1.0}]
 
 
 def test_the_demos_show_the_naive_switch_beside_their_own_curve(tmp_path, monkeypatch):

@@ -248,6 +248,9 @@ def test_what_changes_nothing_is_said(monkeypatch):
     assert idle("o2sac", "--no-align --align-restore --align-actor-lr 0 --no-reevaluate --gamma 0") == [
         "--align-actor-lr, --align-restore change nothing with --no-align"
     ]
+    logs = "--log-every changes nothing without --reevaluate or --align"
+    assert logs in idle("o2sac", "--no-align --no-reevaluate --log-every 7")
+    assert not idle("o2sac", "--no-align --log-every 7")
     found = idle("o2td3", "--no-reevaluate --reevaluate-steps auto --preset demo")
     assert found == ["--reevaluate-steps changes nothing with --no-reevaluate"]
     assert idle("o2sac", "--no-reevaluate --critics 3 --part-episodes 3 --reference-window 5 --no-constrain "

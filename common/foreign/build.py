@@ -137,6 +137,8 @@ def linear(state: dict, name: str, path: Path) -> nn.Linear:
 
 def number(state: dict, key: str, path: Path) -> torch.Tensor:
     """A tensor, taken out of `state`, in double precision. Raises UserError where it is not one."""
+    if key not in state:
+        raise UserError(f"{path} has an actor without {key}, which its kind needs; save it again")
     tensor = state.pop(key)
     if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point() and tensor.ndim == 0:
         return tensor  # a count of steps

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import yaml
 
 from common.cli import UserError
@@ -27,6 +28,9 @@ def corl(path: Path, data, checkpoint: dict, view: View | None) -> dict:
         layers = [*closed(layers_of(state, "trunk", path)), head]
     else:
         layers = layers_of(state, r"(?:base_network(?:\.network)?|net(?:\.net)?|_mlp)", path)
+        if not layers or not isinstance(layers[-1], nn.Linear):
+            fault = "whose last layer is not linear" if layers else "that holds no layers"
+            raise UserError(f"{path} has an actor {fault}; export it to ONNX")
         algorithm = "CORL td3_bc"
         if "log_std_offset.constant" in state:
             algorithm, kind = "CORL cql", "squashed_gaussian"
@@ -66,7 +70,7 @@ def standardisation(path: Path, data, checkpoint: dict, raw: bool) -> View:
         config = yaml.safe_load(file.read_text())
         normalize, fraction = bool(config.get("normalize", not raw)), float(config.get("frac", 1))
         discount = float(config.get("discount", 0.99))
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"{file} is no configuration of CORL's; repair it, or say --normalize-from none or 1"
         ) from error
