@@ -236,9 +236,9 @@ def save(figure, path: Path) -> None:
 
 
 def panels(names, sharey: bool = True, across: int | None = None) -> tuple:
-    """A figure with one panel for each name, side by side, or `across` of them in a row."""
-    across = min(across or len(names), len(names))
-    rows = math.ceil(len(names) / across)
+    """A figure with one panel for each name, side by side, or `across` of them in a row at most, rows alike."""
+    rows = math.ceil(len(names) / (across or len(names)))
+    across = math.ceil(len(names) / rows)
     figure, axes = plt().subplots(
         rows, across, figsize=(max(5.6, 4.2 * across), 3.6 * rows), sharey=sharey, squeeze=False, layout="constrained"
     )
