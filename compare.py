@@ -66,6 +66,19 @@ def check_alike(paths: list[Path], side: str) -> None:
         raise cli.UserError(f"{side}: seed {seed} is there {times} times; choose the runs of one setting")
 
 
+def check_comparable(mine: list[Path], theirs: list[Path], dataset: str) -> None:
+    """Refuse sides that were measured otherwise, and say where they had other budgets. Raises UserError."""
+    first, second = (analysis.result(paths[0]) for paths in (mine, theirs))
+    for name in ("simulator", "measure"):
+        if first.get(name) != second.get(name):
+            words = f"the {name} is {first.get(name)} of the first, {second.get(name)} of the others"
+            raise cli.UserError(f"runs on {dataset} cannot be compared: {words}")
+    steps = [int(analysis.scores(paths[0])[0][-1]) for paths in (mine, theirs)]
+    for name, x, y in (("preset", first.get("preset"), second.get("preset")), ("environment steps", *steps)):
+        if x != y:
+            print(f"note: {dataset}: {name} {x} of the first, {y} of the others")
+
+
 def label(paths: list[Path], otherwise: str) -> str:
     """What these runs are called: their experiment, from the same kind of policy."""
     parts = {tuple(path.resolve().name.split("__")[1:3]) for path in paths}
@@ -97,6 +110,7 @@ def main() -> None:
     for dataset in shared:
         for name, side in zip(names, (mine, theirs), strict=True):
             check_alike(side[dataset], f"{name} on {dataset}")
+        check_comparable(mine[dataset], theirs[dataset], dataset)
     figure, panels = analysis.panels(shared, sharey=False)
     for panel, dataset in zip(panels, shared, strict=True):
         groups = {names[0]: mine[dataset], names[1]: theirs[dataset]}

@@ -128,6 +128,8 @@ def matrices(values: dict[str, dict[str, list]]) -> dict[str, np.ndarray]:
     Where a task has more runs than another, its first ones are taken.
     """
     tasks = {task for of_name in values.values() for task, runs in of_name.items() if runs}
+    if not tasks:
+        return {}
     whole = {name: [of_name[task] for task in sorted(tasks)] for name, of_name in values.items()
              if all(of_name.get(task) for task in tasks)}  # fmt: skip
     n = {name: min(map(len, lists)) for name, lists in whole.items()}
@@ -181,7 +183,7 @@ class Report:
     def figure(self, figure, suffix: str = "", task: str | None = None) -> None:
         """Keep a figure for the page, under a title that says what runs it shows. `task`: the data, None: --env-id."""
         args = self.args
-        parts = [args.env_id if task is None else task, f"{args.seeds} seed{'s' * (args.seeds > 1)}",
+        parts = [dataset_label(args) if task is None else task, f"{args.seeds} seed{'s' * (args.seeds > 1)}",
                  f"budgets: {' '.join([args.scale, args.run_flags]).strip()}"]  # fmt: skip
         write_title(figure, ", ".join(filter(None, parts)))
         path = self.folder / f"{self.name}{suffix}.png"
@@ -197,8 +199,6 @@ class Report:
         for failure in failures:
             print(f"failed: {failure}", file=sys.stderr)
             self.text.append(f"\n**Failed, and not in any number here**: {failure}")
-        if not made:
-            sys.exit("error: no run came to its end, so there is nothing to show; look at the messages above")
         sources, machines, episodes = (
             sorted({f"{r[key]}" for r in made}) for key in ("source", "hardware", "eval_episodes")
         )

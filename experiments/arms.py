@@ -1,6 +1,7 @@
 """An experiment that compares settings of a script, on one task or on several: its runs, and the page about them."""
 
 import dataclasses
+import hashlib
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,12 @@ def on_tasks(args: Args) -> dict[str, Args]:
     return found
 
 
+def together(tasks: list[str]) -> str:
+    """What several tasks are called in the names of files, which may not be longer than 255."""
+    name = "+".join(tasks)
+    return name if len(name) <= 120 else f"{len(tasks)}-tasks-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
 def chosen(args: Args, runs: dict[str, Spec]) -> dict[str, Spec]:
     """Those of the settings that --settings names, in their own order. Raises UserError where it names another."""
     if unknown := [name for name in args.settings if name not in runs]:
@@ -57,7 +64,8 @@ def compare(report: Report, title: str, groups: dict[str, dict[str, list[Path]]]
     """
     runs = {name: {task: [[analysis.summary(path)[key] for key in KEYS] for path in paths]
                    for task, paths in of_name.items()} for name, of_name in groups.items()}  # fmt: skip
-    values = analysis.matrices(runs)
+    if not (values := analysis.matrices(runs)):
+        return  # all of them failed, which the page says beneath
     intervals = analysis.intervals(values)
     lines = []
     for name, found in values.items():
@@ -86,7 +94,7 @@ def comparison(
     asked = {task: [spec for y in args.algorithms for runs in cells[task, y] for spec in runs.values()]
              for task in tasks}  # fmt: skip
     done, failures = harness.run_tasks({task: (here, asked[task]) for task, here in tasks.items()})
-    report = Report(dataclasses.replace(args, env_id="+".join(tasks)), name, question)
+    report = Report(dataclasses.replace(args, env_id=together(list(tasks))), name, question)
     found = {(task, y): {setting: harness.finished(tasks[task], [runs[setting] for runs in seeds])
                          for setting in seeds[0]} for (task, y), seeds in cells.items() if task in done}  # fmt: skip
     titles = []

@@ -91,7 +91,11 @@ class Args(harness.Args):
 
 
 def env_ids(args: Args) -> tuple[str, ...]:
-    return args.env_ids or (TASKS if args.scale != "demo" and args.env_id == harness.Args.env_id else (args.env_id,))
+    usual = args.env_id == harness.Args.env_id and not args.dataset_path
+    found = args.env_ids or (TASKS if args.scale != "demo" and usual else (args.env_id,))
+    if args.dataset_path and len(found) > 1:
+        raise cli.UserError("--dataset-path is the file of one dataset; give it with --env-id in place of --env-ids")
+    return found
 
 
 def pairs(args: Args) -> dict[str, tuple[str, str]]:
@@ -152,7 +156,7 @@ def offline_seconds(args: Args, run: Spec) -> float | None:
     if not checkpoints:
         return None
     members = getattr(harness.parsed(args, run), "members", 1)  # of one algorithm, a seed each
-    return members * torch.load(checkpoints[0], weights_only=True)["seconds"]
+    return members * torch.load(checkpoints[0], "cpu", weights_only=True)["seconds"]
 
 
 def measured(args: Args, run: Spec, path: Path) -> dict:
@@ -257,9 +261,12 @@ def published(args: Args, files: dict[str, tuple[str, ...]]) -> list[list[dict]]
 
 
 def others(published: list[dict], new: list[dict]) -> list[dict]:
-    """The published rows of what was not run here: other methods, or other datasets."""
+    """The published runs of what was not run here: other methods on the same data, or other datasets."""
     here = {(row["dataset"], row["method"]) for row in new}
-    return [row for row in published if (row["dataset"], row["method"]) not in here]
+    sources = {(row["dataset"], row["source"]) for row in new}
+    known = {row["dataset"] for row in new}
+    return [row for row in published if (row["dataset"], row["method"]) not in here
+            and (row["dataset"] not in known or (row["dataset"], row["source"]) in sources)]  # fmt: skip
 
 
 def minutes(values: list[float | None]) -> str:
@@ -318,7 +325,15 @@ def main() -> None:
     every = dataclasses.replace(args, env_id=Args.env_id, dataset_path="")  # data share a page
     report = analysis.Report(every, "comparison", "The method against those that it is compared with")
     older = others(old_runs, runs)
-    runs, curves = older + runs, others(old_curves, curves) + curves
+    kept, here = set(map(known_by, older)), {(row["dataset"], row["method"]) for row in runs}
+    elsewhere = sorted({(row["dataset"], row["source"]) for row in old_runs
+                        if known_by(row) not in kept and (row["dataset"], row["method"]) not in here})  # fmt: skip
+    if elsewhere:
+        words = "; ".join(f"{task} from {source}" for task, source in elsewhere)
+        if (harness.ROOT / args.published).resolve() == report.folder.resolve():
+            raise cli.UserError(f"{args.published} has runs on other data ({words}); choose another --out")
+        print(f"note: runs in {args.published} on other data than here are left out: {words}")
+    runs, curves = older + runs, [row for row in old_curves if known_by(row) in kept] + curves
     if runs:
         write_csv(report.folder / names[0], RUN_COLUMNS, runs)
         write_csv(report.folder / names[1], CURVE_COLUMNS, curves)

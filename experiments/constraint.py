@@ -54,5 +54,5 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
 
 if __name__ == "__main__":
     title = "How much constraint?"
-    caption = "Dots: runs; lines: their interquartile means. The aligned policy counts as an evaluation, in drops too."
+    caption = "Dots: runs; lines: their interquartile means. What alignment loses counts from the first evaluation on."
     cli.run(lambda: arms.comparison(cli.read(Args, __doc__), "constraint", title, settings, draw=draw, caption=caption))

@@ -133,7 +133,9 @@ def command_line(args: Args, spec: Spec) -> list[str]:
         typed = shlex.split(args.run_flags)
     except ValueError as error:
         raise cli.UserError(f"--run-flags cannot be read ({error}): {args.run_flags}") from error
-    check_own(args, "--seed", "--preset", "--env-id", "--dataset-path", "--run-dir")  # arguments of every experiment
+    check_own(
+        args, "--seed", "--num-seeds", "--preset", "--env-id", "--dataset-path", "--run-dir"
+    )  # arguments of every experiment
     return [*flags_of(args, spec.seed), "--offline", str(file.absolute() if file.is_file() else file),
             *typed, *spec.flags]  # fmt: skip
 

@@ -25,6 +25,7 @@ class Args(harness.Args):
 
 def main() -> None:
     args = cli.read(Args, __doc__)
+    harness.check_own(args, "--offline")
     cells = {(x, y): [Spec(y, x, seed) for seed in range(args.seeds)] for x in args.offline for y in args.algorithms}
     failures = harness.run_all(args, [spec for specs in cells.values() for spec in specs])
 

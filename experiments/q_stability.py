@@ -120,7 +120,10 @@ def main() -> None:
     of_values = [y for y in args.algorithms if hasattr(harness.parsed(args, specs[y, 0]["without"]), "rollout_steps")]
     for panel, y in zip(panels, args.algorithms, strict=True):
         name = "probe/v" if y in of_values else "probe/q_policy"
-        truth = np.stack([true_values(args, y, seed) for seed in range(args.seeds)])
+        came = [seed for seed in range(args.seeds) if harness.finished(args, list(specs[y, seed].values()))]
+        if not came:
+            continue
+        truth = np.stack([true_values(args, y, seed) for seed in came])
         begins = getattr(harness.parsed(args, specs[y, 0]["without"]), "learning_starts", 0)
         groups = {s: harness.finished(args, [specs[y, seed][s] for seed in range(args.seeds)]) for s in specs[y, 0]}
         for setting, paths in groups.items():

@@ -47,7 +47,7 @@ FAMILIES = {
     "antmaze-medium-diverse": dict(actor_bc_coef=0.001, critic_bc_coef=0.0),
     "antmaze-large-play": dict(actor_bc_coef=0.002, critic_bc_coef=0.001),
     "antmaze-large-diverse": dict(actor_bc_coef=0.002, critic_bc_coef=0.002),
-    "adroit": dict(eval_every=50_000, eval_episodes=100),
+    "adroit": dict(batch_size=256, actor_lr=3e-4, critic_lr=3e-4, eval_every=50_000, eval_episodes=100),
     "adroit-pen-human": dict(actor_bc_coef=0.1, critic_bc_coef=0.5),
     "adroit-pen-cloned": dict(actor_bc_coef=0.05, critic_bc_coef=0.5),
     "adroit-pen-expert": dict(actor_bc_coef=0.01, critic_bc_coef=0.01),

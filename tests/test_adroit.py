@@ -82,7 +82,7 @@ CONSTANTS = {  # of all twelve
     awac: dict(temperature=0.1),
     td3_bc: dict(alpha=2.5),
     bc: dict(clip_observations=10),
-    rebrac: dict(standardise=False),
+    rebrac: dict(standardise=False, batch_size=256, actor_lr=3e-4, critic_lr=3e-4),
     o2sac: dict(online_steps=200_000, best_margin=2),
     o2td3: dict(online_steps=200_000, best_margin=2),
     o2ppo: dict(best_margin=2),

@@ -25,30 +25,33 @@ def settings(args: arms.Args, script: str, seed: int) -> dict[str, Spec]:
 def page(tmp_path, monkeypatch):
     """Makes the page of made-up runs with an experiment's arguments: its text, and what was asked for."""
 
-    def make(failing="", measure="score", **words) -> tuple[str, list]:
+    def make(failing="", measure="score", without="", **words) -> tuple[str, list]:
         asked = []
 
         def run_all(args, specs):
             if args.env_id == failing:
                 raise UserError(f"{args.env_id} cannot be had")
             for spec in specs:
+                if spec.script == without:
+                    continue
                 name = spec.flags[1]
                 score = FINALS[args.env_id][name][spec.seed]
-                path = tmp_path / args.env_id / f"{name}{spec.seed}"
+                path = tmp_path / args.env_id / f"{name}{spec.seed}"  # of one algorithm
                 made_up_run(path, 50.0, {10: score, 20: score, 30: score}, measure=measure)
                 asked.append((args.env_id, name, spec.seed))
-            return []
+            return [f"{without} failed"] if without else []
 
         def finished(args, specs):
-            return [tmp_path / args.env_id / f"{spec.flags[1]}{spec.seed}" for spec in specs]
+            return [tmp_path / args.env_id / f"{spec.flags[1]}{spec.seed}" for spec in specs if spec.script != without]
 
         monkeypatch.setattr(harness, "run_all", run_all)
         monkeypatch.setattr(harness, "finished", finished)
         monkeypatch.setattr(sys, "argv", ["ablations.py"])
-        args = arms.Args(algorithms=("o2td3",), seeds=2, out=str(tmp_path / "out"), **words)
+        algorithms = ("o2td3", *filter(None, [without]))
+        args = arms.Args(algorithms=algorithms, seeds=2, out=str(tmp_path / "out"), **words)
         with pytest.raises(SystemExit) as stop:
             arms.comparison(args, "ablations", "What?", settings, "full")
-        assert stop.value.code == (2 if failing else 0)
+        assert stop.value.code == (2 if failing or without else 0)
         [text] = [path.read_text() for path in (tmp_path / "out").glob("*.md")]
         return text, asked
 
@@ -94,6 +97,18 @@ def test_a_task_that_fails_behind_the_first_is_in_no_table(page):
     text, asked = page(failing="walker2d-medium-v2", env_ids=tuple(FINALS))
     assert len(asked) == 4 and list(rows(text)) == ["hopper-medium-demo: o2td3 from td3_bc"]
     assert "walker2d-medium-v2: walker2d-medium-v2 cannot be had" in text
+
+
+def test_an_algorithm_whose_runs_all_failed_is_in_no_table(page):
+    text, _ = page(without="o2sac", env_ids=tuple(FINALS))
+    assert len(rows(text)) == 3 and "o2sac failed" in text and not any("o2sac" in title for title in rows(text))
+
+
+def test_names_of_many_tasks_fit_into_a_files():
+    tasks = [f"{robot}-{data}-v2" for robot in ("hopper", "walker2d") for data in ("medium", "medium-replay")]
+    assert arms.together(tasks[:2]) == "hopper-medium-v2+hopper-medium-replay-v2"
+    many = [arms.together([*tasks, *tasks, task]) for task in tasks[:2]]
+    assert all(name.startswith("9-tasks-") and len(name) < 20 for name in many) and many[0] != many[1]
 
 
 def test_returns_have_no_mean_over_tasks(page):

@@ -146,6 +146,13 @@ def test_two_sets_of_runs_are_compared(run_script, tmp_path, monkeypatch):
     assert "Runs: 3 of mine from iql and 3 of o2sac from iql" in figure.get_suptitle().replace("\n", " ")
     for box in (title, legend):
         assert box.x0 >= 0 and box.x1 <= figure.bbox.width  # nothing is cut off, of one panel neither
+    longer = made_up_run(tmp_path / "f__o2sac__iql__0", [30, 10, 30, 40, 50], preset="quick")
+    code, out, err = run_script(compare, *mine, "--against", longer, "--out", out_file)
+    assert code == 0 and "note: some-data: environment steps 40 of the first, 50 of the others" in out, err
+    assert "preset None of the first, quick of the others" in out
+    elsewhere = made_up_run(tmp_path / "g__o2sac__iql__0", [30, 10, 30, 40], simulator="another robot")
+    code, _, err = run_script(compare, *mine, "--against", elsewhere)
+    assert code == 2 and "runs on some-data cannot be compared: the simulator is None of the first, another" in err
     other = made_up_run(tmp_path / "e__o2sac__iql__0", [1.0, 2.0], dataset="other-data")
     code, _, err = run_script(compare, *mine, "--against", other)
     assert code == 2 and "no dataset has runs of both: some-data here, other-data there" in err

@@ -220,6 +220,13 @@ def test_published_runs_are_read_before_the_first_run(tmp_path, monkeypatch, run
     assert code == 2 and "curves_demo_10240.csv has other columns" in err
 
 
+def test_published_runs_of_other_data_do_not_stand_beside_ours():
+    old = [dict(dataset=task, method=method, source="a stand-in") for task in ("x", "y") for method in ("iql", "pex")]
+    assert comparison.others(old, [dict(dataset="x", method="mine", source="a stand-in")]) == old
+    assert comparison.others(old, [dict(dataset="x", method="iql", source="a stand-in")]) == old[1:]
+    assert comparison.others(old, [dict(dataset="x", method="mine", source="D4RL")]) == old[2:]
+
+
 def test_its_own_budgets_are_no_run_flags():
     with pytest.raises(UserError, match="sets --online-steps itself"):
         comparison.spec(comparison.Args(run_flags="--gamma 0.9 --online-steps 5"), ("o2td3", "iql"), 0)
@@ -229,5 +236,9 @@ def test_the_datasets_are_those_that_are_asked_for():
     walker = "walker2d-medium-v2"
     assert comparison.env_ids(comparison.Args()) == (harness.Args.env_id,)
     assert comparison.env_ids(comparison.Args(scale="quick")) == comparison.TASKS
+    own = comparison.Args(scale="quick", dataset_path="mine.hdf5")
+    assert comparison.env_ids(own) == (harness.Args.env_id,)  # one file is not nine tasks
+    with pytest.raises(UserError, match="--dataset-path is the file of one dataset"):
+        comparison.env_ids(dataclasses.replace(own, env_ids=comparison.TASKS[:2]))
     for args in (dict(env_id=walker), dict(env_id=walker, scale="quick"), dict(env_ids=(walker,), scale="paper")):
         assert comparison.env_ids(comparison.Args(**args)) == (walker,)

@@ -31,6 +31,7 @@ from experiments import (
     critic,
     dimension,
     harness,
+    matrix,
     q_stability,
     reference,
 )
@@ -346,6 +347,8 @@ def test_variants_of_alignment_differ_in_it_alone(script):
     [
         (ablations, ["--algorithms", "awac"], "awac has no ABLATIONS, parts that can be left out; see --algorithms"),
         (reference, ["--algorithms", "awac"], "awac has no --reference interval --reference-interval 1000, which "),
+        (reference, ["--run-flags=--num-seeds 5"], "this experiment sets --num-seeds itself"),
+        (matrix, ["--run-flags=--offline bc"], "this experiment sets --offline itself"),
         (reference, ["--run-flags=--gama 0.9"], "o2sac has no --gama 0.9, which this experiment gives to it"),
     ],
 )
