@@ -141,6 +141,7 @@ def test_a_seed_that_fails_is_named(finished, tmp_path):
     broken = tmp_path / run_name(cli.parse(o2sac.Args, o2sac.PRESETS, o2sac.FAMILIES, [*flags, "--seed", "1"]))
     broken.mkdir()
     (broken / "args.json").write_text(json.dumps({"utd": 3}))
+    (broken / "reevaluate.pt").touch()
     done = execute([sys.executable, "o2sac.py", *flags])
     assert done.returncode == 2 and "1 of 2 seeds" in done.stdout and "Traceback" not in done.stderr
     assert "holds a run with other arguments" in done.stderr.splitlines()[-1]
