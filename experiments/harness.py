@@ -311,14 +311,15 @@ def schedule(args: Args, jobs: dict) -> list[str]:
     return failures
 
 
-def run_all(args: Args, specs: list[Spec]) -> list[str]:
-    """Do what is missing of `specs`, their bases and their offline policies; what failed, a line each."""
+def missing(args: Args, specs: list[Spec]) -> dict[Path, tuple]:
+    """The jobs, by the folder or the file that they make, of what is missing of `specs`, their bases and their offline
+    policies. Raises UserError where one cannot be run, or is there already and is another one."""
     make_folder(ROOT / args.out, "--out")
     everything = dict.fromkeys(s for spec in specs for s in ([spec.base] if spec.base else []) + [spec])
     done = [spec for spec in everything if (folder(args, spec) / "result.json").exists()]
     check_done(args, done)
-    missing = [spec for spec in everything if spec not in done]
-    policies = {spec: trained_for(args, spec) for spec in missing}
+    undone = [spec for spec in everything if spec not in done]
+    policies = {spec: trained_for(args, spec) for spec in undone}
     for spec, policy in policies.items():  # before anything is trained
         if policy:
             offline.check_algorithm(parsed(args, spec))
@@ -327,31 +328,43 @@ def run_all(args: Args, specs: list[Spec]) -> list[str]:
             raise cli.UserError(f"{start}, from which {spec.script} is to start, is neither a file nor in offline/")
     trained = dict(filter(None, policies.values()))  # once for all the runs that start from it
     jobs = {path: (command, [], []) for path, command in trained.items() if not path.exists()}
-    for spec in missing:
-        share = []
+    for spec in undone:
+        here, share = folder(args, spec), []
+        needed = [policies[spec][0]] if policies[spec] else []
         if spec.base:
             check_shared(args, spec)
-            here, there = folder(args, spec), folder(args, spec.base)
+            there = folder(args, spec.base)
             share = [(there / n, here / n) for n in (*(f"{s}.pt" for s in spec.shared), "offline.pt", "progress.csv")]
-        needed = [policies[spec][0] if policies[spec] else None, spec.base]
-        jobs[spec] = ([str(file_of(spec.script)), *command_line(args, spec)], share, needed)
-    failures = schedule(args, jobs) if jobs else []
-    if not finished(args, specs):
-        raise cli.UserError(f"no run came to its end: {'; '.join(failures[:3]) or 'there is nothing to run'}")
-    return failures
+            needed.append(there)
+        jobs[here] = ([str(file_of(spec.script)), *command_line(args, spec)], share, needed)
+    return jobs
+
+
+def run_all(args: Args, specs: list[Spec]) -> list[str]:
+    """Do what is missing of `specs`, their bases and their offline policies; what failed, a line each."""
+    return run_tasks({args.env_id: (args, specs)})[1]
 
 
 def run_tasks(asked: dict[str, tuple[Args, list[Spec]]]) -> tuple[list[str], list[str]]:
-    """`run_all` for each task: on which runs were done, and what failed, a line each. Raises UserError of the first."""
-    done, failures = [], []
+    """The same for several tasks, all side by side: on which runs were done, and what failed, a line each.
+
+    Of a task that cannot be run the others do not suffer, unless it is the first. Raises UserError of that one, and
+    where no run at all comes to its end.
+    """
+    jobs, possible, failures = {}, [], []
     for task, (args, specs) in asked.items():
         try:
-            failures += run_all(args, specs)
-            done.append(task)
+            jobs |= missing(args, specs)
+            possible.append(task)
         except cli.UserError as error:  # as of data that cannot be had
             if task == next(iter(asked)):
                 raise
             failures.append(f"{task}: {error}")
+    if jobs:
+        failures += schedule(args, jobs)
+    done = [task for task in possible if finished(*asked[task])]
+    if not done:
+        raise cli.UserError(f"no run came to its end: {'; '.join(failures[:3]) or 'there is nothing to run'}")
     return done, failures
 
 

@@ -28,7 +28,7 @@ def page(tmp_path, monkeypatch):
     def make(failing="", measure="score", without="", **words) -> tuple[str, list]:
         asked = []
 
-        def run_all(args, specs):
+        def missing(args, specs):
             if args.env_id == failing:
                 raise UserError(f"{args.env_id} cannot be had")
             for spec in specs:
@@ -39,12 +39,13 @@ def page(tmp_path, monkeypatch):
                 path = tmp_path / args.env_id / f"{name}{spec.seed}"  # of one algorithm
                 made_up_run(path, 50.0, {10: score, 20: score, 30: score}, measure=measure)
                 asked.append((args.env_id, name, spec.seed))
-            return [f"{without} failed"] if without else []
+            return {"failing": ()} if without else {}
 
         def finished(args, specs):
             return [tmp_path / args.env_id / f"{spec.flags[1]}{spec.seed}" for spec in specs if spec.script != without]
 
-        monkeypatch.setattr(harness, "run_all", run_all)
+        monkeypatch.setattr(harness, "missing", missing)
+        monkeypatch.setattr(harness, "schedule", lambda args, jobs: [f"{without} failed"])
         monkeypatch.setattr(harness, "finished", finished)
         monkeypatch.setattr(sys, "argv", ["ablations.py"])
         algorithms = ("o2td3", *filter(None, [without]))

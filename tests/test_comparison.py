@@ -82,7 +82,7 @@ def test_curves_on_a_grid(tmp_path):
 
 
 def test_a_wrong_name_is_said_before_the_first_run(tmp_path, monkeypatch, run_script):
-    monkeypatch.setattr(harness, "run_all", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr(harness, "run_tasks", lambda *_: pytest.fail("it has begun"))
     code, _, err = run_script(comparison, "--env-ids", "hopper-medium-v2", "nonsense-v9", "--published", "")
     assert code == 2 and "nonsense-v9" in err
 
@@ -103,7 +103,7 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
     """Runs end at 90 (O2TD3), 50 (IQL) and 20 (RLPD) on one task, and at 10 more on the other."""
     ends = {"o2td3": 90, "iql": 50, "rlpd": 20}
 
-    def run_all(args, specs):
+    def missing(args, specs):
         for spec in specs:
             trained = harness.trained_for(args, spec)
             if trained:
@@ -113,9 +113,9 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
             regime = {"regime": "superior", "policy": 40.0, "data": 30.0}
             assert spec.flags == ("--online-steps", "4096", "--eval-every", "2048")
             made_up_run(harness.folder(args, spec), 40.0, {1000 * i: end for i in (1, 2, 3, 4)}, regime=regime)
-        return []
+        return {}
 
-    monkeypatch.setattr(harness, "run_all", run_all)
+    monkeypatch.setattr(harness, "missing", missing)
     monkeypatch.setattr(comparison, "REPS", 50)
     walker, hopper, published = "walker2d-medium-v2", "hopper-medium-v2", tmp_path / "published"
     published.mkdir()
@@ -155,15 +155,15 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
 
 
 def test_a_task_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch, run_script):
-    def run_all(args, specs):
+    def missing(args, specs):
         for spec in specs:
             if not harness.folder(args, spec).exists():
                 made_up_run(harness.folder(args, spec), 40.0, {2_048: 60.0})
         if args.env_id.startswith("walker2d"):
             raise UserError("runs of other arguments")
-        return []
+        return {}
 
-    monkeypatch.setattr(harness, "run_all", run_all)
+    monkeypatch.setattr(harness, "missing", missing)
     monkeypatch.setattr(comparison, "REPS", 50)
     flags = ["--algorithms", "rlpd", "--seeds", "1", "--run-dir", tmp_path / "runs", "--out", tmp_path / "out"]
     both = ["hopper-medium-v2", "walker2d-medium-v2"]
@@ -212,7 +212,7 @@ def test_published_runs_are_of_the_same_budgets(tmp_path):
 
 
 def test_published_runs_are_read_before_the_first_run(tmp_path, monkeypatch, run_script):
-    monkeypatch.setattr(harness, "run_all", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr(harness, "run_tasks", lambda *_: pytest.fail("it has begun"))
     code, _, err = run_script(comparison, "--published", tmp_path / "nothing")
     assert code == 2 and "there is no folder" in err
     (tmp_path / "curves_demo_10240.csv").write_text("a,b\n1,2\n")

@@ -236,6 +236,19 @@ def test_shared_stages_change_nothing(tmp_path, ray_is_local, monkeypatch):
         harness.check_shared(args, Spec("o2td3", policy, 0, (*TINY, "--gamma", "0.9"), base))
 
 
+def test_runs_of_several_tasks_wait_in_one_queue(tmp_path, monkeypatch):
+    """A core that is through with one task goes on with the next."""
+    queues = []
+    monkeypatch.setattr(harness, "schedule", lambda args, jobs: queues.append(jobs) or [])
+    args = harness.Args(run_dir=str(tmp_path / "runs"), out=str(tmp_path))
+    policy = str(harness.ROOT / "datasets/policies/walker2d-medium-200k__td3_bc.pt")
+    asked = {"hopper-medium-demo": [Spec("o2td3", "td3_bc", 0)], "walker2d-medium-v2": [Spec("o2td3", policy, 0)]}
+    on_task = {task: (dataclasses.replace(args, env_id=task), specs) for task, specs in asked.items()}
+    with pytest.raises(UserError, match="no run came to its end"):
+        harness.run_tasks(on_task)
+    assert [list(jobs) for jobs in queues] == [[harness.folder(here, spec) for here, [spec] in on_task.values()]]
+
+
 def test_flags_of_runs_that_cannot_be_are_refused_before_any_run(tmp_path):
     spec = Spec("o2td3", "iql", 0)
     with pytest.raises(UserError, match="cannot be read"):
