@@ -100,8 +100,13 @@ def plain(args) -> dict:
 
 
 def other_arguments(args, old: dict) -> str:
-    """In words, which of a run's arguments were others when args.json was written, which holds `old`; "" for none."""
+    """In words, which of a run's arguments were others when args.json was written, which holds `old`; "" for none.
+
+    A policy's file may have moved with its folder: what it holds is part of the run's name, and is compared (`origin`).
+    """
     now, was = plain(args), plain(type(args)()) | old  # one that is newer was as it is by itself
+    if "offline" in now and Path(now["offline"]).name == Path(str(was["offline"])).name:
+        was["offline"] = now["offline"]
     differ = [name for name in now if name not in FREE_ARGS and was[name] != now[name]]
     return ", ".join(f"--{name.replace('_', '-')} {was[name]} (now {now[name]})" for name in differ)
 

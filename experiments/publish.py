@@ -1,0 +1,75 @@
+"""Keep what finished runs found, in some ten kilobytes each: their arguments, results and evaluations.
+
+    python experiments/publish.py runs/experiments/*__o2td3*          # into docs/evidence
+
+An experiment with `--run-dir docs/evidence --continue` makes its page of them again without training anything, and
+`compare.py` sets your own runs beside them. The checkpoints stay where they are.
+"""
+
+import csv
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
+
+from common import cli
+from common.checkpoint import write_atomic
+from common.log import read_rows
+from common.run import make_folder, read_json
+from experiments.harness import ROOT
+
+import tyro
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """run folders"""
+    out: str = str(ROOT / "docs" / "evidence")
+    """where a folder is made for each"""
+
+
+def evaluations(path: Path) -> str:
+    """What of a run's progress.csv its evaluations are."""
+    rows = [{key: value for key, value in row.items() if key in ("stage", "step") or key.endswith("/score")}
+            for row in read_rows(path)]  # fmt: skip
+    rows = [row for row in rows if len(row) > 2]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def portable(arguments: dict) -> dict:
+    """A run's arguments without this machine's folders: files of the project are named from its root, others alone."""
+
+    def shortened(value):
+        path = Path(value) if isinstance(value, str) else None
+        if path is None or not path.is_absolute():
+            return value
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+    return {name: shortened(value) for name, value in arguments.items()}
+
+
+def main() -> None:
+    args = cli.read(Args, __doc__)
+    paths = [Path(folder) for folder in args.runs]
+    if lacking := [str(path) for path in paths if not (path / "result.json").is_file()]:
+        raise cli.UserError(f"{', '.join(lacking)}: no finished run (there is no result.json); leave that out")
+    for path in paths:
+        found = {name: read_json(path / f"{name}.json", "leave that run out") for name in ("args", "result")}
+        target = Path(args.out) / path.resolve().name
+        make_folder(target, "--out")
+        for name, content in (("args", portable(found["args"])), ("result", found["result"])):
+            write_atomic(target / f"{name}.json", f"{json.dumps(content, indent=1)}\n".encode(), "choose another --out")
+        write_atomic(target / "progress.csv", evaluations(path / "progress.csv").encode(), "choose another --out")
+    print(f"{len(paths)} runs are kept in {args.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,58 @@
+"""Runs that are kept in a small form give the same page as they did, on another machine, without being run again."""
+
+import dataclasses
+import json
+
+import pytest
+
+from common.run import plain
+from experiments import ablations, analysis, arms, harness, publish
+from tests.test_comparison import made_up_run
+
+POLICY = harness.ROOT / "datasets" / "policies" / "hopper-medium-demo__td3_bc.pt"
+
+
+def test_what_is_kept_gives_the_same_page(tmp_path, monkeypatch, run_script):
+    args = arms.Args(algorithms=("o2td3",), settings=("full", "naive"), seeds=2, policies=(str(POLICY),),
+                     run_dir=str(tmp_path / "runs"), out=str(tmp_path / "pages"))  # fmt: skip
+    monkeypatch.setattr(harness, "schedule", lambda *_: pytest.fail("something was started"))
+    [here] = arms.on_tasks(args).values()
+    folders = []
+    for seed in range(args.seeds):
+        for name, spec in arms.chosen(here, ablations.settings(here, "o2td3", seed)).items():
+            scores = {1_000: 60.0 + seed, 2_000: 70.0 if name == "full" else 30.123456789}
+            folders.append(made_up_run(harness.folder(here, spec), 50.0, scores, successes=[1, 0]))
+            saved = plain(harness.parsed(here, spec)) | {"script": str(harness.ROOT / "o2td3.py")}
+            (folders[-1] / "args.json").write_text(json.dumps(saved | {"run_dir": "/elsewhere/runs"}))
+
+    kept = tmp_path / "evidence"
+    code, out, err = run_script(publish, *folders, "--out", kept)
+    assert (code, out) == (0, f"4 runs are kept in {kept}\n"), err
+    for folder in folders:
+        copied = kept / folder.name
+        assert [path.name for path in sorted(copied.iterdir())] == ["args.json", "progress.csv", "result.json"]
+        assert analysis.summary(copied) == analysis.summary(folder)
+        assert "episodic" not in (copied / "progress.csv").read_text()
+        words = json.loads((copied / "args.json").read_text())
+        assert words["script"] == "o2td3.py" and words["offline"] == str(POLICY.relative_to(harness.ROOT))
+        assert not any(str(value).startswith("/") for value in words.values())
+
+    pages = {}
+    for run_dir in (args.run_dir, str(kept)):
+        monkeypatch.setattr("sys.argv", ["ablations.py"])
+        with pytest.raises(SystemExit) as stop:
+            changed = dataclasses.replace(args, run_dir=run_dir, go_on=True)
+            arms.comparison(changed, "ablations", "What?", ablations.settings, "full")
+        assert stop.value.code == 0
+        pages[run_dir] = (tmp_path / "pages" / "ablations.md").read_text()
+    assert pages[args.run_dir] == pages[str(kept)] and "| naive | 2 |" in pages[str(kept)]
+
+
+def test_what_is_no_finished_run_is_refused_before_anything_is_kept(tmp_path, run_script):
+    run = made_up_run(tmp_path / "run", 50.0, {1_000: 60.0})
+    (tmp_path / "half").mkdir()
+    code, _, err = run_script(publish, run, tmp_path / "half", "--out", tmp_path / "kept")
+    assert (
+        code == 2 and err == f"error: {tmp_path / 'half'}: no finished run (there is no result.json); leave that out\n"
+    )
+    assert not (tmp_path / "kept").exists()
