@@ -396,7 +396,8 @@ def fill(args: Args, batch: dict, collected: dict, agent: Agent, beta: torch.Ten
     auxiliary = reference_advantage(args, agent.actor_reference, obs, actions) * advantages.std()
     advantages = (advantages + beta * auxiliary) / (1 + beta)
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    log_probs = gaussian_log_prob(actions, *agent.actor(obs))
+    # with the products of the update (--matmul): else its first ratio would not be 1
+    log_probs = steps.compiled(lambda: gaussian_log_prob(actions, *agent.actor(obs)), False)()
     new = dict(obs=obs, actions=actions, advantages=advantages, returns=returns, log_probs=log_probs)
     for name, tensor in new.items():
         batch[name].copy_(tensor)
@@ -448,7 +449,8 @@ def finetune(args: Args, run: Run, data, agent: Agent, optimizers: Optimizers, e
         moves = {"best": improved, "adaptive": outplays, "interval": reached(args.reference_interval, env_step)}
         if moves[args.reference]:
             agent.move_reference()
-        run.log("finetune", env_step, scalars | probe())
+        probed = probe() if reached(args.probe_every, env_step) or env_step == total else {}
+        run.log("finetune", env_step, scalars | probed)
 
 
 # ---------------------------------------------------------------------------------------------- the whole run

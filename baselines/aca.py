@@ -6,7 +6,9 @@ baseline Z_i(s) of offline/sac_ml.py: at first Q ranks actions as π_0 does. The
     python baselines/aca.py --env-id hopper-medium-v2
 
 The offline critics are left behind, the temperature starts again from 1, and the policy's optimiser goes on. The
-authors' code loads the moments of the offline critics' optimiser for R, too; here they are new. States are as they are.
+authors' code loads the moments of the offline critics' optimiser for R, too; here they are new. There, as in d3rlpy, on
+which it builds, temperature, critics and policy take their steps one after another; here all three gradients are of the
+networks before them. States are as they are.
 On AntMaze the authors' policy is an unsquashed Gaussian, with the density of the clipped sample in ℓ; here it is a
 squashed one everywhere.
 """

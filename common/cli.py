@@ -135,7 +135,8 @@ class OnlineArgs(RunArgs):
     holdout: Annotated[float, between(0, 0.5)] = 0.01
     """share of the dataset that is kept out of fine-tuning, in whole episodes, to measure the critic on (probe/…)"""
     probe_every: Annotated[int, at_least(1)] = 1_000
-    """environment steps between those measurements (O2PPO: every rollout); before, they come with every logged mean"""
+    """environment steps between those measurements, in O2PPO rounded up to whole rollouts; before, they come with every
+    logged mean"""
     regime_episodes: Annotated[int | None, at_least(0)] = None
     """episodes by which the policy is compared with the data before it goes online; fewer than 2: it is not; None: five
     for each of --eval-episodes, up to 50"""

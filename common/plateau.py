@@ -2,7 +2,7 @@
 
 import torch
 
-LOOKS = 100  # values, at least, within a stage's limit
+LOOKS = 100  # values within a stage's limit
 SHORTEST = 5  # values in a quarter, at least
 CHANGE = 0.03  # from a quarter to the next, at most, as a share of the curve's value
 

@@ -62,8 +62,11 @@ def start_run(args_class, offline) -> tuple:
     found = offline.check(args, data)
     run = Run(args, run_name(args), data)
     run.data = description_of(data, args)
-    if (run.dir / "result.json").exists():
-        print(f"{run.dir} is finished already, nothing is trained: this is its result")
+    if (result := run.dir / "result.json").exists():
+        if (run.dir / f"{stages_of(args)[-1].name}.pt").exists():
+            print(f"{run.dir} is finished already, nothing is trained: this is its result")
+        else:
+            result.unlink()  # what it is the result of is trained again
     print(data.describe())
     agreement.report_simulator_check(data)
     learner = offline.learner(args, data, found)

@@ -20,7 +20,6 @@ From ABLATIONS on all but main may be missing. A copy of a script under another 
 import dataclasses
 import importlib
 import importlib.util
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,7 +128,7 @@ def train(run, stage: Stage, data, agent, optimizers, probe=None, evaluator=None
         return scalars
 
     limit, plateau = stage.limit(args), Plateau(stage.plateau) if stage.auto(args) else None
-    log_every = min(args.log_every, max(1, limit // LOOKS)) if plateau else args.log_every
+    log_every = max(1, limit // LOOKS) if plateau else args.log_every  # where it ends is no matter of logging
     steps = loop.train(
         run, stage.name, lambda: stage.make_step(args, data, agent, optimizers), limit,
         {"agent": agent, **optimizers}, device=device, compile=args.compile, log_every=log_every, probe=probe,
@@ -182,11 +181,15 @@ def idle(args) -> list[str]:
         if value not in (usual[name], constants.get(name)) and (reason := why(name)):
             found.setdefault(reason, []).append(f"--{name.replace('_', '-')}")
     said = [f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing {words}" for words, flags in found.items()]
+    whole, starts, warmup = (getattr(args, name, 0) for name in ("online_steps", "learning_starts", "warmup_steps"))
     for name in ("learning_starts", "warmup_steps"):
-        n, whole = getattr(args, name, 0), getattr(args, "online_steps", math.inf)
+        n = getattr(args, name, 0)
         if n and n >= whole:
             flag = f"--{name.replace('_', '-')} {n}"
             said.append(f"{flag} leaves nothing of --online-steps {whole}: the policy stays as it is")
+    if 0 < warmup <= starts < whole:
+        flags = f"--warmup-steps {warmup} ends before the first update, after --learning-starts {starts}"
+        said.append(f"{flags}: at no step the critics alone learn")
     return said
 
 

@@ -30,6 +30,7 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
+HANDED_ON = ("offline.pt", "transfer.pt", "progress.csv")  # what a run that shares stages takes over beside them
 
 
 @dataclass
@@ -334,7 +335,7 @@ def missing(args: Args, specs: list[Spec]) -> dict[Path, tuple]:
         if spec.base:
             check_shared(args, spec)
             there = folder(args, spec.base)
-            share = [(there / n, here / n) for n in (*(f"{s}.pt" for s in spec.shared), "offline.pt", "progress.csv")]
+            share = [(there / n, here / n) for n in (*(f"{s}.pt" for s in spec.shared), *HANDED_ON)]
             needed.append(there)
         jobs[here] = ([str(file_of(spec.script)), *command_line(args, spec)], share, needed)
     return jobs

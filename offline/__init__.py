@@ -237,6 +237,8 @@ def policy(args, run, data: Dataset, alone: bool = True) -> tuple[dict, Evaluato
     if found["kind"] != declared(args).KIND:
         found = transfer(found, declared(args).KIND, data, evaluator, run)
         save_policy(handed_on, **found)
+    elif (stage := run.dir / "transfer.pt").exists():  # was done in an earlier start
+        run.seconds["transfer"] = torch.load(stage, "cpu", weights_only=True)["seconds"]
     if alone:  # of the policy that goes online, and so the same when a run goes on
         regime.announce(run, data, evaluator, player(found).mode)
     found["progress"] = path.parent / "progress.csv"

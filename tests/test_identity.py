@@ -182,6 +182,13 @@ def test_a_finished_run_says_so_and_a_copy_is_another_run(tmp_path, run_script, 
     assert code == 0 and "finished already" not in out, err
     code, out, _ = run_script(o2td3, *flags)
     assert code == 0 and "is finished already, nothing is trained" in out and "last online" in out
+    path = tmp_path / "hopper-medium-demo__o2td3__bc__0" / "result.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"last_online": 1e6}))
+    path.with_name("finetune.pt").unlink()  # its last stage is trained again, and that is what its result is of
+    code, out, _ = run_script(o2td3, *flags)
+    assert code == 0 and f"{path.parent} is finished already" not in out
+    assert json.loads(path.read_text())["last_online"] == whole["last_online"]
     result = json.loads((tmp_path / "hopper-medium-demo__o2td3__bc__0" / "result.json").read_text())
     assert result["made_with"]["code"]["o2td3.py"] and result["made_with"]["versions"]["PyTorch"] == torch.__version__
     monkeypatch.setattr(o2td3, "__file__", str(tmp_path / "mymethod.py"))

@@ -10,7 +10,7 @@ import torch
 from torch.distributions import Normal
 
 import o2ppo
-from common import tasks
+from common import steps, tasks
 from common.envs import VectorEpisodes
 from common.stages import Schedules
 from tests.reference import A, B, Recorder, S, critic64, fixed_rows, mlp64, noises, same
@@ -197,6 +197,21 @@ def test_mixed_advantage_is_normalised(agent, data, beta):
     torch.testing.assert_close(batch["returns"].double(), a_gae + v.flatten().detach(), rtol=1e-3, atol=1e-3)
     log_prob = policy64(agent.actor, obs).log_prob(actions.double()).sum(1).detach()
     torch.testing.assert_close(batch["log_probs"].double(), log_prob, rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_ratio_is_one_in_bfloat16_too(agent, data, monkeypatch):
+    monkeypatch.setattr(steps, "products", torch.bfloat16)
+    args = o2ppo.Args(compile=False, rollout_steps=B, num_envs=4, minibatch_size=B, beta_steps=250_000)
+    schedule, batch = Schedules(o2ppo.schedules(args), torch.device("cpu")), o2ppo.empty_batch(args, data)
+    rng, shape = np.random.default_rng(0), (B // 4, 4)
+    sizes = {"obs": (S,), "next_obs": (S,), "actions": (A,), "rewards": ()}
+    collected = {name: rng.normal(size=shape + size).astype(np.float32) for name, size in sizes.items()}
+    collected |= dict.fromkeys(("terminated", "ended"), np.zeros(shape, bool))
+    o2ppo.fill(args, batch, collected, agent, schedule.tensors["beta"])
+    metrics = o2ppo.update_epoch(args, batch, agent, o2ppo.Optimizers(args, agent), schedule.tensors)()
+    assert abs(metrics["approx_kl"].item()) < 1e-6 and metrics["clipfrac"].item() == 0
+    exact = policy64(agent.actor, batch["obs"]).log_prob(batch["actions"].double()).sum(1)
+    assert (batch["log_probs"] - exact).abs().max() > 1e-3  # not for want of rounding
 
 
 def test_beta_schedule():

@@ -167,6 +167,7 @@ def test_a_stage_ends_at_its_plateau_whether_interrupted_or_not(short, data, tmp
     n = checkpoint["step"]
     assert whole.auto == {"reevaluate": {"steps": n, "limit": 400, "ended_by": "plateau"}}
     assert 4 * 4 * SHORTEST <= n < 400 and n % 4 == 0 and checkpoint["done"]  # looks are 400 / LOOKS steps apart
+    assert reevaluated([*short, "--log-every", "1"], data, tmp_path / "logged")[1]["step"] == n  # whatever is logged
 
     run, ran = steps.Stepper.run, 0
 

@@ -211,6 +211,11 @@ def test_a_run_that_is_killed_while_it_hands_on_ends_with_the_same_policy(tmp_pa
     for name in ("offline.pt", "policy.pt"):
         a, b = (policies.read(next((tmp_path / run).glob("*o2ppo*")) / name)["actor"] for run in ("whole", "cut"))
         assert all(torch.equal(a[key], b[key]) for key in a)
+    result = next((tmp_path / "cut").glob("*o2ppo*")) / "result.json"
+    first = json.loads(result.read_text())["seconds"]
+    result.unlink()
+    assert execute("-c", f"{short}\n{kill_at('o2ppo', 'none', 0, 20)}", *cut).returncode == 0
+    assert json.loads(result.read_text())["seconds"] == first and first["transfer"] > 0  # started again, it knows it
 
 
 def test_a_policy_that_ships_stands_in_for_training(tmp_path, monkeypatch):

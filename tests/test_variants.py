@@ -245,6 +245,11 @@ def test_what_changes_nothing_is_said(monkeypatch):
         "--learning-starts 1000 leaves nothing of --online-steps 1000: the policy stays as it is",
         "--warmup-steps 1000 leaves nothing of --online-steps 1000: the policy stays as it is",
     ]
+    assert idle("o2sac", "--preset demo --warmup-steps 2000") == [
+        "--warmup-steps 2000 ends before the first update, after --learning-starts 2000: at no step the critics alone "
+        "learn"
+    ]
+    assert not idle("o2sac", "--preset demo --warmup-steps 2001")
     assert idle("o2sac", "--no-align --align-restore --align-actor-lr 0 --no-reevaluate --gamma 0") == [
         "--align-actor-lr, --align-restore change nothing with --no-align"
     ]
