@@ -246,7 +246,7 @@ def panels(names, sharey: bool = True, across: int | None = None) -> tuple:
         if name is None:
             panel.remove()
             continue
-        panel.set_title(name, fontsize=10)
+        panel.set_title(textwrap.fill(name, 44), fontsize=10, parse_math=False)
         panel.grid(alpha=0.2)
     return figure, list(axes.flat[: len(names)])
 

@@ -8,7 +8,7 @@ the policy that its own offline algorithm learned with the same seed; O2TD3 from
 three layers where Off2On's have two. Constants, rewards, states and updates a step are each method's own, but for what
 its preset changes: at the scale quick steps of training alone and O2SAC's updates a step, at the demo's much more (see
 PRESETS). Curves and numbers of every run are written beside the page as CSV. Those that docs/comparison/ has of other
-methods and tasks at the same budget are shown with them, so that your own method alone has to be run:
+methods and tasks at the same budget are shown with them, so that on the same data your own method alone has to be run:
 
     python experiments/comparison.py --env-ids hopper-medium-v2 --scale quick --algorithms mine.py
 """

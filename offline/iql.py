@@ -51,7 +51,7 @@ class Args(pretrain.PretrainArgs):
     hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256)
     """widths of the hidden layers in every network"""
     expectile: Annotated[float, between(0, 1)] = 0.7
-    """the expectile that V regresses on (AntMaze: 0.9)"""
+    """the expectile that V regresses on (AntMaze: 0.9, Adroit: 0.8)"""
     beta: Annotated[float, at_least(0)] = 3.0
     """inverse temperature of the advantage weights (AntMaze: 10)"""
     max_weight: Annotated[float, above(0)] = 100.0
