@@ -55,7 +55,7 @@ def finished(folders: tuple[str, ...]) -> list[Path]:
 def check_alike(paths: list[Path], side: str) -> None:
     """Refuse runs on a dataset that are no seeds of one another. Raises UserError."""
     results = [analysis.result(path) for path in paths]
-    for name in ("preset", "simulator", "measure"):
+    for name in ("preset", "simulator", "measure", "source"):
         if len(found := sorted({str(result.get(name)) for result in results})) > 1:
             raise cli.UserError(f"{side}: runs of the {name} {' and '.join(found)} are mixed; choose those of one")
     if len(steps := {tuple(analysis.scores(path)[0].astype(int)) for path in paths}) > 1:
@@ -72,9 +72,10 @@ def check_comparable(mine: list[Path], theirs: list[Path], dataset: str) -> None
     for name in ("simulator", "measure"):
         if first.get(name) != second.get(name):
             words = f"the {name} is {first.get(name)} of the first, {second.get(name)} of the others"
-            raise cli.UserError(f"runs on {dataset} cannot be compared: {words}")
+            raise cli.UserError(f"runs on {dataset} cannot be compared: {words}; choose runs in which it is the same")
     steps = [int(analysis.scores(paths[0])[0][-1]) for paths in (mine, theirs)]
-    for name, x, y in (("preset", first.get("preset"), second.get("preset")), ("environment steps", *steps)):
+    told = [(name, first.get(name), second.get(name)) for name in ("preset", "source")]
+    for name, x, y in (*told, ("environment steps", *steps)):
         if x != y:
             print(f"note: {dataset}: {name} {x} of the first, {y} of the others")
 

@@ -80,7 +80,7 @@ class Args(cli.OnlineArgs):
     alpha: Annotated[float | None, at_least(0)] = None
     """temperature, fixed in stages 1 and 2, tuned from it in 3 (0 stays 0); None: 0.2, on (medium-)expert data 0.5"""
     log_every: Annotated[int, at_least(1), only_with(reevaluate=True, align=True)] = 5_000
-    """gradient steps between logged means in re-evaluation and alignment"""
+    """gradient steps between logged means in re-evaluation and alignment; with auto steps a hundredth of the limit"""
 
     # 1. re-evaluation
     reevaluate: bool = True

@@ -77,7 +77,7 @@ class Args(cli.OnlineArgs):
     lagrange_init: Annotated[float, above(0), only_with(constrain=True, align_constrain=True)] = 1.0
     """λ at the start, of fine-tuning and, with --align-constrain, in alignment"""
     log_every: Annotated[int, at_least(1), only_with(reevaluate=True, align=True)] = 5_000
-    """gradient steps between logged means in re-evaluation and alignment"""
+    """gradient steps between logged means in re-evaluation and alignment; with auto steps a hundredth of the limit"""
 
     # 1. re-evaluation
     reevaluate: bool = True

@@ -66,7 +66,7 @@ def start_run(args_class, offline) -> tuple:
         if (run.dir / f"{stages_of(args)[-1].name}.pt").exists():
             print(f"{run.dir} is finished already, nothing is trained: this is its result")
         else:
-            result.unlink()  # what it is the result of is trained again
+            print(f"{run.dir} holds a result without the checkpoint of its last stage, which is trained again")
     print(data.describe())
     agreement.report_simulator_check(data)
     learner = offline.learner(args, data, found)
@@ -95,7 +95,7 @@ def finish(run: Run, policy: dict, agent, best, data, evaluator, start: float | 
     save_online(run, policy, agent.actor, best)
     path = run.dir / "result.json"
     result = read_json(path, "delete it, and the same command makes it again") if path.exists() else {}
-    if result.get("made_with", {}).get("code") != run.made_with["code"]:  # else it was finished already
+    if run.trained or result.get("made_with", {}).get("code") != run.made_with["code"]:  # else it was finished already
         result = measured(run, policy, agent, best, data, evaluator, start)
         write_atomic(path, json.dumps(result, indent=2).encode())
     plots.draw(run.dir / "curve.png", plots.curve, offline_rows(run, policy) + run.logged.rows, result, run.args)

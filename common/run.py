@@ -102,11 +102,13 @@ def plain(args) -> dict:
 def other_arguments(args, old: dict) -> str:
     """In words, which of a run's arguments were others when args.json was written, which holds `old`; "" for none.
 
-    A policy's file may have moved with its folder: what it holds is part of the run's name, and is compared (`origin`).
+    Files may have moved with their folders, for what they hold is compared: a policy, a dataset, a task's code.
     """
     now, was = plain(args), plain(type(args)()) | old  # one that is newer was as it is by itself
-    if "offline" in now and Path(now["offline"]).name == Path(str(was["offline"])).name:
-        was["offline"] = now["offline"]
+    for name in ("offline", "dataset_path", "env_id"):
+        new, before = str(now.get(name)), str(was.get(name))
+        if new.endswith((".pt", ".hdf5")) or ".py:" in new:
+            was[name] = now[name] if Path(new).name == Path(before).name else was[name]
     differ = [name for name in now if name not in FREE_ARGS and was[name] != now[name]]
     return ", ".join(f"--{name.replace('_', '-')} {was[name]} (now {now[name]})" for name in differ)
 
@@ -124,6 +126,7 @@ class Run:
         self.dir = Path(args.run_dir) / name
         self.seconds: dict[str, float] = {}  # training time of each stage
         self.last_score, self.last_returns = math.nan, []  # of the last evaluation; the returns of its episodes
+        self.trained = False  # whether this start has trained anything
         self.auto: dict[str, dict] = {}  # of stages that may end at a plateau: steps, limit, and which of these it was
         self.regime: dict | None = None  # of the policy that it starts from and the data, see common/regime.py
         self.measure = data.task.measure if data else "return"
@@ -206,6 +209,7 @@ class Run:
 
     def save(self, stage: str, step: int, done: bool, state: dict) -> None:
         """Write everything that `restore` needs to go on as if nothing had happened."""
+        self.trained = True
         if not state["stepper"].finite():  # never over a good checkpoint
             self.log(stage, step, {f"{stage}/{k}": v for k, v in state["stepper"].means().items()})
         self.logged.save()

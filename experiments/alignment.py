@@ -47,12 +47,12 @@ def main() -> None:
             continue
         for panel, (name, label) in zip(panels, MEASURES.items(), strict=True):
             stages = ("reevaluate", "align", "finetune")
-            ends = [np.array([analysis.series(p, s, f"probe/{name}")[1][-1] for p in paths]) for s in stages]
+            ends = [np.array([analysis.measurements(p, s, f"probe/{name}")[1][-1] for p in paths]) for s in stages]
             found = analysis.interval({stage: values for stage, values in zip(stages, ends, strict=True)})
             lines.append([y, label, *(analysis.number(found[stage], 3) for stage in stages)])
             for path in paths:
-                before = analysis.series(path, "reevaluate", f"probe/{name}")[1][-1]
-                points = {0: before} | dict(zip(*analysis.series(path, "align", f"probe/{name}"), strict=True))
+                before = analysis.measurements(path, "reevaluate", f"probe/{name}")[1][-1]
+                points = {0: before} | dict(zip(*analysis.measurements(path, "align", f"probe/{name}"), strict=True))
                 panel.plot(
                     *zip(*points.items(), strict=True), color=f"C{i}", linewidth=1, label=y if path == paths[0] else ""
                 )

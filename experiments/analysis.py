@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common.checkpoint import write_atomic
+from common.errors import UserError
 from common.log import read_rows
 from common.run import dataset_label, origin, read_json
 from experiments import harness
@@ -35,6 +36,16 @@ def series(path: Path, stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     rows = read_rows(path / "progress.csv")
     points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
     return tuple(np.array(points, float).reshape(-1, 2).T)
+
+
+def measurements(path: Path, stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a scalar that has to be there. Raises UserError where it is not, as in runs kept by publish.py."""
+    steps, values = series(path, stage, name)
+    if not len(values):
+        raise UserError(
+            f"{path} holds no {name} of {stage}, for scores alone were kept of it; choose another --run-dir"
+        )
+    return steps, values
 
 
 def curve(path: Path) -> tuple[np.ndarray, np.ndarray]:

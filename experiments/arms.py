@@ -50,11 +50,14 @@ def together(tasks: list[str]) -> str:
     return name if len(name) <= 120 else f"{len(tasks)}-tasks-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def chosen(args: Args, runs: dict[str, Spec]) -> dict[str, Spec]:
-    """Those of the settings that --settings names, in their own order. Raises UserError where it names another."""
-    if unknown := [name for name in args.settings if name not in runs]:
-        raise cli.UserError(f"there is no setting {', '.join(map(repr, unknown))} here, but {', '.join(runs)}")
-    return {name: spec for name, spec in runs.items() if name in (args.settings or runs)}
+def chosen(args: Args, settings: Callable, script: str, seed: int) -> dict[str, Spec]:
+    """Those of a script's settings that --settings names, in their own order. Raises UserError where it has none."""
+    runs = settings(args, script, seed)
+    found = {name: spec for name, spec in runs.items() if name in (args.settings or runs)}
+    if not found:
+        raise cli.UserError(f"{script} has none of --settings {' '.join(args.settings)}, but {', '.join(runs)}; "
+                            "leave it out of --algorithms, or choose one of those")  # fmt: skip
+    return found
 
 
 def compare(report: Report, title: str, groups: dict[str, dict[str, list[Path]]], baseline: str = "") -> None:
@@ -89,8 +92,11 @@ def comparison(
     `draw(panel, groups)` draws an algorithm's panel from a dictionary of setting -> run folders; None: learning curves.
     """
     tasks = on_tasks(args)
-    cells = {(task, y): [chosen(args, settings(here, y, seed)) for seed in range(args.seeds)]
+    cells = {(task, y): [chosen(here, settings, y, seed) for seed in range(args.seeds)]
              for task, here in tasks.items() for y in args.algorithms}  # fmt: skip
+    if unknown := set(args.settings).difference(*(seeds[0] for seeds in cells.values())):
+        names = ", ".join(dict.fromkeys(name for y in args.algorithms for name in settings(args, y, 0)))
+        raise cli.UserError(f"there is no setting {', '.join(map(repr, sorted(unknown)))} here; choose among {names}")
     asked = {task: [spec for y in args.algorithms for runs in cells[task, y] for spec in runs.values()]
              for task in tasks}  # fmt: skip
     done, failures = harness.run_tasks({task: (here, asked[task]) for task, here in tasks.items()})
@@ -122,7 +128,11 @@ def comparison(
 def over_all(report: Report, args: Args, found: dict[tuple[str, str], dict[str, list[Path]]], baseline: str) -> None:
     """A table of each algorithm over all tasks. found[task, algorithm][setting] lists folders of runs."""
     for y in args.algorithms:
-        of_task = {task: groups for (task, algorithm), groups in found.items() if algorithm == y}
+        of_task = {
+            task: groups for (task, algorithm), groups in found.items() if algorithm == y and any(groups.values())
+        }
+        if len(of_task) < 2:
+            continue  # it has runs of one task, whose table stands above, or of none
         paths = [path for groups in of_task.values() for paths in groups.values() for path in paths]
         if any(analysis.measure([path]) != "score" for path in paths):
             report.text.append("\nReturns of different tasks have no common scale, so there is no table over all.")

@@ -97,13 +97,13 @@ def lines(args: Args, stage: str, done: dict[str, list[Spec]], panel, known: dic
             cells = [truth.pm(value, 2 if key == "correlation" else 1) for key, value in level.items()]
             panel.axhline(level["return"][0], color="0.3", linestyle=":", linewidth=1)
         else:
-            ends = [[analysis.series(path, stage, f"probe/{key}")[1][-1] for key in (scalar, "drift")]
+            ends = [[analysis.measurements(path, stage, f"probe/{key}")[1][-1] for key in (scalar, "drift")]
                     + [analysis.result(path)["aligned"]] for path in paths[name]]  # fmt: skip
             cells = [f"{mean:.{digits}f}" for mean, digits in zip(np.mean(ends, 0), (2, 2, 1), strict=True)]
         steps, time = steps_of(name, stage, paths[name]), duration(seconds(paths[name], stage))
         found.append([steps, str(len(specs)), time, *cells, scores[name]])
     for path in next((paths[name] for name in reversed(paths) if name != AUTO), []):
-        panel.plot(*analysis.series(path, stage, f"probe/{scalar}"), color="C0", linewidth=1)
+        panel.plot(*analysis.measurements(path, stage, f"probe/{scalar}"), color="C0", linewidth=1)
     for path in paths.get(AUTO, []):
         panel.axvline(analysis.result(path)["auto"][stage]["steps"], color="C1", linestyle="--", linewidth=1)
     panel.set_xlabel("gradient steps")

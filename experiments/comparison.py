@@ -260,9 +260,9 @@ def published(args: Args, files: dict[str, tuple[str, ...]]) -> list[list[dict]]
     return [read_csv(folder / name, columns) for name, columns in files.items()]
 
 
-def others(published: list[dict], new: list[dict]) -> list[dict]:
-    """The published runs of what was not run here: other methods on the same data, or other datasets."""
-    here = {(row["dataset"], row["method"]) for row in new}
+def others(published: list[dict], new: list[dict], here: set[tuple[str, str]]) -> list[dict]:
+    """The published runs of what was not asked for `here`, (dataset, method): other methods on the same data as the
+    `new` runs are on, or other datasets."""
     sources = {(row["dataset"], row["source"]) for row in new}
     known = {row["dataset"] for row in new}
     return [row for row in published if (row["dataset"], row["method"]) not in here
@@ -324,13 +324,15 @@ def main() -> None:
 
     every = dataclasses.replace(args, env_id=Args.env_id, dataset_path="")  # data share a page
     report = analysis.Report(every, "comparison", "The method against those that it is compared with")
-    older = others(old_runs, runs)
-    kept, here = set(map(known_by, older)), {(row["dataset"], row["method"]) for row in runs}
+    here = {(task, name) for task, specs in asked.items() for name in specs}  # whether they came to their end or not
+    older = others(old_runs, runs, here)
+    kept = set(map(known_by, older))
     elsewhere = sorted({(row["dataset"], row["source"]) for row in old_runs
                         if known_by(row) not in kept and (row["dataset"], row["method"]) not in here})  # fmt: skip
     if elsewhere:
         words = "; ".join(f"{task} from {source}" for task, source in elsewhere)
         if (harness.ROOT / args.published).resolve() == report.folder.resolve():
+            print(*(f"failed: {failure}" for failure in failures), sep="\n", end="\n" * bool(failures), file=sys.stderr)
             raise cli.UserError(f"{args.published} has runs on other data ({words}); choose another --out")
         print(f"note: runs in {args.published} on other data than here are left out: {words}")
     runs, curves = older + runs, [row for row in old_curves if known_by(row) in kept] + curves

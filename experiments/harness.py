@@ -18,12 +18,12 @@ from typing import Annotated, Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the scripts run from anywhere
 
 import offline
-from common import cli, pretrain, tasks
+from common import cli, datasets, pretrain, tasks
 from common import stages as scripts
 from common.bounds import at_least
 from common.checkpoint import aside
 from common.errors import Interrupted
-from common.identity import changed, code_of
+from common.identity import changed, code_of, fingerprint
 from common.run import make_folder, other_arguments, read_json, run_name
 
 import tyro
@@ -239,6 +239,24 @@ def check_done(args: Args, done: list[Spec]) -> None:
         raise cli.UserError(f"{len(others)} finished runs are of other code ({example}); {remedy}")
 
 
+def check_data(args: Args, done: list[Spec], undone: list[Spec]) -> None:
+    """Raises UserError where finished runs, or those still to be made beside them, are on different data."""
+    found = {}
+    for spec in done:
+        path = folder(args, spec) / "args.json"
+        if known := read_json(path, "delete that folder").get("made_with", {}).get("data"):
+            found.setdefault(known, path.parent.name)
+    if found and undone:
+        chosen = parsed(args, undone[0])
+        data = datasets.load(chosen.env_id, chosen.dataset_path, "cpu", chosen.max_episode_steps)
+        found.setdefault(fingerprint(data), "the data at hand")
+    if len(found) > 1:
+        words = " and ".join(list(found.values())[:2])
+        raise cli.UserError(
+            f"finished runs are on other data than what stands beside them ({words}); choose another --run-dir"
+        )
+
+
 def file_of(script: str) -> Path:
     return Path(scripts.online(script).__file__)
 
@@ -317,9 +335,16 @@ def missing(args: Args, specs: list[Spec]) -> dict[Path, tuple]:
     policies. Raises UserError where one cannot be run, or is there already and is another one."""
     make_folder(ROOT / args.out, "--out")
     everything = dict.fromkeys(s for spec in specs for s in ([spec.base] if spec.base else []) + [spec])
+    of_folder = {folder(args, spec): spec for spec in everything}
+    if twice := [path.name for spec in everything if of_folder[path := folder(args, spec)] != spec]:
+        raise cli.UserError(
+            f"two runs of this experiment would be one, {twice[0]}: leave out of --run-flags what it sets itself, and "
+            "give files of --algorithms names of their own"
+        )
     done = [spec for spec in everything if (folder(args, spec) / "result.json").exists()]
-    check_done(args, done)
     undone = [spec for spec in everything if spec not in done]
+    check_done(args, done)
+    check_data(args, done, undone)
     policies = {spec: trained_for(args, spec) for spec in undone}
     for spec, policy in policies.items():  # before anything is trained
         if policy:
@@ -361,6 +386,7 @@ def run_tasks(asked: dict[str, tuple[Args, list[Spec]]]) -> tuple[list[str], lis
             if task == next(iter(asked)):
                 raise
             failures.append(f"{task}: {error}")
+            print(f"note: {task} is left out: {error}")  # before hours of the others
     if jobs:
         failures += schedule(args, jobs)
     done = [task for task in possible if finished(*asked[task])]

@@ -2,8 +2,9 @@
 
     python experiments/publish.py runs/experiments/*__o2td3*          # into docs/evidence
 
-An experiment with `--run-dir docs/evidence --continue` makes its page of them again without training anything, and
-`compare.py` sets your own runs beside them. The checkpoints stay where they are.
+An experiment that compares scores (ablations, alignment_variants, constraint, critic, dimension, matrix, reference)
+makes its page of them again with `--run-dir docs/evidence --continue`, without training anything, and `compare.py` sets
+your own runs beside them. Checkpoints, and what the critic was measured by, stay where they are.
 """
 
 import csv

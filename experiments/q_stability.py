@@ -68,7 +68,7 @@ def jump(path: Path, name: str, begins: float) -> float:
 
 
 def draw(panel, groups: dict[str, list[Path]], name: str, truth: np.ndarray) -> None:
-    """Mean (line) and 10% to 90% (band) of Q over the states, dashed: of the data's actions; seed 0.
+    """Mean (line) and 10% to 90% (band) of Q over the states, dashed: of the data's actions; of one seed.
 
     On the left the critic that each stage begins or ends with, then the first environment steps.
     """
@@ -129,7 +129,7 @@ def main() -> None:
         for setting, paths in groups.items():
             if not paths:
                 continue
-            found = [analysis.series(path, "finetune", name)[1] for path in paths]
+            found = [analysis.measurements(path, "finetune", name)[1] for path in paths]
             jumps = analysis.interval({"jump": np.array([jump(path, name, begins) for path in paths])})["jump"]
             start, end = np.mean([v[0] for v in found]), np.mean([v[-1] for v in found])
             data = [analysis.series(path, "finetune", "probe/q_data")[1] for path in paths]
@@ -138,14 +138,16 @@ def main() -> None:
             of_data = f"{np.mean([v[0] for v in data]):.0f}" if y not in of_values else ""
             values = [f"{truth.mean():.0f}", f"{start:.0f}", of_data, f"{end:.0f}", analysis.number(jumps, 2)]
             lines.append([y, setting, str(len(paths)), *values, f"{offline:.1f}", f"{low:.1f}"])
-        draw(panel, groups, name, truth[0])
+        draw(panel, {s: harness.finished(args, [specs[y, came[0]][s]]) for s in groups}, name, truth[0])
         everything += [path for paths in groups.values() for path in paths]
     what = analysis.measure(everything)
     columns = ["", "", "runs", "Monte Carlo", "Q at the first step", "of the data's actions", "Q at the last step",
                "largest jump / spread", f"offline {what}", f"lowest {what}"]  # fmt: skip
     report.table(f"Q (O2PPO: V) on held-out states; jump within {WINDOW:,} environment steps", columns, lines)
     report.figure(figure)
-    report.text.append("\nLines: mean over the states; bands: 10% to 90%; dashed: Q of the data's actions; seed 0.")
+    report.text.append(
+        "\nOf the first seed: lines: mean over the states; bands: 10% to 90%; dashed: Q of the data's actions."
+    )
     report.finish(analysis.results(everything), failures)
 
 

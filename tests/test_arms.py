@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from common.cli import UserError
-from experiments import ablations, arms, harness
+from experiments import ablations, analysis, arms, harness
 from experiments.harness import Spec
 from tests.test_comparison import made_up_run
 
@@ -105,6 +105,16 @@ def test_an_algorithm_whose_runs_all_failed_is_in_no_table(page):
     assert len(rows(text)) == 3 and "o2sac failed" in text and not any("o2sac" in title for title in rows(text))
 
 
+def test_an_algorithm_with_runs_of_one_task_alone_has_no_table_over_all(tmp_path):
+    run = made_up_run(tmp_path / "run", 50.0, {10: 60.0})
+    report = analysis.Report(harness.Args(out=str(tmp_path)), "x", "What?")
+    found = {("a", "o2sac"): {"full": [run]}, ("b", "o2sac"): {"full": []}, ("a", "o2td3"): {"full": [run]},
+             ("b", "o2td3"): {"full": [run]}}  # fmt: skip
+    arms.over_all(report, arms.Args(algorithms=("o2sac", "o2td3")), found, "full")
+    text = "\n".join(report.text)
+    assert "o2sac" not in text and "o2td3: interquartile means over 2 tasks" in text
+
+
 def test_names_of_many_tasks_fit_into_a_files():
     tasks = [f"{robot}-{data}-v2" for robot in ("hopper", "walker2d") for data in ("medium", "medium-replay")]
     assert arms.together(tasks[:2]) == "hopper-medium-v2+hopper-medium-replay-v2"
@@ -152,5 +162,10 @@ def test_tasks_that_cannot_be_are_refused(words, said):
 
 def test_a_setting_that_is_none_is_named_with_those_that_are():
     args = arms.Args(settings=("full", "nave"))
-    with pytest.raises(UserError, match="there is no setting 'nave' here, but full, no reevaluate, no align, no con"):
-        arms.chosen(args, ablations.settings(args, "o2td3", 0))
+    with pytest.raises(UserError, match="there is no setting 'nave' here; choose among full, no reevaluate, no align"):
+        arms.comparison(args, "ablations", "What?", ablations.settings)
+    args = dataclasses.replace(args, settings=("full", "no align"), algorithms=("o2td3", "o2ppo"))
+    assert list(arms.chosen(args, ablations.settings, "o2ppo", 0)) == ["full"]  # PPO aligns nothing
+    args = dataclasses.replace(args, settings=("no align",))
+    with pytest.raises(UserError, match="o2ppo has none of --settings no align, but full, .*leave it out of --algor"):
+        arms.comparison(args, "ablations", "What?", ablations.settings)

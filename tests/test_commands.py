@@ -150,6 +150,9 @@ def test_two_sets_of_runs_are_compared(run_script, tmp_path, monkeypatch):
     code, out, err = run_script(compare, *mine, "--against", longer, "--out", out_file)
     assert code == 0 and "note: some-data: environment steps 40 of the first, 50 of the others" in out, err
     assert "preset None of the first, quick of the others" in out
+    rows_of_another = made_up_run(tmp_path / "h__o2sac__iql__0", [30, 10, 30, 40], source="D4RL")
+    code, out, err = run_script(compare, *mine, "--against", rows_of_another, "--out", out_file)
+    assert code == 0 and "note: some-data: source None of the first, D4RL of the others" in out, err
     elsewhere = made_up_run(tmp_path / "g__o2sac__iql__0", [30, 10, 30, 40], simulator="another robot")
     code, _, err = run_script(compare, *mine, "--against", elsewhere)
     assert code == 2 and "runs on some-data cannot be compared: the simulator is None of the first, another" in err
@@ -175,6 +178,9 @@ def test_runs_that_do_not_belong_together_are_not_averaged(run_script, tmp_path)
             tmp_path / "d__mine__iql__2", [1, 2, 3, 4], preset="demo"
         ),
         "seed 0 is there 2 times": made_up_run(tmp_path / "again" / "d__mine__iql__0", scores, preset="demo"),
+        "the source D4RL and None are mixed": made_up_run(
+            tmp_path / "d__mine__iql__4", scores, preset="demo", source="D4RL"
+        ),
         "measure return and score are": made_up_run(
             tmp_path / "d__mine__iql__3", scores, preset="demo", measure="return"
         ),

@@ -222,9 +222,10 @@ def test_published_runs_are_read_before_the_first_run(tmp_path, monkeypatch, run
 
 def test_published_runs_of_other_data_do_not_stand_beside_ours():
     old = [dict(dataset=task, method=method, source="a stand-in") for task in ("x", "y") for method in ("iql", "pex")]
-    assert comparison.others(old, [dict(dataset="x", method="mine", source="a stand-in")]) == old
-    assert comparison.others(old, [dict(dataset="x", method="iql", source="a stand-in")]) == old[1:]
-    assert comparison.others(old, [dict(dataset="x", method="mine", source="D4RL")]) == old[2:]
+    assert comparison.others(old, [dict(dataset="x", source="a stand-in")], {("x", "mine")}) == old
+    assert comparison.others(old, [dict(dataset="x", source="a stand-in")], {("x", "iql")}) == old[1:]
+    assert comparison.others(old, [dict(dataset="x", source="D4RL")], {("x", "mine")}) == old[2:]
+    assert comparison.others(old, [], {("x", "iql")}) == old[1:]  # it was to be run, and came to no end
 
 
 def test_its_own_budgets_are_no_run_flags():

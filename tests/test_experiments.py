@@ -228,12 +228,36 @@ def test_shared_stages_change_nothing(tmp_path, ray_is_local, monkeypatch):
     with pytest.raises(UserError, match=r"finished run with other arguments: --eval-every 30 \(now 20\); .*--run-dir"):
         harness.run_all(args, [longer])
 
+    more = dataclasses.replace(alone, seed=1)
+    with monkeypatch.context() as patch:  # a seed more, on a machine whose data are others
+        patch.setattr(harness, "fingerprint", lambda data: "another")
+        with pytest.raises(UserError, match=r"on other data than .* \(.*__0__demo and the data at hand\); choose"):
+            harness.missing(args, [alone, more])
+    assert list(harness.missing(args, [alone, more])) == [harness.folder(args, more)]
+    (there := harness.folder(args, more)).mkdir()
+    saved = json.loads((harness.folder(args, alone) / "args.json").read_text())
+    (there / "args.json").write_text(json.dumps(saved | {"seed": 1, "made_with": saved["made_with"] | {"data": "x"}}))
+    (there / "result.json").write_text("{}")
+    with pytest.raises(UserError, match=r"on other data than .* \(.*__0__demo and .*__1__demo\); choose"):
+        harness.missing(args, [alone, more])
+
     monkeypatch.setattr(harness, "code_of", lambda *files: code_of(*files) | {"o2td3.py": "edited"})
     with pytest.raises(UserError, match=r"3 finished runs are of other code .*o2td3.py changed since.*--continue"):
         harness.run_all(args, [shared, alone])
     assert harness.run_all(dataclasses.replace(args, go_on=True), [shared, alone]) == []
     with pytest.raises(UserError, match="differ in gamma .* FINETUNING_ARGS"):
         harness.check_shared(args, Spec("o2td3", policy, 0, (*TINY, "--gamma", "0.9"), base))
+
+
+def test_two_runs_that_would_be_one_are_refused(tmp_path):
+    """A copy under the same name, or a flag that makes one setting another: their numbers would be one run's."""
+    (copy := tmp_path / "o2td3.py").write_text((harness.ROOT / "o2td3.py").read_text())
+    args = harness.Args(run_dir=str(tmp_path / "runs"), out=str(tmp_path))
+    with pytest.raises(UserError, match="two runs of this experiment would be one, .*o2td3__td3_bc__0__demo"):
+        harness.missing(args, [Spec("o2td3", "td3_bc", 0), Spec(str(copy), "td3_bc", 0)])
+    args = dataclasses.replace(args, run_flags="--no-reevaluate")
+    with pytest.raises(UserError, match="two runs of this experiment would be one, .*o2td3-no-reevaluate"):
+        harness.missing(args, [Spec("o2td3", "td3_bc", 0), Spec("o2td3", "td3_bc", 0, ("--no-reevaluate",))])
 
 
 def test_runs_of_several_tasks_wait_in_one_queue(tmp_path, monkeypatch):

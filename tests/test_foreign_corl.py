@@ -162,7 +162,8 @@ def test_files_that_hold_something_else_are_named(raw_data):
     torch.save({"actor": {}}, "empty.pt")
     refused("empty.pt", raw_data, "no layers")
     for actor, words in [
-        ({"log_std_offset.constant": torch.zeros(1)}, "no layers"),
+        ({"log_std_offset.constant": torch.zeros(1)}, "log_std_offset.constant, which is not read"),
+        ({"l1.weight": torch.ones(8, S), "l1.bias": torch.ones(8)}, "with l1.weight, l1.bias, which is not read"),
         (named(net=network(S, 8, A)) | {"net.9.weight": torch.ones(A), "net.9.bias": torch.zeros(A)}, "not linear"),
         (named(net=network(S, 8, A)) | {"log_std_offset.constant": torch.zeros(1)}, "log_std_multiplier.constant"),
     ]:

@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from common.run import plain
+import o2td3
+from common.errors import UserError
+from common.run import other_arguments, plain
 from experiments import ablations, analysis, arms, harness, publish
 from tests.test_comparison import made_up_run
 
@@ -19,7 +21,7 @@ def test_what_is_kept_gives_the_same_page(tmp_path, monkeypatch, run_script):
     [here] = arms.on_tasks(args).values()
     folders = []
     for seed in range(args.seeds):
-        for name, spec in arms.chosen(here, ablations.settings(here, "o2td3", seed)).items():
+        for name, spec in arms.chosen(here, ablations.settings, "o2td3", seed).items():
             scores = {1_000: 60.0 + seed, 2_000: 70.0 if name == "full" else 30.123456789}
             folders.append(made_up_run(harness.folder(here, spec), 50.0, scores, successes=[1, 0]))
             saved = plain(harness.parsed(here, spec)) | {"script": str(harness.ROOT / "o2td3.py")}
@@ -46,6 +48,23 @@ def test_what_is_kept_gives_the_same_page(tmp_path, monkeypatch, run_script):
         assert stop.value.code == 0
         pages[run_dir] = (tmp_path / "pages" / "ablations.md").read_text()
     assert pages[args.run_dir] == pages[str(kept)] and "| naive | 2 |" in pages[str(kept)]
+
+
+def test_what_was_not_kept_is_no_traceback(tmp_path):
+    run = made_up_run(tmp_path / "run", 50.0, {1_000: 60.0})
+    with pytest.raises(UserError, match="holds no probe/q_policy of align, for scores alone were kept of it; cho"):
+        analysis.measurements(run, "align", "probe/q_policy")
+
+
+def test_files_may_have_moved_with_their_folders():
+    moved = {"dataset_path": "/a/mine.hdf5", "env_id": "/a/task.py:Id", "offline": "/a/policy.pt"}
+    args = o2td3.Args(**{name: value.replace("/a", "/b") for name, value in moved.items()})
+    assert other_arguments(args, plain(o2td3.Args(**moved))) == ""
+    for name in moved:
+        old = plain(o2td3.Args(**moved | {name: "/a/other-" + moved[name][3:]}))
+        assert other_arguments(args, old).startswith(f"--{name.replace('_', '-')} /a/other")
+    minari = [o2td3.Args(env_id=f"mujoco/{robot}/medium-v0") for robot in ("hopper", "walker2d")]
+    assert other_arguments(minari[0], plain(minari[1])).startswith("--env-id mujoco/walker2d/medium-v0 (now mujoco/")
 
 
 def test_what_is_no_finished_run_is_refused_before_anything_is_kept(tmp_path, run_script):

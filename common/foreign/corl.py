@@ -29,7 +29,8 @@ def corl(path: Path, data, checkpoint: dict, view: View | None) -> dict:
     else:
         layers = layers_of(state, r"(?:base_network(?:\.network)?|net(?:\.net)?|_mlp)", path)
         if not layers or not isinstance(layers[-1], nn.Linear):
-            fault = "whose last layer is not linear" if layers else "that holds no layers"
+            names = f"with {', '.join(state)[:200]}, which is not read" if state else "that holds no layers"
+            fault = "whose last layer is not linear" if layers else names
             raise UserError(f"{path} has an actor {fault}; export it to ONNX")
         algorithm = "CORL td3_bc"
         if "log_std_offset.constant" in state:
