@@ -272,6 +272,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _fail(message: str, code: int) -> int:
+    sys.stdout.flush()  # what was said before comes before it, in a file too
     print(message, file=sys.stderr, flush=True)
     return code
 

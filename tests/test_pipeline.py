@@ -30,7 +30,7 @@ SMALL = [
 NAME = "hopper-medium-demo__o2sac__cql__0"
 
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}  # as a user starts a run
 
 
 def execute(command):
