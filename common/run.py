@@ -107,8 +107,8 @@ def other_arguments(args, old: dict) -> str:
     now, was = plain(args), plain(type(args)()) | old  # one that is newer was as it is by itself
     for name in ("offline", "dataset_path", "env_id"):
         new, before = str(now.get(name)), str(was.get(name))
-        if new.endswith((".pt", ".hdf5")) or ".py:" in new:
-            was[name] = now[name] if Path(new).name == Path(before).name else was[name]
+        if (Path(new).suffix or ".py:" in new) and Path(new).name == Path(before).name:
+            was[name] = now[name]
     differ = [name for name in now if name not in FREE_ARGS and was[name] != now[name]]
     return ", ".join(f"--{name.replace('_', '-')} {was[name]} (now {now[name]})" for name in differ)
 
