@@ -62,7 +62,7 @@ def start_run(args_class, offline) -> tuple:
     found = offline.check(args, data)
     run = Run(args, run_name(args), data)
     run.data = description_of(data, args)
-    if (result := run.dir / "result.json").exists():
+    if (run.dir / "result.json").exists():
         if (run.dir / f"{stages_of(args)[-1].name}.pt").exists():
             print(f"{run.dir} is finished already, nothing is trained: this is its result")
         else:
