@@ -81,9 +81,10 @@ def check_comparable(mine: list[Path], theirs: list[Path], dataset: str) -> None
 
 
 def label(paths: list[Path], otherwise: str) -> str:
-    """What these runs are called: their experiment, from the same kind of policy."""
+    """What these runs are called: their experiment, and where it is the same what they started from."""
     parts = {tuple(path.resolve().name.split("__")[1:3]) for path in paths}
-    return " from ".join(parts.pop()) if len(parts) == 1 else otherwise
+    experiments = {part[:1] for part in parts}
+    return next((" from ".join(found.pop()) for found in (parts, experiments) if len(found) == 1), otherwise)
 
 
 def by_dataset(paths: list[Path]) -> dict[str, list[Path]]:

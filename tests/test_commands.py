@@ -150,6 +150,8 @@ def test_two_sets_of_runs_are_compared(run_script, tmp_path, monkeypatch):
     code, out, err = run_script(compare, *mine, "--against", longer, "--out", out_file)
     assert code == 0 and "note: some-data: environment steps 40 of the first, 50 of the others" in out, err
     assert "preset None of the first, quick of the others" in out
+    paths = [tmp_path / f"x__{name}__0" for name in ("mine__iql", "mine__bc", "yours__bc")]
+    assert [compare.label(paths[:n], "runs") for n in (1, 2, 3)] == ["mine from iql", "mine", "runs"]
     rows_of_another = made_up_run(tmp_path / "h__o2sac__iql__0", [30, 10, 30, 40], source="D4RL")
     code, out, err = run_script(compare, *mine, "--against", rows_of_another, "--out", out_file)
     assert code == 0 and "note: some-data: source None of the first, D4RL of the others" in out, err
