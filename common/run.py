@@ -107,7 +107,7 @@ def other_arguments(args, old: dict) -> str:
     now, was = plain(args), plain(type(args)()) | old  # one that is newer was as it is by itself
     for name in ("offline", "dataset_path", "env_id"):
         new, before = str(now.get(name)), str(was.get(name))
-        if (Path(new).suffix or ".py:" in new) and Path(new).name == Path(before).name:
+        if Path(new).suffix and Path(new).name == Path(before).name:
             was[name] = now[name]
     differ = [name for name in now if name not in FREE_ARGS and was[name] != now[name]]
     return ", ".join(f"--{name.replace('_', '-')} {was[name]} (now {now[name]})" for name in differ)

@@ -182,11 +182,9 @@ def idle(args) -> list[str]:
             found.setdefault(reason, []).append(f"--{name.replace('_', '-')}")
     said = [f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing {words}" for words, flags in found.items()]
     whole, starts, warmup = (getattr(args, name, 0) for name in ("online_steps", "learning_starts", "warmup_steps"))
-    for name in ("learning_starts", "warmup_steps"):
-        n = getattr(args, name, 0)
+    for flag, n in (("--learning-starts", starts), ("--warmup-steps", warmup)):
         if n and n >= whole:
-            flag = f"--{name.replace('_', '-')} {n}"
-            said.append(f"{flag} leaves nothing of --online-steps {whole}: the policy stays as it is")
+            said.append(f"{flag} {n} leaves nothing of --online-steps {whole}: the policy stays as it is")
     if 0 < warmup <= starts < whole:
         flags = f"--warmup-steps {warmup} ends before the first update, after --learning-starts {starts}"
         said.append(f"{flags}: at no step the critics alone learn")

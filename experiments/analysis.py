@@ -1,5 +1,6 @@
 """From finished runs to numbers with intervals, tables and figures."""
 
+import csv
 import io
 import itertools
 import math
@@ -244,6 +245,15 @@ def save(figure, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format=path.suffix[1:])
     write_atomic(path, picture.getvalue(), "choose another --out")
+
+
+def write_csv(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
+    """Write rows, of which fields may be missing. Raises UserError where the disk does not take them."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode(), "choose another --out")
 
 
 def panels(names, sharey: bool = True, across: int | None = None) -> tuple:

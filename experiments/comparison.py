@@ -17,7 +17,6 @@ import collections
 import contextlib
 import csv
 import dataclasses
-import io
 import itertools
 import sys
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 import offline
 from common import cli
 from common.bounds import at_least
-from common.checkpoint import write_atomic
 from experiments import analysis, harness
 from experiments.harness import Spec
 
@@ -210,14 +208,6 @@ def probabilities(
 # ---------------------------------------------------------------------------------------------- pages
 
 
-def write_csv(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue().encode(), "choose another --out")
-
-
 def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
     """Its rows, numbers as numbers and empty fields as None; none where there is no such file.
 
@@ -332,13 +322,14 @@ def main() -> None:
     if elsewhere:
         words = "; ".join(f"{task} from {source}" for task, source in elsewhere)
         if (harness.ROOT / args.published).resolve() == report.folder.resolve():
-            print(*(f"failed: {failure}" for failure in failures), sep="\n", end="\n" * bool(failures), file=sys.stderr)
+            for failure in failures:
+                print(f"failed: {failure}", file=sys.stderr)
             raise cli.UserError(f"{args.published} has runs on other data ({words}); choose another --out")
         print(f"note: runs in {args.published} on other data than here are left out: {words}")
     runs, curves = older + runs, [row for row in old_curves if known_by(row) in kept] + curves
     if runs:
-        write_csv(report.folder / names[0], RUN_COLUMNS, runs)
-        write_csv(report.folder / names[1], CURVE_COLUMNS, curves)
+        analysis.write_csv(report.folder / names[0], RUN_COLUMNS, runs)
+        analysis.write_csv(report.folder / names[1], CURVE_COLUMNS, curves)
         show(report, runs, curves)
     report.text.append(f"\n{budget(args):,} environment steps each.{EXPLAINED}")
     report.finish(runs, failures, len(older), args.published)

@@ -1,6 +1,7 @@
 """An experiment is a list of runs of the top-level scripts. Ray schedules them as processes of their own; finished ones
 are kept, so the same command started again does what is missing."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -335,13 +336,13 @@ def missing(args: Args, specs: list[Spec]) -> dict[Path, tuple]:
     policies. Raises UserError where one cannot be run, or is there already and is another one."""
     make_folder(ROOT / args.out, "--out")
     everything = dict.fromkeys(s for spec in specs for s in ([spec.base] if spec.base else []) + [spec])
-    of_folder = {folder(args, spec): spec for spec in everything}
-    if twice := [path.name for spec in everything if of_folder[path := folder(args, spec)] != spec]:
+    folders = {spec: folder(args, spec) for spec in everything}
+    if twice := [path.name for path, n in collections.Counter(folders.values()).items() if n > 1]:
         raise cli.UserError(
             f"two runs of this experiment would be one, {twice[0]}: leave out of --run-flags what it sets itself, and "
             "give files of --algorithms names of their own"
         )
-    done = [spec for spec in everything if (folder(args, spec) / "result.json").exists()]
+    done = [spec for spec, path in folders.items() if (path / "result.json").exists()]
     undone = [spec for spec in everything if spec not in done]
     check_done(args, done)
     check_data(args, done, undone)
@@ -355,11 +356,11 @@ def missing(args: Args, specs: list[Spec]) -> dict[Path, tuple]:
     trained = dict(filter(None, policies.values()))  # once for all the runs that start from it
     jobs = {path: (command, [], []) for path, command in trained.items() if not path.exists()}
     for spec in undone:
-        here, share = folder(args, spec), []
+        here, share = folders[spec], []
         needed = [policies[spec][0]] if policies[spec] else []
         if spec.base:
             check_shared(args, spec)
-            there = folder(args, spec.base)
+            there = folders[spec.base]
             share = [(there / n, here / n) for n in (*(f"{s}.pt" for s in spec.shared), *HANDED_ON)]
             needed.append(there)
         jobs[here] = ([str(file_of(spec.script)), *command_line(args, spec)], share, needed)

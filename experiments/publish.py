@@ -7,8 +7,6 @@ makes its page of them again with `--run-dir docs/evidence --continue`, without 
 your own runs beside them. Checkpoints, and what the critic was measured by, stay where they are.
 """
 
-import csv
-import io
 import json
 import sys
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from common import cli
 from common.checkpoint import write_atomic
 from common.log import read_rows
 from common.run import make_folder, read_json
+from experiments import analysis
 from experiments.harness import ROOT
 
 import tyro
@@ -33,16 +32,11 @@ class Args:
     """where a folder is made for each"""
 
 
-def evaluations(path: Path) -> str:
+def evaluations(path: Path) -> list[dict]:
     """What of a run's progress.csv its evaluations are."""
     rows = [{key: value for key, value in row.items() if key in ("stage", "step") or key.endswith("/score")}
             for row in read_rows(path)]  # fmt: skip
-    rows = [row for row in rows if len(row) > 2]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return [row for row in rows if len(row) > 2]
 
 
 def portable(arguments: dict) -> dict:
@@ -68,7 +62,8 @@ def main() -> None:
         make_folder(target, "--out")
         for name, content in (("args", portable(found["args"])), ("result", found["result"])):
             write_atomic(target / f"{name}.json", f"{json.dumps(content, indent=1)}\n".encode(), "choose another --out")
-        write_atomic(target / "progress.csv", evaluations(path / "progress.csv").encode(), "choose another --out")
+        rows = evaluations(path / "progress.csv")
+        analysis.write_csv(target / "progress.csv", dict.fromkeys(name for row in rows for name in row), rows)
     print(f"{len(paths)} runs are kept in {args.out}")
 
 

@@ -202,7 +202,7 @@ def test_what_would_be_compared_wrongly_is_refused(changes, words):
 
 
 def test_published_runs_are_of_the_same_budgets(tmp_path):
-    comparison.write_csv(tmp_path / "a.csv", ("x",), [{"x": 1}])
+    analysis.write_csv(tmp_path / "a.csv", ("x",), [{"x": 1}])
     args = comparison.Args(published=str(tmp_path), out=str(tmp_path / "mine"))
     assert comparison.published(args, {"a.csv": ("x",)}) == [[{"x": 1}]]
     for own in (dict(offline_steps=5), dict(run_flags="--matmul bfloat16"), dict(dataset_path="mine.hdf5")):

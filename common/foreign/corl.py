@@ -29,8 +29,7 @@ def corl(path: Path, data, checkpoint: dict, view: View | None) -> dict:
     else:
         layers = layers_of(state, r"(?:base_network(?:\.network)?|net(?:\.net)?|_mlp)", path)
         if not layers or not isinstance(layers[-1], nn.Linear):
-            names = f"with {', '.join(state)[:200]}, which is not read" if state else "that holds no layers"
-            fault = "whose last layer is not linear" if layers else names
+            fault = "whose last layer is not linear" if layers else unread(state) or "that holds no layers"
             raise UserError(f"{path} has an actor {fault}; export it to ONNX")
         algorithm = "CORL td3_bc"
         if "log_std_offset.constant" in state:
@@ -48,11 +47,16 @@ def corl(path: Path, data, checkpoint: dict, view: View | None) -> dict:
             )
         elif "log_std" in state:
             algorithm, kind, log_std = "CORL iql", "gaussian", number(state, "log_std", path)
-    if state:
-        raise UserError(f"{path} has an actor with {', '.join(state)[:200]}, which is not read; export it to ONNX")
+    if left := unread(state):
+        raise UserError(f"{path} has an actor {left}; export it to ONNX")
     if view is None:
         view = standardisation(path, data, checkpoint, raw=algorithm == "CORL sac_n or edac" or "vae" in checkpoint)
     return network(path, data, layers, kind, algorithm, view, log_std, **options)
+
+
+def unread(state: dict) -> str:
+    """What is left of an actor once its layers were taken, in words; "" for nothing."""
+    return f"with {', '.join(state)[:200]}, which is not read" if state else ""
 
 
 def standardisation(path: Path, data, checkpoint: dict, raw: bool) -> View:
