@@ -121,7 +121,7 @@ class Args(cli.OnlineArgs):
     """environment steps over which β falls linearly to zero; None: 250,000, on (medium-)expert data 500,000"""
     reference: Annotated[Literal["best", "interval", "adaptive"], only_with(constrain=True)] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
-    when the last training episodes beat those of π_ref by more than chance (experiments/reference.py compares them)"""
+    when the last training episodes beat π_ref's own by a margin (experiments/reference.py compares them)"""
     reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
     """steps between moves of π_ref, in whole rollouts; None: 2,500, on hopper's (medium-)expert data 10,000"""
     reference_window: Annotated[int, at_least(2), only_with(reference="adaptive")] = 10

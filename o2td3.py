@@ -142,7 +142,7 @@ class Args(cli.OnlineArgs):
     """environment steps over which the threshold grows linearly"""
     reference: Annotated[Literal["best", "interval", "adaptive"], only_with(constrain=True)] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
-    when the last training episodes beat those of π_ref by more than chance (experiments/reference.py compares them)"""
+    when the last training episodes beat π_ref's own by a margin (experiments/reference.py compares them)"""
     reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
     """environment steps between moves of π_ref; None: 1,000; hopper's (medium-)expert, walker2d's expert data 10,000"""
     actor_grad_norm: Annotated[float | None, above(0)] = None
@@ -164,7 +164,9 @@ class Args(cli.OnlineArgs):
         if self.reference == "interval":
             values["mse_threshold_end"] /= 4
             if (task.robot == "hopper" and task.expert) or (task.robot, task.quality) == ("walker2d", "expert"):
-                values |= dict(reference_interval=10_000, actor_grad_norm=0.25)
+                values |= dict(reference_interval=10_000)
+                if self.reference_interval in (None, 10_000):
+                    values |= dict(actor_grad_norm=0.25)
         return values
 
     def check(self) -> None:

@@ -23,6 +23,7 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     method, declared = full(args, script, seed), scripts.online(script)
     if not (parts := scripts.ablations_of(harness.parsed(args, method))):
         raise cli.UserError(f"{script} has no ABLATIONS, parts that can be left out; see --algorithms")
+    harness.check_own(args, *(f"--no-{name}" for name in parts))
     before = [stage.name for stage in declared.STAGES[:-1]]
     runs = {"full": method}
     for name in parts:

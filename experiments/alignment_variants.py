@@ -26,6 +26,7 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     """The runs to compare, all after the same re-evaluation."""
     if not hasattr(scripts.online(script).Args, "align_restore"):
         raise cli.UserError(f"{script} has no --align-restore, of which this asks; see --algorithms")
+    harness.check_own(args, "--align-restore", "--align-constrain", "--align-actor-lr")
     paper, before = full(args, script, seed), ("reevaluate",)
     harness.check_stages(args, paper, "align")
     tenth = str(0.1 * harness.parsed(args, paper).actor_lr)

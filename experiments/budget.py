@@ -28,11 +28,11 @@ MEASURES = {  # of each stage: the columns of its table, and what the probe says
     "align": (["ρ", "drift", "aligned"], "rank_correlation", "Spearman's ρ of preference and Q"),
 }
 NOTE = """
-In a row one stage has that number of steps, and all else what it has at this scale; auto has neither, but this scale's
-numbers as the limits. Q, return and bias: of the offline policy's most likely action, after re-evaluation; behind ± are
-standard errors over states. ρ: rank correlation of Q and the policy's preference; drift: distance of the actor's
-actions from the offline policy's; aligned: its score; means over the runs. Brackets: intervals over seeds. In the
-picture the longest runs; dashed: where auto ended; dotted: the return."""
+In a row one stage has that number of steps, and all else what it has at this scale; auto has neither, but this
+scale's numbers as the limits, whatever --run-flags says. Q, return and bias: of the offline policy's most likely
+action, after re-evaluation; behind ± are standard errors over states. ρ: rank correlation of Q and the policy's
+preference; drift: distance of the actor's actions from the offline policy's; aligned: its score; means over the runs.
+Brackets: intervals over seeds. In the picture the longest runs; dashed: where auto ended; dotted: the return."""
 
 
 @dataclass
@@ -56,7 +56,10 @@ def settings(args: Args, script: str, seed: int) -> dict[str, dict[str, Spec]]:
     shares = args.budgets or ((0.01, 0.04, 0.2) if args.scale == "paper" else (0.1, 0.25, 2.0))
     for stage in scripts.online(script).STAGES:
         if stage.name in MEASURES:
-            n, flag, before = stage.limit(harness.parsed(args, own)), f"--{stage.steps.replace('_', '-')}", tuple(runs)
+            chosen, flag, before = harness.parsed(args, own), f"--{stage.steps.replace('_', '-')}", tuple(runs)
+            if stage.auto(chosen):
+                raise cli.UserError(f"auto is a row of this experiment; leave {flag} auto out of --run-flags")
+            n = stage.limit(chosen)
             steps = sorted({n, *(max(1, round(share * n)) for share in shares)})
             runs[stage.name] = {
                 f"{m:,}": own if m == n else own.variant(f"{stage.name}{m}", flag, str(m), stages=before) for m in steps

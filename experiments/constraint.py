@@ -42,9 +42,12 @@ def draw(panel, groups: dict[str, list[Path]]) -> None:
 
 
 def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
+    harness.check_own(args, "--beta-start", "--no-constrain")
     base = full(args, script, seed)
     if hasattr(scripts.online(script).Args, "beta_start"):
-        return {f"β {beta:g}": base.variant(f"beta{beta:g}", "--beta-start", str(beta)) for beta in BETAS}
+        own = harness.parsed(args, base).beta_start
+        return {f"β {beta:g}": base if beta == own else base.variant(f"beta{beta:g}", "--beta-start", str(beta))
+                for beta in BETAS}  # fmt: skip
     runs = {}
     for factor in FACTORS:
         flags = threshold_flags(args, base, factor)

@@ -31,18 +31,24 @@ class Args(arms.Args):
     algorithms: tuple[str, ...] = ("o2sac", "o2td3")
     """the online algorithms; O2PPO has no Q, and always begins with rollouts"""
     warmup_steps: Annotated[int | None, at_least(1)] = None
-    """environment steps of the warm-up; None: those before the first update and then 4,000, which makes 5,000 at the
-    paper's budgets, or a fifth of the run where that is less"""
+    """environment steps of the warm-up; None: those before the first update and then 4,000, which makes 5,000 on the
+    robots at the paper's budgets, or a fifth of the run where that is less"""
 
 
 def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     """The runs to compare; a stage that a run has is the whole method's."""
+    harness.check_own(args, "--warmup-steps", "--critic-init")
     method, declared = full(args, script, seed), scripts.online(script)
     if not {"critic_init", "warmup_steps"} <= vars(declared.Args()).keys():
         raise cli.UserError(f"{script} has no --critic-init or no --warmup-steps; see --algorithms")
     harness.check_stages(args, method, "reevaluate", "align")
     chosen = harness.parsed(args, method)
     n = args.warmup_steps or chosen.learning_starts + min(4_000, chosen.online_steps // 5)
+    if not chosen.learning_starts < n < chosen.online_steps:
+        raise cli.UserError(
+            f"in a warm-up of {n:,} steps {script} would not learn a critic first and then a policy: its updates begin "
+            f"after {chosen.learning_starts:,} steps and end at {chosen.online_steps:,}; see --warmup-steps"
+        )
     runs = {}
     for start, flags in STARTS.items():
         shared = tuple(stage.name for stage in declared.STAGES[:-1] if f"--no-{stage.name}" not in flags)
@@ -52,7 +58,7 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
             name = ("--exp-name", "-".join([Path(script).stem, *marks])) if marks else ()
             more = ("--warmup-steps", str(n)) if warm_up else ()
             spec = Spec(script, method.offline, seed, (*name, *flags, *more), method if shared else None, shared)
-            runs[f"{start}, warm-up" if warm_up else start] = spec if spec.flags else method
+            runs[f"{start}, warm-up of {n:,}" if warm_up else start] = spec if spec.flags else method
     return runs
 
 

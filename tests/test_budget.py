@@ -44,6 +44,8 @@ def test_budgets_are_shares_of_this_scales_own():
     args = budget.Args(budgets=(0.5, 1e-9, 1.0), run_flags="--reevaluate-steps 10")
     runs = budget.settings(args, "o2td3", 0)
     assert list(runs["reevaluate"]) == ["1", "5", "10", "auto"] and list(runs["align"])[:2] == ["1", "2,500"]
+    with pytest.raises(UserError, match="leave --align-steps auto out of --run-flags"):
+        budget.settings(budget.Args(run_flags="--align-steps auto"), "o2td3", 0)
 
 
 def test_stages_that_are_shared_may_not_differ():

@@ -70,6 +70,13 @@ def expected(script, robot: str, quality: str, reference: str) -> dict:
     }
 
 
+@pytest.mark.parametrize("script", [o2sac, o2td3])
+@pytest.mark.parametrize(("interval", "norm"), [(None, 0.25), (10_000, 0.25), (1_000, None)])
+def test_the_clip_belongs_to_the_long_interval(script, interval, norm):
+    found = taken(script, env_id="hopper-expert-v2", reference="interval", reference_interval=interval)
+    assert found["actor_grad_norm"] == norm
+
+
 @pytest.mark.parametrize("reference", ["best", "interval"])
 @pytest.mark.parametrize("script", [o2sac, o2td3, o2ppo])
 @pytest.mark.parametrize(("robot", "quality"), NAMES)

@@ -112,7 +112,32 @@ def test_a_reference_that_never_moves_is_not_compared():
     args = harness.Args()
     assert list(reference.settings(args, "o2sac", 0)) == ["best so far", "every 1,000 steps", "every 5,000 steps",
                                                           "adaptive"]  # fmt: skip
-    assert "every 10,000 steps" in reference.settings(dataclasses.replace(args, scale="paper"), "o2sac", 0)
+    paper = dataclasses.replace(args, scale="paper")
+    assert "every 10,000 steps" in reference.settings(paper, "o2sac", 0)
+    assert "every 2,500 steps" in reference.settings(paper, "o2ppo", 0)  # the paper's, which rollouts of 2,048 can keep
+
+
+@pytest.mark.parametrize(
+    ("experiment", "script", "flags"),
+    [(reference, "o2sac", "--reference adaptive"), (critic, "o2td3", "--warmup-steps=5000"),
+     (alignment_variants, "o2sac", "--align-restore"), (ablations, "o2td3", "--no-align"),
+     (constraint, "o2sac", "--no-constrain"), (constraint, "o2ppo", "--beta-start 2")],
+)  # fmt: skip
+def test_what_an_experiment_varies_is_not_set_for_all_its_runs(experiment, script, flags):
+    with pytest.raises(UserError, match=f"sets {flags.replace('=', ' ').split()[0]} itself"):
+        experiment.settings((critic if experiment is critic else harness).Args(run_flags=flags), script, 0)
+
+
+@pytest.mark.parametrize("n", [700, 10_000])
+def test_a_warm_up_teaches_a_critic_and_leaves_time_for_a_policy(n):
+    args = critic.Args(run_flags="--online-steps 10000 --learning-starts 700", warmup_steps=n)
+    with pytest.raises(UserError, match="updates begin after 700 steps and end at 10,000; see --warmup-steps"):
+        critic.settings(args, "o2sac", 0)
+
+
+def test_the_papers_beta_is_the_run_that_others_share_stages_with():
+    runs = constraint.settings(harness.Args(scale="paper"), "o2ppo", 0)
+    assert runs["β 1"] == harness.full(harness.Args(scale="paper"), "o2ppo", 0)
 
 
 def test_improvement():
@@ -406,11 +431,15 @@ def test_critics_share_the_stages_that_they_have(script):
         critic.STARTS, 0
     )
     assert {found.warmup_steps for name, found in chosen.items() if "warm" in name} == {700 + 2_000}
-    assert [name for name, found in chosen.items() if found.critic_init == "random"] == ["random", "random, warm-up"]
+    assert [name for name, found in chosen.items() if found.critic_init == "random"] == [
+        "random",
+        "random, warm-up of 2,700",
+    ]
     assert all(found.constrain for found in chosen.values())
     shared = {name: spec.shared for name, spec in runs.items() if spec.base}
     both = ("reevaluate", "align")
-    assert shared == {"re-evaluated": both[:1], "re-evaluated, warm-up": both[:1], "aligned, warm-up": both}
+    assert shared == {"re-evaluated": both[:1], "re-evaluated, warm-up of 2,700": both[:1],
+                      "aligned, warm-up of 2,700": both}  # fmt: skip
     for spec in runs.values():
         if spec.base:
             harness.check_shared(args, spec)
