@@ -278,10 +278,14 @@ def named(panels) -> dict[str, object]:
     return {label: handle for pairs in shown for handle, label in pairs}
 
 
-def legend(panel, below: float = 0.2, panels=()) -> None:
-    """The names of a panel's lines, or of several `panels`', off the data: below it, by that share of its height."""
-    found = named(panels or [panel])
-    panel.legend(found.values(), found.keys(), fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -below))
+def legend(panel, below: float = 34, panels=()) -> None:
+    """The names of a panel's lines, or of several `panels`', off the data: so many points below it, however high the
+    names leave it."""
+    from matplotlib.transforms import ScaledTranslation
+
+    found, shift = named(panels or [panel]), ScaledTranslation(0, -below / 72, panel.figure.dpi_scale_trans)
+    panel.legend(found.values(), found.keys(), fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0),
+                 bbox_transform=panel.transAxes + shift)  # fmt: skip
 
 
 def style(i: int) -> dict:

@@ -104,7 +104,7 @@ def draw(panel, groups: dict[str, list[Path]], name: str, truth: np.ndarray) -> 
     panel.set_xlabel("environment steps of fine-tuning")
     what = "V" if name == "probe/v" else "Q of the policy's actions"
     panel.set_ylabel(f"{what} (discounted return ahead)\nnear the dotted line, and no jump, is better")
-    analysis.legend(panel, below=0.35)
+    analysis.legend(panel, below=60)
 
 
 def main() -> None:

@@ -171,7 +171,7 @@ def draw(panels, q: dict[str, list[torch.Tensor]], truth: list[torch.Tensor], ra
     panels[1].axhline(0, color="0.7", linewidth=0.8)
     if HALVES in ranks:
         panels[1].axhline(perfect(ranks[HALVES][0]), color="0.3", linestyle=":", label=PERFECT)
-        analysis.legend(panels[1], below=0.5)
+        analysis.legend(panels[1], below=85)
     panels[1].set_xticks(range(len(ranks)), ranks, rotation=30, ha="right", fontsize=8)
     panels[1].set_ylabel("ρ with the returns in a state\n(0 is chance)")
 

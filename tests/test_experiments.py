@@ -140,6 +140,18 @@ def test_the_papers_beta_is_the_run_that_others_share_stages_with():
     assert runs["β 1"] == harness.full(harness.Args(scale="paper"), "o2ppo", 0)
 
 
+@pytest.mark.parametrize("lines", [2, 12])
+def test_names_of_lines_leave_the_axis_its_own(lines):
+    figure, [panel] = analysis.panels(["a title that is as long as a policy's whole name"])
+    figure.suptitle("two lines\nof it")
+    for i in range(lines):
+        panel.plot([0, 1], [0, i], label=f"setting {i}")
+    panel.set_xlabel("environment steps")
+    analysis.legend(panel)
+    figure.canvas.draw()
+    assert panel.get_legend().get_window_extent().y1 < panel.xaxis.label.get_window_extent().y0
+
+
 def test_improvement():
     assert analysis.improvement(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1.0
     assert analysis.improvement(np.array([1.0]), np.array([1.0])) == 0.5
