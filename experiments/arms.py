@@ -70,10 +70,11 @@ def compare(report: Report, title: str, groups: dict[str, dict[str, list[Path]]]
     if not (values := analysis.matrices(runs)):
         return  # all of them failed, which the page says beneath
     intervals = analysis.intervals(values)
+    against = [baseline] * (baseline in values and any(len(found) > 1 for found in values.values()))  # not one run each
     lines = []
     for name, found in values.items():
         line = [name, str(len(found)), *map(analysis.number, intervals[name].T)]
-        if baseline in values:
+        if against:
             gains = (values[x][..., KEYS.index("gain")] for x in (name, baseline))
             line.append(f"{analysis.improvement(*gains):.2f}" if name != baseline else "")
         lines.append(line)
@@ -81,7 +82,7 @@ def compare(report: Report, title: str, groups: dict[str, dict[str, list[Path]]]
     several = any(len(of_name) > 1 for of_name in groups.values())
     columns = ["", "runs of each" if several else "runs", f"{what} at the start", "final", "gain over offline",
                "area (speed)", "largest drop"]  # fmt: skip
-    report.table(title, columns + [f"P(better than {baseline})"] * (baseline in values), lines)
+    report.table(title, columns + [f"P(better than {x})" for x in against], lines)
 
 
 def comparison(

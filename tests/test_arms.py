@@ -49,7 +49,7 @@ def page(tmp_path, monkeypatch):
         monkeypatch.setattr(harness, "finished", finished)
         monkeypatch.setattr(sys, "argv", ["ablations.py"])
         algorithms = ("o2td3", *filter(None, [without]))
-        args = arms.Args(algorithms=algorithms, seeds=2, out=str(tmp_path / "out"), **words)
+        args = arms.Args(algorithms=algorithms, out=str(tmp_path / "out"), **{"seeds": 2} | words)
         with pytest.raises(SystemExit) as stop:
             arms.comparison(args, "ablations", "What?", settings, "full")
         assert stop.value.code == (2 if failing or without else 0)
@@ -132,6 +132,11 @@ def test_settings_that_are_chosen_are_run_alone(page):
     assert asked == [("hopper-medium-demo", "naive", 0), ("hopper-medium-demo", "naive", 1)]
     [[line]] = rows(text).values()
     assert line[0] == "naive" and len(line) == 7 and "P(better" not in text  # than what was not run
+
+
+def test_one_run_of_each_has_no_probability(page):
+    text, _ = page(env_ids=tuple(FINALS), seeds=1)
+    assert len(rows(text)) == 3 and "P(better" not in text
 
 
 def test_each_task_starts_from_its_own_policy():
