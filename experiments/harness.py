@@ -148,14 +148,26 @@ def parsed(args: Args, spec: Spec):
     try:
         return read(script, words)
     except SystemExit:
-        unknown = tyro.cli(script.Args, args=words, return_unknown_args=True)[1]
-        raise cli.UserError(f"{spec.script} has no {' '.join(unknown)}, which this experiment gives to it") from None
+        raise cli.UserError(not_read(args, spec, words)) from None
 
 
 @functools.lru_cache(1_000)  # asked for several times of each run, and tyro takes its time
 def read(script, words: tuple[str, ...]):
     with contextlib.redirect_stderr(io.StringIO()):  # tyro's words are about the script that was started
         return cli.parse(script.Args, script.PRESETS, script.FAMILIES, list(words))
+
+
+def not_read(args: Args, spec: Spec, words: tuple[str, ...]) -> str:
+    """What is wrong with a run's arguments: an unknown one, or else a value."""
+    script = scripts.online(spec.script)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            unknown = tyro.cli(script.Args, args=words, return_unknown_args=True)[1]
+    except SystemExit:
+        typed = shlex.quote(f"--run-flags={args.run_flags}")
+        file = os.path.relpath(script.__file__)
+        return f"{spec.script} cannot read a value in {typed}; python {file} --help says what its arguments take"
+    return f"{spec.script} has no {' '.join(unknown)}, which this experiment gives to it"
 
 
 def check_stages(args: Args, spec: Spec, *names: str) -> None:
@@ -331,11 +343,17 @@ def schedule(args: Args, jobs: dict) -> list[str]:
     return failures
 
 
+def with_base(args: Args, spec: Spec) -> list[Spec]:
+    """A run behind the one that it takes stages over from; a finished run takes nothing over any more."""
+    return [spec] if spec.base is None or finished(args, [spec]) else [spec.base, spec]
+
+
 def missing(args: Args, specs: list[Spec]) -> dict[Path, tuple]:
-    """The jobs, by the folder or the file that they make, of what is missing of `specs`, their bases and their offline
-    policies. Raises UserError where one cannot be run, or is there already and is another one."""
+    """The jobs, by the folder or the file that they make, of what is missing of `specs`, the bases of the
+    unfinished ones and their offline policies. Raises UserError where one cannot be run, or is there already and is
+    another one."""
     make_folder(ROOT / args.out, "--out")
-    everything = dict.fromkeys(s for spec in specs for s in ([spec.base] if spec.base else []) + [spec])
+    everything = dict.fromkeys(s for spec in specs for s in with_base(args, spec))
     folders = {spec: folder(args, spec) for spec in everything}
     if twice := [path.name for path, n in collections.Counter(folders.values()).items() if n > 1]:
         raise cli.UserError(
@@ -368,7 +386,7 @@ def missing(args: Args, specs: list[Spec]) -> dict[Path, tuple]:
 
 
 def run_all(args: Args, specs: list[Spec]) -> list[str]:
-    """Do what is missing of `specs`, their bases and their offline policies; what failed, a line each."""
+    """Do what `missing` finds; what failed, a line each."""
     return run_tasks({args.env_id: (args, specs)})[1]
 
 

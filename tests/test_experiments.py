@@ -22,6 +22,7 @@ from common.datasets import load
 from common.errors import Interrupted
 from common.identity import code_of
 from common.log import read_rows
+from common.run import plain
 from experiments import (
     ablations,
     alignment_variants,
@@ -279,11 +280,27 @@ def test_shared_stages_change_nothing(tmp_path, ray_is_local, monkeypatch):
         harness.missing(args, [alone, more])
 
     monkeypatch.setattr(harness, "code_of", lambda *files: code_of(*files) | {"o2td3.py": "edited"})
-    with pytest.raises(UserError, match=r"3 finished runs are of other code .*o2td3.py changed since.*--continue"):
+    with pytest.raises(UserError, match=r"2 finished runs are of other code .*o2td3.py changed since.*--continue"):
         harness.run_all(args, [shared, alone])
     assert harness.run_all(dataclasses.replace(args, go_on=True), [shared, alone]) == []
     with pytest.raises(UserError, match="differ in gamma .* FINETUNING_ARGS"):
         harness.check_shared(args, Spec("o2td3", policy, 0, (*TINY, "--gamma", "0.9"), base))
+
+
+def test_what_no_run_waits_for_is_not_trained(tmp_path):
+    """As where of a page's runs those of one setting alone were kept."""
+    args = harness.Args(run_dir=str(tmp_path / "runs"), out=str(tmp_path), go_on=True)
+    policy = str(harness.ROOT / "datasets/policies/hopper-medium-demo__td3_bc.pt")
+    base = Spec("o2td3", policy, 0)
+    spec, other = (base.variant(name, "--mse-threshold-end", end) for name, end in (("one", "1.0"), ("two", "2.0")))
+    here, there, whole = (harness.folder(args, s) for s in (spec, other, base))
+    assert list(harness.missing(args, [spec])) == [whole, here]
+    here.mkdir(parents=True)
+    (here / "args.json").write_text(json.dumps(plain(harness.parsed(args, spec))))
+    (here / "result.json").write_text("{}")
+    assert harness.missing(args, [spec]) == {}
+    assert list(harness.missing(args, [spec, other])) == [whole, there]
+    assert list(harness.missing(args, [base, spec])) == [whole]
 
 
 def test_two_runs_that_would_be_one_are_refused(tmp_path):
@@ -424,6 +441,7 @@ def test_variants_of_alignment_differ_in_it_alone(script):
         (reference, ["--run-flags=--num-seeds 5"], "this experiment sets --num-seeds itself"),
         (matrix, ["--run-flags=--offline bc"], "this experiment sets --offline itself"),
         (reference, ["--run-flags=--gama 0.9"], "o2sac has no --gama 0.9, which this experiment gives to it"),
+        (critic, ["--run-flags=--tau 1 --align-steps=x"], "o2sac cannot read a value in '--run-flags=--tau 1 --align-"),
     ],
 )
 def test_what_a_script_has_not_is_said_before_anything_runs(experiment, flags, words, tmp_path):
