@@ -103,6 +103,8 @@ class Args(cli.OnlineArgs):
     """learning rate of the actor, annealed to zero"""
     critic_lr: Annotated[float, at_least(0)] = 2e-4
     """learning rate of the value network, annealed to zero"""
+    anneal_steps: Annotated[int | None, at_least(1)] = None
+    """environment steps over which both rates fall linearly to zero; None: those of this run"""
     gae_lambda: Annotated[float, between(0, 1)] = 0.95
     """λ of generalised advantage estimation"""
     clip_coef: Annotated[float, above(0)] = 0.2
@@ -314,11 +316,11 @@ def reference_advantage(args: Args, reference: Actor, obs: torch.Tensor, actions
 
 def schedules(args: Args) -> dict:
     """What changes with the steps before a rollout, at first 0, and reaches it as a tensor: β and learning rates."""
-    beta, total = args.beta_start if args.constrain else 0.0, args.whole_rollouts()
+    beta, total = args.beta_start if args.constrain else 0.0, args.anneal_steps or args.whole_rollouts()
     return {
         "beta": lambda step: beta * max(1 - step / args.beta_steps, 0.0),
-        "actor_lr": lambda step: args.actor_lr * (1 - step / total),
-        "critic_lr": lambda step: args.critic_lr * (1 - step / total),
+        "actor_lr": lambda step: args.actor_lr * max(1 - step / total, 0.0),
+        "critic_lr": lambda step: args.critic_lr * max(1 - step / total, 0.0),
     }
 
 
@@ -465,8 +467,8 @@ STAGES = (REEVALUATE, FINETUNE)
 ABLATIONS = ("reevaluate", "constrain")  # --no-… leaves that part of the method out
 FINETUNING_ARGS = (  # what fine-tuning alone reads: runs that differ in nothing else share the stages before it
     "constrain", "online_steps", "num_envs", "rollout_steps", "minibatch_size", "update_epochs", "actor_lr",
-    "critic_lr", "gae_lambda", "clip_coef", "ent_coef", "max_grad_norm", "adam_eps", "reference_alpha", "beta_start",
-    "beta_steps", "reference", "reference_interval", "reference_window", "reference_margin", "eval_every",
+    "critic_lr", "anneal_steps", "gae_lambda", "clip_coef", "ent_coef", "max_grad_norm", "adam_eps", "reference_alpha",
+    "beta_start", "beta_steps", "reference", "reference_interval", "reference_window", "reference_margin", "eval_every",
     "probe_every",
 )  # fmt: skip
 

@@ -26,8 +26,9 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     harness.check_own(args, "--online-steps", "--probe-every")
     method = full(args, script, seed)
     starts = harness.parsed(args, method)
-    if hasattr(starts, "rollout_steps"):  # the probe comes with every rollout
-        flags = ("--online-steps", str(5 * starts.rollout_steps))
+    if hasattr(starts, "rollout_steps"):  # the probe comes with every rollout; rates fall as in the method's whole run
+        anneal = getattr(starts, "anneal_steps", None) or starts.whole_rollouts()
+        flags = ("--online-steps", str(5 * starts.rollout_steps), "--anneal-steps", str(anneal))
     else:
         flags = ("--online-steps", str(starts.learning_starts + UPDATES_FOR), "--probe-every", "100")
     name = ("--exp-name", f"{Path(script).stem}-start")

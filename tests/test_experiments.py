@@ -171,6 +171,20 @@ def test_jump(tmp_path):
     assert q_stability.jump(run, "probe/v", begins=2000) == pytest.approx(10 / 5)  # what came before does not count
 
 
+def test_the_updates_that_are_measured_are_the_methods_first():
+    """O2PPO's run ends after five rollouts, and its rates do not."""
+    args = harness.Args()
+    chosen = [harness.parsed(args, spec) for spec in q_stability.settings(args, "o2ppo", 0).values()]
+    method = harness.parsed(args, harness.full(args, "o2ppo", 0))
+    whole, *starts = (stages.online("o2ppo").STAGES[-1].schedules(a) for a in (method, *chosen))
+    for name, wanted in whole.items():
+        for step in range(0, chosen[0].online_steps, method.rollout_steps):
+            assert [start[name](step) for start in starts] == [wanted(step)] * 2
+    args = harness.Args(run_flags="--anneal-steps 50000")
+    spec = q_stability.settings(args, "o2ppo", 0)["without"]
+    assert harness.parsed(args, spec).anneal_steps == 50_000
+
+
 @pytest.fixture
 def ray_is_local(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(harness.ROOT))

@@ -1,6 +1,7 @@
 """Every loss and target of O2PPO against an independent float64 version, written from the equations."""
 
 import copy
+import dataclasses
 import io
 import math
 
@@ -233,6 +234,8 @@ def test_learning_rates_fall_to_zero_over_whole_rollouts_and_reach_the_update(ag
         epoch()
         rates = [optimizers[f"{name}_optimizer"].lr.item() for name in ("actor", "value")]
         assert rates == pytest.approx([1e-3 * share, 2e-4 * share])
+    longer = o2ppo.schedules(dataclasses.replace(args, anneal_steps=8 * B))  # of which this run is the beginning
+    assert [longer["actor_lr"](step) for step in (0, 2 * B, 9 * B)] == pytest.approx([1e-3, 7.5e-4, 0])
 
 
 # ----------------------------------------------------------------------------------------------- fine-tuning
