@@ -80,16 +80,21 @@ class Log:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a progress.csv, each with what was logged in it, numbers as numbers; none where there is no file."""
+    """The rows of a progress.csv, each with what was logged in it, numbers as numbers; none where there is no file.
+
+    Raises UserError where it is damaged.
+    """
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return [{k: _number(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
-
-
-def _number(text: str):
     try:
-        value = float(text)
-    except ValueError:
-        return text
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            return [{k: v if k == "stage" else _number(v) for k, v in row.items() if v != ""} for row in rows]
+    except (TypeError, ValueError, csv.Error) as error:  # the first: of a row that is shorter or longer than the header
+        words = "delete its folder, and the command that made the run makes it again"
+        raise UserError(f"{path} is damaged; {words}") from error
+
+
+def _number(text: str) -> float | int:
+    value = float(text)
     return int(value) if value.is_integer() and "." not in text and "e" not in text else value

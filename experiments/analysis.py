@@ -28,14 +28,18 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="arch")  # of h
 
 
 def scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Environment steps and scores of a run's evaluations while it was fine-tuned."""
-    return series(path, "finetune", "charts/score")
+    """Environment steps and scores of a run's evaluations while it was fine-tuned. Raises UserError where none are."""
+    steps, values = series(path, "finetune", "charts/score")
+    if not len(values):
+        words = "delete that folder, and the command that made the run makes it again"
+        raise UserError(f"{path} is finished, but its progress.csv holds no score; {words}")
+    return steps, values
 
 
 def series(path: Path, stage: str, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a logged scalar in one stage."""
     rows = read_rows(path / "progress.csv")
-    points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
+    points = [(row["step"], row[name]) for row in rows if row.get("stage") == stage and {"step", name} <= row.keys()]
     return tuple(np.array(points, float).reshape(-1, 2).T)
 
 

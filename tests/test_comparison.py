@@ -46,6 +46,28 @@ def test_returns_have_no_regret(tmp_path):
     assert analysis.number((found["regret"],) * 3) == "–"
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "holds no score"),
+        (b"", "holds no score"),
+        (b"stage,step,charts/score\nfinetune,5,\n", "holds no score"),
+        (b"stage,step,charts/score\nfinetune,5,\xff\n", "is damaged"),
+        (b"stage,step,charts/score\nfinetune,5,many\n", "is damaged"),
+        (b"stage,step,charts/score\nfinetune,5\n", "is damaged"),
+        (b"stage,step,charts/score\nfinetune,5,1,2\n", "is damaged"),
+        (b"finetune,5,1\nfinetune,6,2\n", "is damaged"),
+    ],
+)
+def test_a_finished_run_without_its_scores_is_named(tmp_path, content, words):
+    run = made_up_run(tmp_path / "a", 60.0, {8: 50})
+    (run / "progress.csv").unlink()
+    if content is not None:
+        (run / "progress.csv").write_bytes(content)
+    with pytest.raises(UserError, match=f"{words}; delete .*folder, and the command that made the run makes it again"):
+        analysis.summary(run)
+
+
 def test_training_regret(tmp_path):
     """A row of O2PPO's is the mean over the episodes of a rollout."""
     maze = made_up_run(tmp_path / "a", 60.0, {8: 50}, [0, 1, 1, 0, 1, 1, 1, 1])
