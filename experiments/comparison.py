@@ -6,18 +6,21 @@
 Every method has the same environment steps, warm-up and random steps included, is evaluated as often, and starts from
 the policy that its own offline algorithm learned with the same seed; O2TD3 from IQL's, too, and O2SAC from CQL's, of
 three layers where Off2On's have two. Constants, rewards, states and updates a step are each method's own, but for what
-its preset changes: at the scale quick steps of training alone and O2SAC's updates a step, at the demo's much more (see
-PRESETS). Curves and numbers of every run are written beside the page as CSV. Those that docs/comparison/ has of other
-methods and tasks at the same budget are shown with them, so that on the same data your own method alone has to be run:
+its preset changes (see PRESETS): at the scale quick, beside steps of training, O2SAC's updates a step (4 for 10), the
+warm-up of O2SAC and O2TD3 (2,000 steps for 1,000, O2SAC's 5,000 on AntMaze), O2PPO's --value-lr (3e-4 for 1e-4) and
+--beta-steps, and the offline actor's rate of CQL and Cal-QL (3e-4 for 3e-5 and 1e-4); at the demo's much more. Curves
+and numbers of every run are written beside the page as CSV. Those that docs/comparison/ has of other methods and tasks
+at the same budget are shown with them, so that on the same data your own method alone has to be run:
 
     python experiments/comparison.py --env-ids hopper-medium-v2 --scale quick --algorithms mine.py
 """
 
 import collections
-import contextlib
 import csv
 import dataclasses
+import io
 import itertools
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +56,10 @@ RUN_COLUMNS = (
     "training_regret", "regime", "policy_mean", "data_mean", "seconds", "offline_seconds", "offline_steps", "utd",
     "measure", "eval_episodes", "source", "simulator", "hardware", "matmul",
 )  # fmt: skip
+TEXT = {"dataset", "method", "offline_algorithm", "regime", "measure", "source", "simulator", "hardware", "matmul"}
+MAY_BE_EMPTY = {"start", "training_regret", "regime", "policy_mean", "data_mean", "offline_seconds", "offline_steps",
+                "utd"}  # fmt: skip
+ONE_UPDATE = ("aca", "off2on")  # scripts without --utd, which have one a step (see EXPLAINED)
 GRID = 20  # points of a sample-efficiency curve after the first
 REPS = 2_000  # of the bootstrap
 KEYS = {"final": "final", "area": "area (speed)", "drop": "deepest fall", "smooth_drop": "… of means of 3",
@@ -61,11 +68,13 @@ KEYS = {"final": "final", "area": "area (speed)", "drop": "deepest fall", "smoot
 EXPLAINED = """
 Final: mean of the last three evaluations. Area: mean score over the environment steps, from the offline policy's on,
 with which every curve begins (what alignment leaves, and PEX's composition with a new policy, stand in the CSV as
-`start`). Deepest fall: below the offline score; the least of many evaluations of few episodes is biased downwards,
-which the means of three are less. Evaluation regret: mean of 1 - score / 100, clipped to 0…1, over all evaluations and
-the offline policy's. Training regret: share of training episodes without a success (CORL's). Policy to data: see
-common/regime.py, with the number of seeds. Updates: of the critics, after an environment step. Minutes: as they were on
-that machine, with all that ran beside; online those of re-evaluation and alignment are included."""
+`start`, which older runs of PEX lack); RLPD's "offline" is the score of networks that nothing has trained. Deepest
+fall: below the offline score; the least of many evaluations of few episodes is biased downwards, which the means of
+three are less. Evaluation regret: mean of 1 - score / 100, clipped to 0…1, over all evaluations and the offline
+policy's. Training regret: share of training episodes without a success (CORL's). Policy to data: see common/regime.py,
+with the number of seeds. Offline steps and minutes: Off2On's of all its members. Updates: of the critics, after an
+environment step (Off2On: ten in the first 1,000 that have any). Minutes: as they were on that machine, with all that
+ran beside; online those of re-evaluation and alignment are included."""
 
 
 @dataclass
@@ -145,6 +154,11 @@ def training_regret(path: Path) -> float | None:
     return 1 - float(np.average(successes, weights=weights)) if len(successes) else None
 
 
+def members(args: Args, run: Spec) -> int:
+    """How many offline runs of one algorithm, a seed each, a run starts from."""
+    return getattr(harness.parsed(args, run), "members", 1)
+
+
 def offline_seconds(args: Args, run: Spec) -> float | None:
     """What training the policies took that a run started from; None where there was nothing to train, or is no more."""
     trained = harness.trained_for(args, run)
@@ -153,21 +167,22 @@ def offline_seconds(args: Args, run: Spec) -> float | None:
     checkpoints = [path for path in trained[0].parent.glob("*.pt") if path != trained[0]]
     if not checkpoints:
         return None
-    members = getattr(harness.parsed(args, run), "members", 1)  # of one algorithm, a seed each
-    return members * torch.load(checkpoints[0], "cpu", weights_only=True)["seconds"]
+    return members(args, run) * torch.load(checkpoints[0], "cpu", weights_only=True)["seconds"]
 
 
 def measured(args: Args, run: Spec, path: Path) -> dict:
     """All that the tables and the CSV hold of a run, beside what it is a run of."""
     result, args_of_run = analysis.result(path), harness.parsed(args, run)
+    steps = result["offline_steps"]
+    usual = 1 if Path(run.script).stem in ONE_UPDATE else None
     regime = result["regime"] or dict.fromkeys(("regime", "policy", "data"))
     return analysis.summary(path) | {
         "offline": result["offline"], "training_regret": training_regret(path), "regime": regime["regime"],
         "policy_mean": regime["policy"], "data_mean": regime["data"], "seconds": sum(result["seconds"].values()),
-        "offline_seconds": offline_seconds(args, run), "offline_steps": result["offline_steps"],
+        "offline_seconds": offline_seconds(args, run), "offline_steps": steps and members(args, run) * steps,
         **{key: result[key] for key in ("measure", "eval_episodes", "source", "hardware")},
         "simulator": analysis.simulator(result),
-        "utd": getattr(args_of_run, "utd", None), "matmul": args_of_run.matmul,
+        "utd": getattr(args_of_run, "utd", usual), "matmul": args_of_run.matmul,
     }  # fmt: skip
 
 
@@ -211,29 +226,56 @@ def probabilities(
 def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
     """Its rows, numbers as numbers and empty fields as None; none where there is no such file.
 
-    Raises UserError where it has other columns.
+    Raises UserError where it has other columns, or a line that nobody could have written here.
     """
-
-    def value(text: str):
-        for number in (int, float):
-            with contextlib.suppress(ValueError):
-                return number(text)
-        return text or None
-
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != columns:
+
+    def damaged(line: int, what: str) -> cli.UserError:
+        return cli.UserError(f"{path}, line {line}: {what}; restore the file, or choose another --published")
+
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # spreadsheets put a mark before the first column
+    except UnicodeDecodeError as error:
+        raise damaged(error.object.count(b"\n", 0, error.start) + 1, "this is not UTF-8") from error
+    reader, rows = csv.reader(io.StringIO(text, newline="")), {}
+    try:
+        if tuple(next(reader, ())) != columns:
             raise cli.UserError(f"{path} has other columns than this experiment's; choose another --published")
-        return [{key: value(text) for key, text in row.items()} for row in reader]
+        for fields in filter(None, reader):
+            if len(fields) != len(columns):
+                raise damaged(reader.line_num, f"{len(fields)} fields where there are {len(columns)} columns")
+            row = {name: field(name, value) for name, value in zip(columns, fields, strict=True)}
+            known = (*known_by(row), row.get("step"))
+            if known in rows:  # as where both sides of a merge were kept
+                raise damaged(reader.line_num, "this stands there twice")
+            rows[known] = row
+    except (ValueError, csv.Error) as error:
+        raise damaged(reader.line_num, str(error)) from error
+    return list(rows.values())
+
+
+def field(name: str, text: str) -> str | float | None:
+    """What stands in a column. Raises ValueError where that cannot be."""
+    if not text and name in MAY_BE_EMPTY:
+        return None
+    if text and name in TEXT:
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) or (name, text) == ("regret", "nan")):
+        raise ValueError(f"{name} is {text!r}" + (", no number" if name not in TEXT else ""))
+    return int(text) if text.lstrip("-").isdigit() else number
 
 
 def published(args: Args, files: dict[str, tuple[str, ...]]) -> list[list[dict]]:
     """The rows of each of the published `files`, which are given with their columns; none where these runs differ from
     theirs in more than method, task and seeds.
 
-    Raises UserError where there is no such folder, or its file would be written over without its rows.
+    Raises UserError where there is no such folder, its files are damaged or not of the same runs, or would be written
+    over without their rows.
     """
     nothing = [[] for _ in files]
     if not args.published:
@@ -247,7 +289,13 @@ def published(args: Args, files: dict[str, tuple[str, ...]]) -> list[list[dict]]
             raise cli.UserError(f"{words}; choose another --out")
         print(f"note: {words}, which are left out")
         return nothing
-    return [read_csv(folder / name, columns) for name, columns in files.items()]
+    tables = [read_csv(folder / name, columns) for name, columns in files.items()]
+    of_each = [set(map(known_by, table)) for table in tables]
+    if lone := set.union(*of_each) - set.intersection(*of_each):
+        run = " ".join(map(str, min(lone)))
+        words = "restore both files, or choose another --published"
+        raise cli.UserError(f"of {' and '.join(files)} in {args.published} one alone has {run}; {words}")
+    return tables
 
 
 def others(published: list[dict], new: list[dict], here: set[tuple[str, str]]) -> list[dict]:

@@ -224,13 +224,14 @@ def test_what_would_be_compared_wrongly_is_refused(changes, words):
 
 
 def test_published_runs_are_of_the_same_budgets(tmp_path):
-    analysis.write_csv(tmp_path / "a.csv", ("x",), [{"x": 1}])
+    files, row = {"a.csv": comparison.CURVE_COLUMNS}, dict(dataset="x", method="iql", seed=0, step=1, score=0.5)
+    analysis.write_csv(tmp_path / "a.csv", row, [row])
     args = comparison.Args(published=str(tmp_path), out=str(tmp_path / "mine"))
-    assert comparison.published(args, {"a.csv": ("x",)}) == [[{"x": 1}]]
+    assert comparison.published(args, files) == [[row]]
     for own in (dict(offline_steps=5), dict(run_flags="--matmul bfloat16"), dict(dataset_path="mine.hdf5")):
-        assert comparison.published(dataclasses.replace(args, **own), {"a.csv": ("x",)}) == [[]]
+        assert comparison.published(dataclasses.replace(args, **own), files) == [[]]
         with pytest.raises(UserError, match="choose another --out"):
-            comparison.published(dataclasses.replace(args, out=str(tmp_path), **own), {"a.csv": ("x",)})
+            comparison.published(dataclasses.replace(args, out=str(tmp_path), **own), files)
 
 
 def test_published_runs_are_read_before_the_first_run(tmp_path, monkeypatch, run_script):
@@ -240,6 +241,60 @@ def test_published_runs_are_read_before_the_first_run(tmp_path, monkeypatch, run
     (tmp_path / "curves_demo_10240.csv").write_text("a,b\n1,2\n")
     code, _, err = run_script(comparison, "--published", tmp_path)
     assert code == 2 and "curves_demo_10240.csv has other columns" in err
+
+
+def published_copy(folder):
+    """Our own published files as those of the demo's budget; the rows of the first, and what reads both."""
+    names = ["runs_demo_10240.csv", "curves_demo_10240.csv"]
+    for name in names:
+        published = harness.ROOT / "docs" / "comparison" / name.replace("demo_10240", "quick_20480")
+        (folder / name).write_bytes(published.read_bytes())
+    files = dict(zip(names, (comparison.RUN_COLUMNS, comparison.CURVE_COLUMNS), strict=True))
+    return folder / names[0], lambda: comparison.published(comparison.Args(published=str(folder)), files)
+
+
+def test_what_is_published_can_be_read(tmp_path):
+    path, read = published_copy(tmp_path)
+    runs, curves = before = read()
+    assert len(runs) == 42 and len(curves) == 462 and {type(run["seed"]) for run in runs} == {int}
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as a spreadsheet leaves it
+    assert read() == before
+    runs[0]["regret"] = np.nan  # of returns
+    analysis.write_csv(path, comparison.RUN_COLUMNS, runs)
+    assert np.isnan(read()[0][0]["regret"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"66.31312236363941", b"much", "line 2: final is 'much', no number; restore the file"),
+        (b"66.31312236363941", b"", "line 2: final is '', no number"),
+        (b"66.31312236363941", b"nan", "line 2: final is 'nan', no number"),
+        (b"66.31312236363941,", b"", "line 2: 25 fields where there are 26 columns"),
+        (b"66.31312236363941,", b"66.31312236363941,1,", "line 2: 27 fields"),
+        (b"66.31312236363941", b"\xff", "line 2: this is not UTF-8"),
+        (b"\nhopper", b"\n<<<<<<< HEAD\nhopper", "line 2: 1 fields"),
+        (b"td3_bc,1,", b"td3_bc,0,", "line 3: this stands there twice"),
+        (b"td3_bc,1,", b"td3_bc,7,", "one alone has hopper-medium-v2 o2td3 from td3_bc 1"),
+        (b"score,10", b",10", "line 2: measure is ''"),
+    ],
+)
+def test_damage_in_what_is_published_is_said_before_the_first_run(tmp_path, old, new, words):
+    path, read = published_copy(tmp_path)
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    with pytest.raises(UserError, match=words):
+        read()
+
+
+@pytest.mark.parametrize(
+    ("script", "start", "steps", "updates"),
+    [("off2on", "cql", 25, 1), ("aca", "sac_ml", 5, 1), ("o2ppo", "iql", 5, None), ("iql", "iql", 5, 1)],
+)
+def test_updates_and_offline_steps_of_each_method(tmp_path, script, start, steps, updates):
+    args = comparison.Args(env_id="hopper-medium-v2", scale="quick", run_dir=str(tmp_path))
+    run = made_up_run(tmp_path / "a", 60.0, {8: 50})
+    found = comparison.measured(args, comparison.spec(args, (script, start), 0), run)
+    assert (found["offline_steps"], found["utd"]) == (steps, updates)
 
 
 def test_published_runs_of_other_data_do_not_stand_beside_ours():
