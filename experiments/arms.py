@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +55,14 @@ def chosen(args: Args, settings: Callable, script: str, seed: int) -> dict[str, 
     runs = settings(args, script, seed)
     found = {name: spec for name, spec in runs.items() if name in (args.settings or runs)}
     if not found:
-        raise cli.UserError(f"{script} has none of --settings {' '.join(args.settings)}, but {', '.join(runs)}; "
+        raise cli.UserError(f"{script} has none of --settings {shlex.join(args.settings)}, but {quoted(runs)}; "
                             "leave it out of --algorithms, or choose one of those")  # fmt: skip
     return found
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names in a sentence; some have commas."""
+    return ", ".join(map(repr, names))
 
 
 def compare(report: Report, title: str, groups: dict[str, dict[str, list[Path]]], baseline: str = "") -> None:
@@ -96,8 +101,8 @@ def comparison(
     cells = {(task, y): [chosen(here, settings, y, seed) for seed in range(args.seeds)]
              for task, here in tasks.items() for y in args.algorithms}  # fmt: skip
     if unknown := set(args.settings).difference(*(seeds[0] for seeds in cells.values())):
-        names = ", ".join(dict.fromkeys(name for y in args.algorithms for name in settings(args, y, 0)))
-        raise cli.UserError(f"there is no setting {', '.join(map(repr, sorted(unknown)))} here; choose among {names}")
+        names = quoted(dict.fromkeys(name for y in args.algorithms for name in settings(args, y, 0)))
+        raise cli.UserError(f"there is no setting {quoted(sorted(unknown))} here; choose among {names}")
     asked = {task: [spec for y in args.algorithms for runs in cells[task, y] for spec in runs.values()]
              for task in tasks}  # fmt: skip
     done, failures = harness.run_tasks({task: (here, asked[task]) for task, here in tasks.items()})
