@@ -1,5 +1,7 @@
 """What a policy really gets from states of the data, in the simulator: the truth that a critic is measured by."""
 
+import math
+
 from common import agreement, datasets
 from common.cli import UserError
 from common.datasets import Dataset
@@ -100,8 +102,9 @@ def returns_ahead(
 def acts(net: Policy, obs: torch.Tensor, noise: torch.Tensor | None, args) -> tuple[torch.Tensor, torch.Tensor]:
     """What π_off does in a Bellman equation (B, A), given standard normal noise, and what that adds to the reward (B,).
 
-    SAC's are drawn, and their entropy counts, -α log π; a Gaussian's are drawn; TD3's are its most likely ones with the
-    clipped noise of target actions. Without noise: its most likely actions, and nothing.
+    SAC's are drawn, and their entropy counts, -α log π; a Gaussian's are drawn, as wide as O2PPO lets them be; TD3's
+    are its most likely ones with the clipped noise of target actions. Without noise: its most likely actions, and
+    nothing.
     """
     nothing = torch.zeros(len(obs))
     if noise is None:
@@ -111,7 +114,8 @@ def acts(net: Policy, obs: torch.Tensor, noise: torch.Tensor | None, args) -> tu
         most = getattr(args, "noise_clip", 0.0)
         return (net.mode(obs) + smoothing.clamp(-most, most)).clamp(-1, 1), nothing
     mean, log_std = net.spread(obs)
-    u = mean + log_std.exp() * noise
+    most = getattr(args, "max_std_start", None) or math.inf  # O2PPO narrows the policy that it reads
+    u = mean + log_std.exp().clamp(max=most) * noise
     if net.kind == "gaussian":
         return u.clamp(-1, 1), nothing
     return torch.tanh(u), -getattr(args, "alpha", 0.0) * (gaussian_log_prob(u, mean, log_std) - tanh_log_det(u))

@@ -109,7 +109,10 @@ def test_what_is_played_is_the_bellman_equations(td3_bc):
 
     net = policies.Policy("gaussian", S, A, (8,)).requires_grad_(False)
     actions, _ = rollouts.acts(net, obs, noise, SimpleNamespace())
-    torch.testing.assert_close(actions.double(), (torch.tanh(mlp64(net.net, obs)) + noise).clamp(-1, 1))
+    mode = torch.tanh(mlp64(net.net, obs))
+    torch.testing.assert_close(actions.double(), (mode + noise).clamp(-1, 1))
+    actions, _ = rollouts.acts(net, obs, noise, SimpleNamespace(max_std_start=0.05))
+    torch.testing.assert_close(actions.double(), (mode + 0.05 * noise).clamp(-1, 1))
     for kind in policies.KINDS:  # without noise all of them play their most likely actions
         net = policies.Policy(kind, S, A, (8,)).requires_grad_(False)
         actions, bonus = rollouts.acts(net, obs, None, SimpleNamespace(alpha=0.3))
