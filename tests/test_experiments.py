@@ -160,15 +160,44 @@ def test_improvement():
 
 
 def test_jump(tmp_path):
-    """Q climbs by 30 within 1,000 steps and by 40 over all; its spread when updates begin is 5."""
-    q = {0: 100, 500: 90, 1000: 100, 2000: 130, 3000: 140}
-    rows = [
-        {"stage": "finetune", "step": t, "probe/v": v, "probe/v_low": v - 2, "probe/v_high": v + 3}
-        for t, v in q.items()
-    ]
-    run = made_up_run(tmp_path / "a", 0.0, rows)
-    assert q_stability.jump(run, "probe/v", begins=0) == pytest.approx(30 / 5)
-    assert q_stability.jump(run, "probe/v", begins=2000) == pytest.approx(10 / 5)  # what came before does not count
+    """Q climbs by 30 within 1,000 steps and by 40 over all; the Monte Carlo returns spread by 80, whatever Q does."""
+    q, truth = {0: 100, 500: 90, 1000: 100, 2000: 130, 3000: 140}, np.linspace(0, 100, 101)
+    for spread in (0, 5):
+        rows = [{"stage": "finetune", "step": t, "probe/v": v, "probe/v_low": v - spread, "probe/v_high": v + spread}
+                for t, v in q.items()]  # fmt: skip
+        run = made_up_run(tmp_path / str(spread), 0.0, rows)
+        assert q_stability.jump(run, "probe/v", 0, truth) == pytest.approx(30 / 80)
+        assert q_stability.jump(run, "probe/v", 2000, truth) == pytest.approx(10 / 80)  # not what came before
+
+
+@pytest.mark.parametrize(("script", "name"), [("o2td3", "probe/q_policy"), ("o2ppo", "probe/v")])
+def test_a_page_of_jumps_says_whose_returns_and_whose_q_it_shows(script, name, tmp_path, monkeypatch, run_script):
+    """Q goes from 300 before alignment to 350, and to 370 within 1,000 steps; π_off gets from 260 to 340."""
+    scalars = [(name, 0), (f"{name}_low", -9), (f"{name}_high", 9), ("probe/q_data", -50)]
+    points = [("align", 0, 300), ("align", 9, 350), ("finetune", 0, 350), ("finetune", 2000, 350),
+              ("finetune", 3000, 370)]  # fmt: skip
+    rows = [{"stage": stage, "step": step, "charts/score": 40} | {scalar: q + more for scalar, more in scalars}
+            for stage, step, q in points]  # fmt: skip
+    kept = {"offline": 50.0} | dict.fromkeys(("source", "simulator", "hardware", "eval_episodes"), "made up")
+    run = made_up_run(tmp_path / "run", 50.0, rows)
+    (run / "result.json").write_text(json.dumps(kept))
+    panels = []
+    monkeypatch.setattr(analysis, "legend", lambda panel, **_: panels.append(panel))
+    monkeypatch.setattr(harness, "run_all", lambda *_: [])
+    monkeypatch.setattr(harness, "finished", lambda _, specs: [run] * len(specs))
+    monkeypatch.setattr(q_stability, "true_values", lambda *_: np.linspace(250, 350, 101))
+    code, _, err = run_script(q_stability, "--algorithms", script, "--seeds", "1", "--out", tmp_path)
+    assert code == 0, err
+    text = (tmp_path / "q_stability.md").read_text()
+    [header, *lines] = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+                        if line.startswith("| ")]  # fmt: skip
+    for line in lines:
+        found = dict(zip(header, line, strict=True))
+        assert found["Monte Carlo of π_off"] == "300" and found["Q of π at the first step"] == "350"
+        assert found["largest jump / spread of Monte Carlo"] == "0.25"
+    assert [line[1] for line in lines] == ["with re-evaluation", "without"]
+    assert "may rightly lie above them" in " ".join(text.split())
+    assert "until the policy changes" in panels[0].get_ylabel()
 
 
 def test_the_updates_that_are_measured_are_the_methods_first():
