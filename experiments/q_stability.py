@@ -114,7 +114,7 @@ def draw(panel, groups: dict[str, list[Path]], name: str, truth: np.ndarray) -> 
     panel.set_xlabel("environment steps of fine-tuning")
     what = "V" if name == "probe/v" else "Q of the policy's actions"
     better = "better: no jump and, until the policy changes,\nnear the dotted line"
-    panel.set_ylabel(f"{what} (discounted return ahead)\n{better}")
+    panel.set_ylabel(f"{what}, a discounted return\n{better}", fontsize=9)
     analysis.legend(panel, below=60)
 
 
