@@ -17,7 +17,7 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
@@ -67,6 +67,7 @@ class Args(cli.OnlineArgs):
     """sac_ml (trained first if there is none yet), or the PATH of a policy.pt that it wrote"""
     batch_size: Annotated[int, even()] = 256
     """transitions in a batch"""
+    utd: ClassVar[int] = 1  # updates after an environment step, as other methods' --utd
     gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
     tau: Annotated[float, between(0, 1)] = 0.005

@@ -19,7 +19,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
@@ -58,6 +58,7 @@ class Args(cli.OnlineArgs):
     """how many of them"""
     batch_size: Annotated[int, even()] = 256
     """transitions in a batch"""
+    utd: ClassVar[int] = 1  # updates after an environment step, as other methods' --utd, but for the first 1,000
     gamma: Annotated[float, between(0, 1)] = 0.99
     """discount factor"""
     tau: Annotated[float, between(0, 1)] = 0.005

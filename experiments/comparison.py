@@ -59,7 +59,6 @@ RUN_COLUMNS = (
 TEXT = {"dataset", "method", "offline_algorithm", "regime", "measure", "source", "simulator", "hardware", "matmul"}
 MAY_BE_EMPTY = {"start", "training_regret", "regime", "policy_mean", "data_mean", "offline_seconds", "offline_steps",
                 "utd"}  # fmt: skip
-ONE_UPDATE = ("aca", "off2on")  # scripts without --utd, which have one a step (see EXPLAINED)
 GRID = 20  # points of a sample-efficiency curve after the first
 REPS = 2_000  # of the bootstrap
 KEYS = {"final": "final", "area": "area (speed)", "drop": "deepest fall", "smooth_drop": "… of means of 3",
@@ -174,7 +173,6 @@ def measured(args: Args, run: Spec, path: Path) -> dict:
     """All that the tables and the CSV hold of a run, beside what it is a run of."""
     result, args_of_run = analysis.result(path), harness.parsed(args, run)
     steps = result["offline_steps"]
-    usual = 1 if Path(run.script).stem in ONE_UPDATE else None
     regime = result["regime"] or dict.fromkeys(("regime", "policy", "data"))
     return analysis.summary(path) | {
         "offline": result["offline"], "training_regret": training_regret(path), "regime": regime["regime"],
@@ -182,7 +180,7 @@ def measured(args: Args, run: Spec, path: Path) -> dict:
         "offline_seconds": offline_seconds(args, run), "offline_steps": steps and members(args, run) * steps,
         **{key: result[key] for key in ("measure", "eval_episodes", "source", "hardware")},
         "simulator": analysis.simulator(result),
-        "utd": getattr(args_of_run, "utd", usual), "matmul": args_of_run.matmul,
+        "utd": getattr(args_of_run, "utd", None), "matmul": args_of_run.matmul,
     }  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def test_a_reference_that_never_moves_is_not_compared():
 )  # fmt: skip
 def test_what_an_experiment_varies_is_not_set_for_all_its_runs(experiment, script, flags):
     with pytest.raises(UserError, match=f"sets {flags.replace('=', ' ').split()[0]} itself"):
-        experiment.settings((critic if experiment is critic else harness).Args(run_flags=flags), script, 0)
+        experiment.settings(experiment.Args(run_flags=flags), script, 0)
 
 
 @pytest.mark.parametrize("n", [700, 10_000])
