@@ -252,16 +252,14 @@ def check_done(args: Args, done: list[Spec]) -> None:
         raise cli.UserError(f"{len(others)} finished runs are of other code ({example}); {remedy}")
 
 
-def check_data(args: Args, done: list[Spec], undone: list[Spec]) -> None:
-    """Raises UserError where finished runs, or those still to be made beside them, are on different data."""
+def check_data(args: Args, done: list[Spec], data: datasets.Dataset | None) -> None:
+    """Raises UserError where finished runs, or those still to be made beside them on `data`, are on different data."""
     found = {}
     for spec in done:
         path = folder(args, spec) / "args.json"
         if known := read_json(path, "delete that folder").get("made_with", {}).get("data"):
             found.setdefault(known, path.parent.name)
-    if found and undone:
-        chosen = parsed(args, undone[0])
-        data = datasets.load(chosen.env_id, chosen.dataset_path, "cpu", chosen.max_episode_steps)
+    if found and data:
         found.setdefault(fingerprint(data), "the data at hand")
     if len(found) > 1:
         words = " and ".join(list(found.values())[:2])
@@ -363,14 +361,14 @@ def missing(args: Args, specs: list[Spec]) -> dict[Path, tuple]:
     done = [spec for spec, path in folders.items() if (path / "result.json").exists()]
     undone = [spec for spec in everything if spec not in done]
     check_done(args, done)
-    check_data(args, done, undone)
+    data = None
+    if undone:
+        chosen = parsed(args, undone[0])
+        data = datasets.load(chosen.env_id, chosen.dataset_path, "cpu", chosen.max_episode_steps)
+    check_data(args, done, data)
     policies = {spec: trained_for(args, spec) for spec in undone}
-    for spec, policy in policies.items():  # before anything is trained
-        if policy:
-            offline.check_algorithm(parsed(args, spec))
-        elif not offline_policy(args, spec).exists() and not offline.from_scratch(parsed(args, spec)):
-            start = parsed(args, spec).offline
-            raise cli.UserError(f"{start}, from which {spec.script} is to start, is neither a file nor in offline/")
+    for spec in undone:  # before anything is trained
+        offline.check(parsed(args, spec), data)
     trained = dict(filter(None, policies.values()))  # once for all the runs that start from it
     jobs = {path: (command, [], []) for path, command in trained.items() if not path.exists()}
     for spec in undone:

@@ -362,9 +362,10 @@ def test_runs_of_several_tasks_wait_in_one_queue(tmp_path, monkeypatch):
     queues = []
     monkeypatch.setattr(harness, "schedule", lambda args, jobs: queues.append(jobs) or [])
     args = harness.Args(run_dir=str(tmp_path / "runs"), out=str(tmp_path))
-    policy = str(harness.ROOT / "datasets/policies/walker2d-medium-200k__td3_bc.pt")
-    asked = {"hopper-medium-demo": [Spec("o2td3", "td3_bc", 0)], "walker2d-medium-v2": [Spec("o2td3", policy, 0)]}
-    on_task = {task: (dataclasses.replace(args, env_id=task), specs) for task, specs in asked.items()}
+    (file := tmp_path / "another.hdf5").symlink_to(harness.ROOT / "datasets/hopper-medium-demo.hdf5")
+    tasks = {"hopper-medium-demo": args, "hopper-medium-v2": dataclasses.replace(args, dataset_path=str(file))}
+    policy = str(harness.ROOT / "datasets/policies/hopper-medium-demo__td3_bc.pt")
+    on_task = {t: (dataclasses.replace(here, env_id=t), [Spec("o2td3", policy, 0)]) for t, here in tasks.items()}
     with pytest.raises(UserError, match="no run came to its end"):
         harness.run_tasks(on_task)
     assert [list(jobs) for jobs in queues] == [[harness.folder(here, spec) for here, [spec] in on_task.values()]]
@@ -389,14 +390,20 @@ def test_flags_of_runs_that_cannot_be_are_refused_before_any_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("spec", "words"),
-    [(Spec("o2td3", "nothing", 0), "nothing, from which o2td3 is to start, is neither a file nor in offline/"),
+    [(Spec("o2td3", "nothing", 0), "there is no checkpoint nothing; give --offline the name of a file in offline/"),
+     (Spec("o2td3", "POLICY", 0, ("--no-reevaluate",)), "has no critic, which --no-reevaluate needs"),
      (Spec("baselines/iql.py", "cql", 0), "cql does not hold what iql goes on with")],
 )  # fmt: skip
 def test_where_a_run_cannot_start_from_is_said_before_anything_is_trained(spec, words, tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "schedule", lambda *_: pytest.fail("something was started"))
     args = harness.Args(run_dir=str(tmp_path / "runs"), out=str(tmp_path))
+    if spec.offline == "POLICY":
+        found = torch.load(harness.ROOT / "datasets/policies/hopper-medium-demo__td3_bc.pt", weights_only=True)
+        torch.save({key: value for key, value in found.items() if key != "critic"}, tmp_path / "policy.pt")
+        spec = dataclasses.replace(spec, offline=str(tmp_path / "policy.pt"))
     with pytest.raises(UserError, match=words):
         harness.run_all(args, [spec])
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("script", ["o2sac", "o2td3"])
