@@ -89,6 +89,9 @@ class Args(cli.OnlineArgs):
 
     def check(self) -> None:
         super().check()
+        if (last := seeds(self)[-1].seed + self.num_seeds - 1) >= 2**32:
+            words = f"--seed {self.seed} with --members {self.members} needs the seed {last} for the last one's CQL run"
+            raise cli.UserError(f"{words}, beyond 2**32 - 1; choose a smaller --seed")
         if self.offline not in offline.ALGORITHMS:
             raise cli.UserError("off2on needs an algorithm by its name, as --offline cql, to train several seeds of it")
 

@@ -95,4 +95,5 @@ def check(args) -> None:
         value = getattr(args, name)
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, str | None) and not inside.holds(number):
-                raise UserError(f"--{name.replace('_', '-')} is {number}, but has to {inside.words}")
+                words = "be finite and " * math.isinf(number) + inside.words
+                raise UserError(f"--{name.replace('_', '-')} is {number}, but has to {words}")

@@ -168,6 +168,11 @@ def parse(
     of them over `constants` and over the defaults. Without `argv` it is the command line of this process, and the
     arguments are those of the script that was started. Raises UserError.
     """
+    known = {field.name for field in dataclasses.fields(args_class)}
+    for where, values in (presets | families).items():
+        if lacking := values.keys() - known:
+            file = sys.modules[args_class.__module__].__file__
+            raise UserError(f"{file}: Args has no {', '.join(sorted(lacking))}, which {where!r} sets")
     started = os.path.abspath(sys.argv[0]) if argv is None and os.path.isfile(sys.argv[0]) else ""
     if argv is None and not (argv := sys.argv[1:]):
         raise UserError(NOTHING_TYPED.format(script=sys.argv[0], env_id=args_class().env_id))
@@ -246,9 +251,16 @@ def end_with_starter() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
+def said_later(failed) -> None:
+    """A full disk ends the thread of TensorBoard's writer, which raises the same again when it is next written to."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`. A `UserError` becomes one line on stderr and exit code 2; an interruption becomes exit code 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    threading.excepthook = said_later
     end_with_starter()
     with contextlib.redirect_stdout(Patient(sys.stdout)), contextlib.redirect_stderr(Patient(sys.stderr)):
         try:
@@ -268,7 +280,8 @@ def run(main: Callable[[], None]) -> None:
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # what PyTorch says
                 raise
-            sys.exit(_fail(f"error: this machine has too little memory ({error}); ask for fewer steps or data", 2))
+            remedy = "ask for smaller batches or networks, fewer steps or less data"
+            sys.exit(_fail(f"error: this machine has too little memory ({error}); {remedy}", 2))
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,5 +1,6 @@
 """A run's scalars: rows in memory, `progress.csv` on disk, TensorBoard, and Weights & Biases if asked for."""
 
+import contextlib
 import csv
 import io
 import math
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from common.checkpoint import write_atomic
+from common.checkpoint import RESUME, write_atomic
 from common.cli import UserError
 from common.stages import stages_of
 
@@ -30,22 +31,30 @@ class Log:
 
     def __init__(self, folder: Path, args, send: Callable[[int, dict], None] | None = None):
         self.dir, self.args, self.send = folder, args, send
+        self.order = ["transfer", *(declared.name for declared in stages_of(args))]  # an offline script declares none
         # of stages whose checkpoint is here: a run that takes another's first stages over gets its whole log with them
         self.rows = [row for row in read_rows(folder / "progress.csv") if (folder / f"{row['stage']}.pt").exists()]
         for old in folder.glob("events.out.tfevents*"):
             old.unlink()  # written again from progress.csv, so that a resumed run shows no step twice
-        self.writer = SummaryWriter(str(folder))
-        self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(
-            f"|{key}|{value}|" for key, value in vars(args).items()))  # fmt: skip
+        with self._room():
+            self.writer = SummaryWriter(str(folder))
+            self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(
+                f"|{key}|{value}|" for key, value in vars(args).items()))  # fmt: skip
         for place, row in enumerate(self.rows):
             self._show(place, row)
 
     def add(self, stage: str, step: int, scalars: dict[str, float]) -> None:
-        """Log scalars under their names in progress.csv. Raises UserError when one of them is NaN or infinite."""
+        """Log scalars under their names in progress.csv. Raises UserError when one of them is NaN or infinite, or
+        where the script declares no such stage, whose rows no checkpoint would keep."""
+        if stage not in self.order and len(self.order) > 1:
+            names = ", ".join(self.order[1:])
+            raise UserError(f"{', '.join(scalars)} cannot be logged in {stage!r}; this script's stages are {names}")
+        scalars = {name: number(name, value) for name, value in scalars.items()}
         for name, value in scalars.items():
             if not math.isfinite(value):
                 saved = self.dir / f"{stage}.pt"
-                self.writer.flush()
+                with self._room():
+                    self.writer.flush()
                 last = f"the last checkpoint is {saved}" if saved.exists() else "there is no checkpoint of this stage"
                 raise UserError(
                     f"{name} became {value} in stage {stage!r} before step {step}; {last}. Look at the losses in "
@@ -58,25 +67,56 @@ class Log:
     def _show(self, place: int, row: dict) -> None:
         """Hand a row on to TensorBoard and to Weights & Biases."""
         scalars = {tag(self.args, row["stage"], k): v for k, v in row.items() if k not in ("stage", "step")}
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, row["step"])
+        with self._room():
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, row["step"])
         if self.send:
             self.send(place, {**scalars, "stage": row["stage"], "global_step": row["step"]})
 
+    @contextlib.contextmanager
+    def _room(self):
+        """Raises UserError where the disk takes no more of TensorBoard's file, whose writer says so a little later."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write to {self.dir} ({error.strerror}); free some space or {RESUME}") from error
+
+    def cut(self, stage: str, length: int = 0) -> None:
+        """Leave the first `length` rows of a stage and no more."""
+        own = [row for row in self.rows if row["stage"] == stage]
+        dropped = {id(row) for row in own[length:]}
+        self.rows = [row for row in self.rows if id(row) not in dropped]
+
     def save(self) -> None:
-        """Write progress.csv and TensorBoard's file."""
+        """Write progress.csv, in the order of the stages, one of which may have been made again, and TensorBoard's."""
+        self.rows.sort(key=lambda row: self.order.index(row["stage"]) if row["stage"] in self.order else 0)
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, names)
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomic(self.dir / "progress.csv", text.getvalue().encode())
-        self.writer.flush()
+        with self._room():
+            self.writer.flush()
 
     def evaluations(self, stage: str) -> list[tuple[int, float]]:
         """Step and score of every evaluation of a stage, in order."""
-        rows = [row for row in self.rows if row["stage"] == stage]
-        return [(row["step"], value) for row in rows for name, value in row.items() if name.endswith("/score")]
+        name = score_of(stage)
+        return [(row["step"], row[name]) for row in self.rows if row["stage"] == stage and name in row]
+
+
+def score_of(stage: str) -> str:
+    """What the score of a stage's evaluations is called."""
+    return "charts/score" if stage == "finetune" else f"{stage}/score"
+
+
+def number(name: str, value) -> float | int:
+    """The number that is logged, of a tensor or an array its one element. Raises UserError for what is none."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        return value if type(value) in (int, float) else float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} has to be one number to be logged ({str(error).splitlines()[0]})") from error
 
 
 def read_rows(path: Path) -> list[dict]:

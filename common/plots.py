@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.checkpoint import aside
-from common.log import read_rows
+from common.log import read_rows, score_of
 from common.run import script_name
 from common.stages import declared, stages_of
 from common.tasks import DEMO, SHIPPED
@@ -161,7 +161,7 @@ def draw_scores(panel, line: Line, result: dict, args) -> None:
     if naive := naive_switch(args):
         draw_mean(panel, naive, "naive switch, same budget", "C3", line.at)
     for stage in line.stages:
-        x, y = line.points("charts/score" if stage == "finetune" else f"{stage}/score", stage)
+        x, y = line.points(score_of(stage), stage)
         if stage == "finetune":
             x, y = np.append(line.left[stage], x), np.append(result["start"], y)
         plot(panel, x, y, color="C0", marker="o" if len(x) < 40 else None, label="evaluation")

@@ -19,7 +19,7 @@ from common import tasks, track
 from common.checkpoint import rng_state, save_tensors, set_rng_state, sha256, verify, write_atomic
 from common.errors import UserError
 from common.identity import changed, code_of, fingerprint, script_of, versions
-from common.log import Log
+from common.log import Log, score_of
 from common.owner import own
 from common.stages import ablations_of
 
@@ -129,6 +129,7 @@ class Run:
         self.trained = False  # whether this start has trained anything
         self.auto: dict[str, dict] = {}  # of stages that may end at a plateau: steps, limit, and which of these it was
         self.regime: dict | None = None  # of the policy that it starts from and the data, see common/regime.py
+        self.old_args: dict = {}  # what args.json held where something has changed since, in case no checkpoint fits it
         self.measure = data.task.measure if data else "return"
         code = code_of(script_of(args), tasks.registrar(args.env_id))
         self.made_with = {"versions": versions(), "code": code, "data": fingerprint(data)}
@@ -188,6 +189,7 @@ class Run:
         before = old.get("made_with_before", []) + ([old.get("made_with", {})] if notes else [])
         self.made_with = old.get("made_with", {}) | self.made_with
         kept = plain(self.args) | {"made_with": self.made_with} | ({"made_with_before": before} if before else {})
+        self.old_args = old if notes else self.old_args
         write_atomic(self.dir / "args.json", json.dumps(kept, indent=2).encode())
 
     def starts_from(self, policy: Path) -> None:
@@ -198,8 +200,7 @@ class Run:
     def log(self, stage: str, step: int, scalars: dict[str, float]) -> None:
         """Log scalars under their names in progress.csv. Raises UserError when one of them is NaN or infinite."""
         self.logged.add(stage, step, scalars)
-        scores = [value for name, value in scalars.items() if name.endswith("/score")]
-        self.last_score = scores[-1] if scores else self.last_score
+        self.last_score = self.logged.rows[-1].get(score_of(stage), self.last_score)
 
     def scores(self, stage: str) -> list[float]:
         """Every evaluation score of a stage, in order."""
@@ -225,7 +226,7 @@ class Run:
         """Load a stage's checkpoint into `state` (things with `load_state_dict`); (step, done), or (0, False)."""
         path = self.dir / f"{stage}.pt"
         if not path.exists():
-            self.logged.rows = [row for row in self.logged.rows if row["stage"] != stage]
+            self.logged.cut(stage)
             return 0, False
         verify(path)
         try:
@@ -233,10 +234,15 @@ class Run:
             for name, thing in state.items():
                 thing.load_state_dict(saved["state"][name])
         except Exception as error:  # a damaged file fails in as many ways as there are bytes
-            raise UserError(f"{path} is not a checkpoint of this run ({error}); delete it and start again") from error
+            words, remedy = f"{path} is not a checkpoint of this run", "delete it and start again"
+            if self.old_args:
+                write_atomic(self.dir / "args.json", json.dumps(self.old_args, indent=2).encode())
+                words, remedy = f"{path} does not fit what changed since", "undo that, or use another --exp-name"
+            raise UserError(f"{words} ({(str(error).splitlines() or [''])[-1].strip()}); {remedy}") from error
         set_rng_state(saved["rng"])
         if not saved["done"]:
-            self.logged.rows = self.logged.rows[: saved["rows"]]
+            others = sum(row["stage"] != stage for row in self.logged.rows)
+            self.logged.cut(stage, saved["rows"] - others)
             tqdm.write(f"{stage}: continuing at step {saved['step']:,}")
         self.seconds[stage], self.last_score = saved["seconds"], saved["last_score"]
         self.last_returns = saved["last_returns"]

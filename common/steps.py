@@ -222,6 +222,8 @@ class Stepper:
         if names not in self.sums and (wrong := [x for x in metrics if getattr(metrics[x], "shape", 0) != ()]):
             found = getattr(metrics[wrong[0]], "shape", type(metrics[wrong[0]]).__name__)
             raise UserError(f"the metric {wrong[0]} has to be a tensor of shape (), not {found}; log a mean")
+        if names not in self.sums and (taken := {"score", "success"}.intersection(names)):
+            raise UserError(f"the metric {min(taken)} is called as what an evaluation measures; give it another name")
         values = torch.stack([value.detach() for value in metrics.values()])
         if names not in self.sums:
             self.sums[names] = torch.zeros_like(values)

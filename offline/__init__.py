@@ -176,20 +176,24 @@ def check_valued(args, found: dict) -> None:
         raise cli.UserError(f"{words}; leave that out{other}")
 
 
-def check_learner(args, found: dict) -> None:
-    """Refuse a policy without what the script goes on with. Raises UserError."""
-    if not goes_on(args):
-        return
+def lacking(args, found: dict) -> str:
+    """In words, what the script's networks miss in a policy, or find there in another shape; "" for nothing."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nothing is loaded: shapes alone are compared
             declared(args).Agent(args, found)
     except (KeyError, RuntimeError, TypeError) as error:
-        lacking, usual = str(error).splitlines()[-1].strip(" \t."), type(args).offline
+        return str(error).splitlines()[-1].strip(" \t.")
+    return ""
+
+
+def check_learner(args, found: dict) -> None:
+    """Refuse a policy without what the script goes on with. Raises UserError."""
+    if goes_on(args) and (words := lacking(args, found)):
         raise cli.UserError(
-            f"{args.offline} does not hold what {args.exp_name} goes on with ({lacking}); leave --offline out, or give "
-            f"a policy.pt that offline/{usual}.py wrote"
-        ) from error
+            f"{args.offline} does not hold what {args.exp_name} goes on with ({words}); leave --offline out, or give "
+            f"a policy.pt that offline/{type(args).offline}.py wrote"
+        )
 
 
 def check_hidden(args, found: dict) -> None:
@@ -209,9 +213,14 @@ def takes_critic(args) -> bool:
 
 
 def check_critic(args, found: dict) -> None:
-    if takes_critic(args) and "critic" not in found:
-        remedy = "leave that flag out" + ", or add --critic-init random" * hasattr(args, "critic_init")
+    if not takes_critic(args):
+        return
+    remedy = "leave that flag out" + ", or add --critic-init random" * hasattr(args, "critic_init")
+    if "critic" not in found:
         raise cli.UserError(f"{args.offline} has no critic, which --no-reevaluate needs; {remedy}")
+    if not goes_on(args) and (words := lacking(args, found)):
+        other = f"the critic of {args.offline}, with which --no-reevaluate goes on, does not fit the script's"
+        raise cli.UserError(f"{other} ({words}); {remedy}")
 
 
 def policy(args, run, data: Dataset, alone: bool = True) -> tuple[dict, Evaluator]:

@@ -15,6 +15,7 @@ import o2ppo
 import o2sac
 import o2td3
 from benchmarks import kills, protocol, steps
+from baselines import off2on
 from common import bounds, cli, datasets, tasks, usage
 from common.foreign import load_policy
 from common.identity import ROOT
@@ -264,6 +265,13 @@ def test_seeds_beyond_the_last_are_refused_before_the_first_is_trained():
     with pytest.raises(cli.UserError, match="--seed 4294967295 --num-seeds 2 goes beyond"):
         cli.complete(o2td3.Args(seed=2**32 - 1, num_seeds=2))
     cli.complete(o2td3.Args(seed=2**32 - 2, num_seeds=2))
+    with pytest.raises(cli.UserError, match="--seed 4294966000 with --members 3 needs the seed 4294968000"):
+        cli.complete(off2on.Args(seed=4_294_966_000, members=3))
+
+
+def test_what_may_not_be_infinite_says_so():
+    with pytest.raises(cli.UserError, match="^--checkpoint-seconds is inf, but has to be finite and be at least 0$"):
+        cli.complete(o2td3.Args(checkpoint_seconds=math.inf))
 
 
 def test_a_refused_number_leaves_nothing_behind(run_script, tmp_path):

@@ -13,6 +13,7 @@ import o2td3
 from common import cli, identity, run, tasks
 from common.errors import UserError
 from common.cli import OnlineArgs
+from common.steps import Stepper
 from offline import bc
 from tests.conftest import TINY
 
@@ -271,3 +272,14 @@ def test_what_lies_beside_a_task_hides_none_of_the_projects_code(tmp_path):
     (tmp_path / "mytask.py").write_text("import common.nn\n")
     alone, beside = (identity.code_of(ROOT / "o2td3.py", *more) for more in ((), (tmp_path / "mytask.py",)))
     assert beside["common/nn.py"] == alone["common/nn.py"]
+
+
+def test_a_checkpoint_that_other_code_cannot_read_stays_the_first_codes(begin, tmp_path):
+    """An edit of the networks is refused, and undoing it is enough: args.json is what it was."""
+    begin().save("bc", 3, False, {"net": torch.nn.Linear(2, 3), "stepper": Stepper(None, torch.device("cpu"))})
+    before = json.loads((tmp_path / "run" / "args.json").read_text())
+    edited = begin({"mine.py": "3"}, go_on=True)
+    with pytest.raises(UserError, match=r"bc.pt does not fit what changed since \(size mismatch for .*\); undo that"):
+        edited.restore("bc", {"net": torch.nn.Linear(2, 4)}, torch.device("cpu"))
+    assert json.loads((tmp_path / "run" / "args.json").read_text()) == before
+    assert begin().restore("bc", {"net": torch.nn.Linear(2, 3)}, torch.device("cpu")) == (3, False)

@@ -1,11 +1,17 @@
 """TensorBoard, started as the README says, is asked for what its page shows."""
 
+import errno
 import json
 import re
 import urllib.parse
 import urllib.request
 
+import numpy as np
+import pytest
+import torch
+
 import o2sac
+from common.errors import UserError
 from common.log import Log
 from tensorboard.program import TensorBoard
 
@@ -62,3 +68,56 @@ def test_tensorboard_shows_every_point_of_every_stage_in_the_runs_order(tmp_path
         logged = [(row["step"], row[name]) for row in log.rows if name in row]
         assert [point for tag in tags for point in curves["run"][tag]] == logged
     assert curves["run"]["1_reevaluate/q"] == [(10 * i, 2.5 * i) for i in range(13)]
+
+
+def test_what_is_logged_is_a_number_however_it_comes(tmp_path):
+    log = Log(tmp_path, o2sac.Args())
+    log.add("finetune", 1, {"a": torch.tensor(0.5), "b": np.float32(0.25), "c": True, "d": torch.ones(1), "e": 7})
+    log.save()
+    (tmp_path / "finetune.pt").touch()
+    (row,) = Log(tmp_path, o2sac.Args()).rows
+    assert row == {"stage": "finetune", "step": 1, "a": 0.5, "b": 0.25, "c": 1.0, "d": 1.0, "e": 7}
+    for wrong in (torch.ones(2), "high", None, [1.0]):
+        with pytest.raises(UserError, match="^mine has to be one number to be logged"):
+            log.add("finetune", 2, {"mine": wrong})
+
+
+def test_rows_belong_to_a_stage_of_the_script(tmp_path):
+    """Of others there is no checkpoint, so that a run which goes on would lose them."""
+    log = Log(tmp_path, o2sac.Args())
+    with pytest.raises(UserError, match="^x cannot be logged in 'mine'; .* stages are reevaluate, align, finetune$"):
+        log.add("mine", 1, {"x": 1.0})
+    log.add("transfer", 1, {"transfer/loss": 1.0})
+    Log(tmp_path / "offline", cql.Args()).add("cql", 1, {"cql/q": 1.0})
+
+
+def test_evaluations_are_the_evaluators_alone(tmp_path):
+    log = Log(tmp_path, o2sac.Args())
+    log.add("align", 5, {"align/score": 40.0})
+    log.add("finetune", 5, {"charts/score": 50.0, "losses/score": 1e3, "mine/score": 1e3})
+    assert log.evaluations("align") == [(5, 40.0)] and log.evaluations("finetune") == [(5, 50.0)]
+
+
+def test_a_stage_that_is_made_again_has_its_place(tmp_path):
+    log = Log(tmp_path, o2sac.Args())
+    for stage in ("finetune", "align", "reevaluate"):
+        for step in (1, 2, 3):
+            log.add(stage, step, {"probe/q_data": 1.0})
+    log.save()
+    assert [row["stage"] for row in log.rows] == 3 * ["reevaluate"] + 3 * ["align"] + 3 * ["finetune"]
+    log.cut("align", 2)
+    log.cut("reevaluate")
+    assert [row["stage"] for row in log.rows] == 2 * ["align"] + 3 * ["finetune"]
+    assert [row["step"] for row in log.rows] == [1, 2, 1, 2, 3]
+
+
+def test_a_full_disk_is_said_by_tensorboards_writer_too(tmp_path, monkeypatch):
+    log = Log(tmp_path, o2sac.Args())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name, call in (("add_scalar", lambda: log.add("align", 1, {"q": 1.0})), ("flush", log.save)):
+        monkeypatch.setattr(log.writer, name, full)
+        with pytest.raises(UserError, match="No space left on device.; free some space or"):
+            call()

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import o2sac
+import offline
 from benchmarks import protocol
 from benchmarks import steps as benchmark
-from common import stages
+from common import cli, policies, stages
 from common.cli import UserError
 from common.identity import ROOT
 from common.run import run_name
@@ -219,3 +220,30 @@ def test_what_fine_tuning_alone_reads_is_read_by_no_other_stage(name):
     names = list(script.Args.__annotations__)
     below = names[names.index("constrain") :]  # the section of fine-tuning
     assert set(script.FINETUNING_ARGS) == {*below, "probe_every"}
+
+
+@pytest.mark.parametrize(("old", "new", "where"), [
+    ("align_steps=20_000,", "aline_steps", "'quick'"), ("critics=1,", "critix", "'antmaze'"),
+])  # fmt: skip
+def test_a_preset_of_an_argument_that_is_not_there_is_named(tmp_path, old, new, where):
+    (path := tmp_path / "mine.py").write_text((ROOT / "o2sac.py").read_text().replace(old, f"{new}=1,", 1))
+    script = stages.online(str(path))
+    with pytest.raises(UserError, match=rf"mine.py: Args has no {new}, which {where} sets"):
+        cli.parse(script.Args, script.PRESETS, script.FAMILIES, ["--preset", "demo"])
+
+
+def test_critics_of_another_shape_cannot_go_on_with_the_offline_ones(tmp_path):
+    """A third critic is the user's; the naive switch needs two."""
+    source = (ROOT / "o2td3.py").read_text().replace("ensemble_mlp(2, ", "ensemble_mlp(3, ")
+    (path := tmp_path / "three.py").write_text(source.replace("n: int = 2", "n: int = 3"))
+    script = stages.online(str(path))
+    policy = policies.read(ROOT / "datasets/policies/hopper-medium-demo__td3_bc.pt")
+
+    def check(*argv):
+        argv = ["--preset", "demo", *argv]
+        offline.check_critic(cli.parse(script.Args, script.PRESETS, script.FAMILIES, argv), policy)
+
+    with pytest.raises(UserError, match=r"the critic of td3_bc, .* does not fit .*size mismatch.*--critic-init random"):
+        check("--no-reevaluate")
+    check()
+    check("--no-reevaluate", "--critic-init", "random")

@@ -16,6 +16,7 @@ import o2sac
 from benchmarks import steps as benchmark
 from common import steps
 from common.cli import UserError
+from common.steps import Stepper
 from offline import cal_ql, cql
 
 
@@ -215,4 +216,11 @@ def test_a_metric_that_is_no_number_is_named():
     """`torch.stack` would say of which shapes, and not whose."""
     stepper = steps.Stepper(lambda: {"q": torch.tensor(1.0), "far": torch.ones(256)}, torch.device("cpu"))
     with pytest.raises(UserError, match="the metric far has to be a tensor of shape"):
+        stepper.run(1)
+
+
+@pytest.mark.parametrize("name", ["score", "success"])
+def test_a_metric_is_not_called_as_what_an_evaluation_measures(name):
+    stepper = Stepper(lambda: {"q": torch.zeros(()), name: torch.zeros(())}, torch.device("cpu"))
+    with pytest.raises(UserError, match=f"the metric {name} is called as what an evaluation measures"):
         stepper.run(1)
