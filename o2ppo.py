@@ -78,7 +78,7 @@ class Args(cli.OnlineArgs):
     reevaluate_batch_size: Annotated[int, at_least(1)] = 512
     """transitions in a batch"""
     value_lr: Annotated[float, at_least(0), only_with(reevaluate=True)] = 1e-4
-    """learning rate of V there"""
+    """learning rate of V, the value network, there"""
     critic_hidden: Annotated[tuple[int, ...], at_least(1), only_with(value_init="fqe")] = (256, 256)
     """widths of the hidden layers in each Q with --value-init fqe"""
     fqe_lr: Annotated[float, at_least(0), only_with(value_init="fqe")] = 3e-4
@@ -102,7 +102,7 @@ class Args(cli.OnlineArgs):
     actor_lr: Annotated[float, at_least(0)] = 3e-5
     """learning rate of the actor, annealed to zero"""
     critic_lr: Annotated[float, at_least(0)] = 2e-4
-    """learning rate of the value network, annealed to zero"""
+    """learning rate of V, annealed to zero"""
     anneal_steps: Annotated[int | None, at_least(1)] = None
     """environment steps over which both rates fall linearly to zero; None: those of this run"""
     gae_lambda: Annotated[float, between(0, 1)] = 0.95
@@ -123,7 +123,7 @@ class Args(cli.OnlineArgs):
     """environment steps over which β falls linearly to zero; None: 250,000, on (medium-)expert data 500,000"""
     reference: Annotated[Literal["best", "interval", "adaptive"], only_with(constrain=True)] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
-    when the last training episodes beat π_ref's own by a margin (experiments/reference.py compares them)"""
+    when the last training episodes beat the first since π_ref moved by a margin (experiments/reference.py)"""
     reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
     """steps between moves of π_ref, in whole rollouts; None: 2,500, on hopper's (medium-)expert data 10,000"""
     reference_window: Annotated[int, at_least(2), only_with(reference="adaptive")] = 10
@@ -222,7 +222,12 @@ class Agent(nn.Module):
 
 def value_probe(agent: Agent, held_out: datasets.Dataset):
     """Logged in every stage: V at states that none trains on."""
-    return torch.no_grad()(lambda: spread("v", agent.value(held_out.obs)))
+
+    @torch.no_grad()
+    def measure():
+        return spread("v", agent.value(held_out.obs))
+
+    return measure
 
 
 class Optimizers(dict):

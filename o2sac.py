@@ -143,7 +143,7 @@ class Args(cli.OnlineArgs):
     """environment steps over which the threshold grows linearly"""
     reference: Annotated[Literal["best", "interval", "adaptive"], only_with(constrain=True)] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
-    when the last training episodes beat π_ref's own by a margin (experiments/reference.py compares them)"""
+    when the last training episodes beat the first since π_ref moved by a margin (experiments/reference.py)"""
     reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
     """environment steps between moves of π_ref; None: 1,000, on hopper's (medium-)expert data 10,000"""
     actor_grad_norm: Annotated[float | None, above(0)] = None
@@ -368,7 +368,9 @@ def lagrange_loss(log_lagrange: torch.Tensor, slack: torch.Tensor, expectile: fl
 def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers, scheduled: dict, warming_up=False):
     """SAC's `utd` updates of one environment step, under E[log π(a|s) - log π_ref(a|s)] < τ (Eq. 10 and 11)."""
     threshold = scheduled["kl_threshold"]  # the paper's τ, a tensor that the caller fills
-    times_threshold, times_floor = (replay.action_dim / n if args.per_dimension else 1.0 for n in (6, 3))
+    # with --per-dimension both are as large for each dimension as with halfcheetah's and walker2d's 6, and hopper's 3
+    times_threshold = replay.action_dim / 6 if args.per_dimension else 1.0
+    times_floor = replay.action_dim / 3 if args.per_dimension else 1.0
     actor, critic, critic_target, reference = agent.actor, agent.critic, agent.critic_target, agent.actor_reference
     actor_params, critic_params = list(actor.parameters()), list(critic.parameters())
     target_entropy = -float(replay.action_dim) if args.target_entropy is None else args.target_entropy
@@ -396,7 +398,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers, 
         f = divergence(obs, u, log_prob)
         actor_loss = (alpha * log_prob - critic(obs, new_actions).amin(0) + lagrange * f).mean()
 
-        # temperature towards the target entropy; multiplier: until τ is the 0.7-expectile of f, above E f
+        # temperature towards the target entropy; multiplier: at rest where τ is f's 0.7-expectile, which is above E f
         alpha_loss = -agent.log_alpha * (log_prob.detach() + target_entropy).mean()
         slack = times_threshold * threshold - f.detach()
         multiplier_loss = lagrange_loss(agent.log_lagrange, slack, args.lagrange_expectile)
@@ -416,7 +418,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers, 
     def step():
         for update in range(args.utd):
             critic_grads, actor_grads, alpha_grads, lagrange_grads, metrics = gradients()
-            if not warming_up:  # else the critics alone learn
+            if not warming_up:  # else the critics alone learn, of π all the same, which does not play yet
                 if update == 0 and args.constrain:  # λ moves on the first of the ten only
                     optimizers["lagrange_optimizer"].step(lagrange_grads)
                 optimizers["alpha_optimizer"].step(alpha_grads)

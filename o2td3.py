@@ -142,7 +142,7 @@ class Args(cli.OnlineArgs):
     """environment steps over which the threshold grows linearly"""
     reference: Annotated[Literal["best", "interval", "adaptive"], only_with(constrain=True)] = "best"
     """move π_ref to π when an evaluation beats the best so far; every --reference-interval steps; or, needing none,
-    when the last training episodes beat π_ref's own by a margin (experiments/reference.py compares them)"""
+    when the last training episodes beat the first since π_ref moved by a margin (experiments/reference.py)"""
     reference_interval: Annotated[int | None, at_least(1), only_with(reference="interval")] = None
     """environment steps between moves of π_ref; None: 1,000; hopper's (medium-)expert, walker2d's expert data 10,000"""
     actor_grad_norm: Annotated[float | None, above(0)] = None
@@ -393,7 +393,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers, 
         f = ((new_actions - reference(obs)) ** 2).mean(1)
         q = critic(obs, new_actions, n=1)[0]
         actor_loss = -q.mean() / q.abs().mean().detach() + lagrange() * f.mean()
-        # multiplier: until τ is the 0.7-expectile of f, above E f
+        # multiplier: at rest where τ is f's 0.7-expectile, which is above E f
         multiplier_loss = lagrange_loss(agent.log_lagrange, threshold - f.detach(), args.lagrange_expectile)
         return (
             clip_grad_norm(torch.autograd.grad(actor_loss, actor_params), args.actor_grad_norm),
@@ -403,7 +403,7 @@ def finetuning_step(args: Args, replay: ReplayBuffer, agent: Agent, optimizers, 
 
     critic_gradients = steps.compiled(critic_gradients, args.compile)
     actor_gradients = steps.compiled(actor_gradients, args.compile)
-    updates = itertools.count(int(optimizers["critic_optimizer"].steps[0]) + 1)
+    updates = itertools.count(int(optimizers["critic_optimizer"].steps[0]) + 1)  # a resumed run goes on in turn
 
     def step():
         actor_metrics = {}

@@ -140,7 +140,7 @@ class Optimizers(dict):
 
 def critic_probe(agent: Agent, held_out: datasets.Dataset) -> Probe:
     """Logged online: Q at states that it does not train on, and how far its ranking of actions is log π_off's."""
-    (anchor,) = in_chunks(lambda obs: (agent.act(obs),), held_out.obs)
+    anchor = in_chunks(agent.act, held_out.obs)
     log_std = agent.actor.log_std.detach().clamp(-20.0, 2.0)
     sampled = (anchor + log_std.exp() * fixed_noise(anchor)).clamp(-1, 1)
     preference = gaussian_log_prob(sampled, anchor, log_std)

@@ -37,8 +37,9 @@ import torch
 from torch import nn
 
 PRESETS = {
-    "demo": dict(env_id="hopper-medium-demo", online_steps=10_000),
-    "quick": dict(online_steps=20_000),
+    # the loss and the actor's rate are those of offline/cal_ql.py's presets
+    "demo": dict(env_id="hopper-medium-demo", online_steps=10_000, n_actions=4, actor_lr=3e-4),
+    "quick": dict(online_steps=20_000, actor_lr=3e-4),
 }
 
 # Other defaults for a family of data, or for a part of one
@@ -70,7 +71,8 @@ class Args(cli.OnlineArgs):
     """the environment's reward in every step until a task succeeds (AntMaze: 0); None: rewards are dense"""
     calibrate_to_end: Annotated[bool, only_with(calibrate_online=True)] = False
     """calibrate the last 1 / (1 - γ) rows of an episode that the time limit cut off too, as if nothing came behind it
-    (Adroit: yes, its episodes are hardly longer than that); no: their return is unknown"""
+    (Adroit: yes, its episodes are hardly longer than that); no: their return is unknown. With --failure-reward it is
+    known of all, and this changes nothing"""
     alpha: Annotated[float, at_least(0)] = 10.0
     """weight of the conservative term (AntMaze: 5, Adroit: 1)"""
     lagrange: bool = False
@@ -119,13 +121,13 @@ class Critic(nn.Module):
 
 
 def sample_actions(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a = tanh(u), u ~ N(mean, std), reparameterised, and log pi(a|s): (..., A) and (...)."""
+    """a = tanh(u), u ~ N(mean, std), reparameterised, and log π(a|s): (..., A) and (...)."""
     u = mean + log_std.exp() * torch.randn_like(mean)
     return torch.tanh(u), gaussian_log_prob(u, mean, log_std) - tanh_log_det(u)
 
 
 class Agent(nn.Module):
-    """All that is learned: π, Q, Q̄, log α and the multiplier log α', as the offline run left them."""
+    """All that is learned: π, Q, Q̄, the logs of the temperature and of the multiplier, as the offline run left them."""
 
     def __init__(self, args: Args, policy: dict):
         super().__init__()
@@ -190,7 +192,7 @@ def finetuning_step(args: Args, replay: EpisodeBuffer, agent: Agent, optimizers:
         obs, actions, rewards, next_obs, terminations, returns = replay.sample(batch_size)
         temperature = agent.log_temperature.exp().detach()
 
-        # SAC's target, without the entropy term: y = r + gamma (1 - d) max_a' min_i Q_target_i(s', a'), of m actions
+        # SAC's target, without the entropy term: y = r + γ (1 - d) max_a' min_i Q̄_i(s', a'), of m actions
         with torch.no_grad():
             next_mean, next_log_std = actor(next_obs)
             next_actions, _ = sample_actions(next_mean.expand(m, -1, -1), next_log_std.expand(m, -1, -1))
@@ -234,7 +236,7 @@ def finetuning_step(args: Args, replay: EpisodeBuffer, agent: Agent, optimizers:
         # multiplier towards a gap of the target's size: it rises while the gap is wider
         multiplier_loss = -args.alpha * multiplier * (gap - args.target_gap)
 
-        # actor: temperature log pi - min_i Q_i, and the temperature towards the entropy -A
+        # actor: temperature log π - min_i Q_i, and the temperature towards the entropy -A
         new_actions, log_prob = sample_actions(mean, log_std)
         actor_loss = (temperature * log_prob - critic(obs, new_actions).amin(0)).mean()
         temperature_loss = -agent.log_temperature * (log_prob.detach() - action_dim).mean()

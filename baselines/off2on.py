@@ -8,10 +8,10 @@ of the ratio of their densities says.
 
 Those of the five CQL runs that are missing are trained first, with the seeds --seed + 0, 1000, …, 4000 (the authors': +
 0, 4, …, 16, so runs with seeds 4 apart share four of five): that is most of its cost. The authors' code is for
-locomotion alone, and their CQL and its constants are not in it: offline/cql.py is taken, with their two hidden layers,
-also for its log σ and standardised states. They play 1,000 steps before the first 5,000 to 10,000 updates, all at once;
-here as many follow during the next 1,000 steps, so that a run can stop anywhere. policy.pt and best.pt hold the
-mixture's most likely action, as one deterministic network.
+locomotion alone, and their CQL and its constants are not in it: offline/cql.py is taken, with their two hidden layers;
+its log σ and its standardised states come with it. They play 1,000 steps before the first 5,000 to 10,000 updates, all
+at once; here as many follow during the next 1,000 steps, so that a run can stop anywhere. policy.pt and best.pt hold
+the mixture's most likely action, as one deterministic network.
 """
 
 import copy

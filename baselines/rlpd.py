@@ -124,7 +124,7 @@ def xavier(module: nn.Module) -> None:
 
 
 def sample_actions(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a = tanh(u), u ~ N(mean, std), reparameterised, and log pi(a|s): (..., A) and (...)."""
+    """a = tanh(u), u ~ N(mean, std), reparameterised, and log π(a|s): (..., A) and (...)."""
     u = mean + log_std.exp() * torch.randn_like(mean)
     return torch.tanh(u), gaussian_log_prob(u, mean, log_std) - tanh_log_det(u)
 

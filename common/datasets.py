@@ -87,11 +87,13 @@ class Dataset:
         return self.rows(torch.isin(self.episode, self.best(n))) if n < len(self.returns) else self
 
     def best(self, n: int) -> torch.Tensor:
-        """The numbers of the `n` episodes of highest return, (n,); copies of one come after all others."""
+        """The numbers of the `n` episodes of highest return, (n,); copies of one, and those that have no row here, come
+        after all others."""
         first_copies = self.first_copies()
         is_copy = first_copies != torch.arange(len(first_copies), device=first_copies.device)
+        here = torch.isin(torch.arange(len(first_copies), device=first_copies.device), self.episode)
         returns = torch.as_tensor(self.returns, device=first_copies.device)
-        return returns.where(~is_copy, -torch.inf).argsort(descending=True)[:n]
+        return returns.where(here & ~is_copy, -torch.inf).argsort(descending=True)[:n]
 
     def need_order(self, what: str) -> None:
         """Raises UserError where the rows' order is lost, and with it the episodes that `what` needs."""

@@ -6,14 +6,15 @@ import torch
 class Outplayed:
     """Whether the policy has left its reference behind, judged by the returns of its training episodes alone.
 
-    The last `window` episodes are set against as many that the reference played when it became the reference. It moves
-    where their mean is higher by `margin` standard errors of the difference of the two means (Welch's statistic).
+    The reference itself never plays. The policy's last `window` episodes are set against its first since the reference
+    moved, when it was near it still. It moves where their mean is higher by `margin` standard errors of the difference
+    of the two means (Welch's statistic), so not before twice as many episodes have been played.
     """
 
     def __init__(self, window: int, margin: float):
         self.window, self.margin = window, margin
-        self.reference: list[float] = []  # returns of the reference's own episodes
-        self.recent: list[float] = []  # returns since then, at most `window`
+        self.reference: list[float] = []  # returns of the first episodes since the reference moved
+        self.recent: list[float] = []  # of the last ones since then, at most `window`
 
     def add(self, episodic_return: float) -> bool:
         """Take an episode's return in; whether the policy should become the reference now."""

@@ -124,8 +124,8 @@ BLOCK = 256  # rows whose priorities are summed up
 
 
 class PrioritisedBuffer(ReplayBuffer):
-    """Data and play in one buffer, drawn in proportion to their priorities: 1 for the data, `priority` for new rows,
-    which get the highest priority that there has been, from the first on.
+    """Data and play in one buffer, drawn in proportion to their priorities: 1 for the data; for new rows the highest
+    that there has been so far, which begins at `priority`.
 
     A row is found by its block's share of the sum of all, and within the block; the sums of what is written are made
     anew, so that they cannot drift. All shapes are fixed: this can stand in a captured step.

@@ -65,7 +65,7 @@ def distil(source, net: policies.Policy, obs: torch.Tensor, exact: bool, steps: 
         params = [net.log_std] if net.kind == "gaussian" else [net.net[-1].weight, net.net[-1].bias]
     optimizer = torch.optim.Adam(params, 1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    (modes,) = in_chunks(lambda s: (source.mode(s),), obs)  # once: a program may take one observation at a time
+    modes = in_chunks(source.mode, obs)  # once: a program may take one observation at a time
 
     def step():
         rows = torch.randint(len(obs), (256,), device=obs.device)

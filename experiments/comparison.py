@@ -8,7 +8,7 @@ the policy that its own offline algorithm learned with the same seed; O2TD3 from
 three layers where Off2On's have two. Constants, rewards, states and updates a step are each method's own, but for what
 its preset changes (see PRESETS): at the scale quick, beside steps of training, O2SAC's updates a step (4 for 10), the
 warm-up of O2SAC and O2TD3 (2,000 steps for 1,000, O2SAC's 5,000 on AntMaze), O2PPO's --value-lr (3e-4 for 1e-4) and
---beta-steps, and the offline actor's rate of CQL and Cal-QL (3e-4 for 3e-5 and 1e-4); at the demo's much more. Curves
+--beta-steps, and the actor's rate of CQL and Cal-QL (3e-4 for 3e-5 and 1e-4); at the demo's much more. Curves
 and numbers of every run are written beside the page as CSV. Those that docs/comparison/ has of other methods and tasks
 at the same budget are shown with them, so that on the same data your own method alone has to be run:
 

@@ -56,7 +56,7 @@ class Args(pretrain.PretrainArgs):
     actor_lr: Annotated[float, at_least(0)] = 1e-4
     """learning rate of the actor and of the temperature"""
     critic_lr: Annotated[float, at_least(0)] = 3e-4
-    """learning rate of the critics"""
+    """learning rate of the critics and of the multiplier"""
     hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
     """widths of the hidden layers in the actor"""
     critic_hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
@@ -71,7 +71,8 @@ class Args(pretrain.PretrainArgs):
     """the environment's reward in every step until a task succeeds (AntMaze: 0); None: rewards are dense"""
     calibrate_to_end: Annotated[bool, only_with(calibrate=True)] = False
     """calibrate the last 1 / (1 - γ) rows of an episode that the time limit cut off too, as if nothing came behind it
-    (Adroit: yes, its episodes are hardly longer than that); no: their return is unknown"""
+    (Adroit: yes, its episodes are hardly longer than that); no: their return is unknown. With --failure-reward it is
+    known of all, and this changes nothing"""
     alpha: Annotated[float, at_least(0)] = 10.0
     """weight of the conservative term"""
     lagrange: bool = False
@@ -95,8 +96,6 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, hidden_layers: tuple):
         super().__init__()
         self.net = mlp(obs_dim, hidden_layers, 2 * action_dim)
-        nn.init.xavier_uniform_(self.net[-1].weight, gain=0.01)
-        nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, log_std = self.net(obs).chunk(2, dim=-1)
@@ -122,7 +121,7 @@ def lowest(q: torch.Tensor) -> torch.Tensor:
 
 
 def sample_actions(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a = tanh(u), u ~ N(mean, std), reparameterised, and log pi(a|s): (..., A) and (...)."""
+    """a = tanh(u), u ~ N(mean, std), reparameterised, and log π(a|s): (..., A) and (...)."""
     u = mean + log_std.exp() * torch.randn_like(mean)
     return torch.tanh(u), gaussian_log_prob(u, mean, log_std) - tanh_log_det(u)
 
@@ -139,7 +138,7 @@ class Agent(nn.Module):
         self.critic = Critic(obs_dim, action_dim, args.critic_hidden, args.critics, args.layer_norm)
         for net in (self.actor.net, self.critic.net):  # as the authors do; CORL's last layers are like the others
             orthogonal(net, hidden=math.sqrt(2), last=1e-2)
-        self.critic_target = copy.deepcopy(self.critic)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))
         self.log_multiplier = nn.Parameter(torch.ones(()))
 
@@ -178,7 +177,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
         obs, actions, rewards, next_obs, terminations, rows = sample(data, batch_size)
         temperature = agent.log_temperature.exp().detach()
 
-        # SAC's target, without the entropy term: y = r + gamma (1 - d) max_a' min_i Q_target_i(s', a'), of m actions
+        # SAC's target, without the entropy term: y = r + γ (1 - d) max_a' min_i Q̄_i(s', a'), of m actions
         with torch.no_grad():
             next_mean, next_log_std = actor(next_obs)
             next_actions, _ = sample_actions(next_mean.expand(m, -1, -1), next_log_std.expand(m, -1, -1))
@@ -222,7 +221,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
         # multiplier towards a gap of the target's size: it rises while the gap is wider
         multiplier_loss = -args.alpha * multiplier * (gap - args.target_gap)
 
-        # actor: temperature log pi - min_i Q_i, and the temperature towards the entropy -A
+        # actor: temperature log π - min_i Q_i, and the temperature towards the entropy -A
         new_actions, log_prob = sample_actions(mean, log_std)
         actor_loss = (temperature * log_prob - critic(obs, new_actions).amin(0)).mean()
         temperature_loss = -agent.log_temperature * (log_prob.detach() - action_dim).mean()

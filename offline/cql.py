@@ -49,7 +49,7 @@ class Args(pretrain.PretrainArgs):
     actor_lr: Annotated[float, at_least(0)] = 3e-5
     """learning rate of the actor and of the temperature"""
     critic_lr: Annotated[float, at_least(0)] = 3e-4
-    """learning rate of the critics"""
+    """learning rate of the critics and of the multiplier"""
     hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
     """widths of the hidden layers in the actor"""
     critic_hidden: Annotated[tuple[int, ...], at_least(1)] = (256, 256, 256)
@@ -100,7 +100,7 @@ class Critic(nn.Module):
 
 
 def sample_actions(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a = tanh(u), u ~ N(mean, std), reparameterised, and log pi(a|s): (..., A) and (...)."""
+    """a = tanh(u), u ~ N(mean, std), reparameterised, and log π(a|s): (..., A) and (...)."""
     u = mean + log_std.exp() * torch.randn_like(mean)
     return torch.tanh(u), gaussian_log_prob(u, mean, log_std) - tanh_log_det(u)
 
@@ -115,7 +115,7 @@ class Agent(nn.Module):
         super().__init__()
         self.actor = Actor(obs_dim, action_dim, args.hidden)
         self.critic = Critic(obs_dim, action_dim, args.critic_hidden)
-        self.critic_target = copy.deepcopy(self.critic)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(()))
         self.log_multiplier = nn.Parameter(torch.ones(()))
 
@@ -147,7 +147,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
         obs, actions, rewards, next_obs, terminations, _ = sample(data, batch_size)
         temperature = agent.log_temperature.exp().detach()
 
-        # SAC's target, without the entropy term: y = r + gamma (1 - d) max_a' min_i Q_target_i(s', a'), of m actions
+        # SAC's target, without the entropy term: y = r + γ (1 - d) max_a' min_i Q̄_i(s', a'), of m actions
         with torch.no_grad():
             next_mean, next_log_std = actor(next_obs)
             next_actions, _ = sample_actions(next_mean.expand(m, -1, -1), next_log_std.expand(m, -1, -1))
@@ -186,7 +186,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
         # multiplier towards a gap of the target's size: it rises while the gap is wider
         multiplier_loss = -args.alpha * multiplier * (gap - args.target_gap)
 
-        # actor: temperature log pi - min_i Q_i, and the temperature towards the entropy -A
+        # actor: temperature log π - min_i Q_i, and the temperature towards the entropy -A
         new_actions, log_prob = sample_actions(mean, log_std)
         actor_loss = (temperature * log_prob - critic(obs, new_actions).amin(0)).mean()
         temperature_loss = -agent.log_temperature * (log_prob.detach() - action_dim).mean()

@@ -138,7 +138,7 @@ def training_step(args: Args, data: datasets.Dataset, agent: Agent, optimizers: 
 
     critic_gradients = steps.compiled(critic_gradients, args.compile)
     actor_gradients = steps.compiled(actor_gradients, args.compile)
-    updates = itertools.count(int(optimizers["critic_optimizer"].steps[0]) + 1)
+    updates = itertools.count(int(optimizers["critic_optimizer"].steps[0]) + 1)  # a resumed run goes on in turn
 
     def step():
         critic_grads, metrics, obs, actions = critic_gradients()

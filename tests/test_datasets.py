@@ -272,3 +272,13 @@ def test_a_filter_that_hdf5_lacks(hdf5, monkeypatch):
     monkeypatch.setattr(h5py.h5z, "filter_avail", lambda code: False)
     monkeypatch.setitem(sys.modules, "hdf5plugin", None)
     assert "pip install hdf5plugin" in refused(env_id="hopper-medium-v2", dataset_path=str(path))
+
+
+def test_the_best_episodes_are_those_that_have_rows():
+    """Of the first rows alone, too, as they are timed on."""
+    data = datasets.load(tasks.DEMO, "", "cpu")
+    few = data.head(3_000)
+    numbers = few.episode.unique()
+    assert len(numbers) < len(data.returns) / 20  # so that the best 5% of all are mostly elsewhere
+    best = few.best_episodes(0.05)
+    assert len(best) and torch.isin(few.best(len(numbers)), numbers).all()
