@@ -1,9 +1,9 @@
-"""Write a policy as ONNX: from raw observations to the most likely actions, for as many at a time as one likes.
+"""Write a policy as ONNX: from raw observations to the most likely actions, both an environment's own.
 
     python export.py runs/hopper-medium-demo__o2sac__td3_bc__0__demo/best.pt         # writes best.onnx beside it
 
 The file needs nothing of this project: `onnxruntime.InferenceSession("best.onnx").run(None, {"obs": obs})` with `obs`
-(B, S) in single precision gives actions (B, A). `--offline best.onnx` takes it back.
+(B, S) in single precision, as many as one likes, gives actions (B, A). `--offline best.onnx` takes it back.
 """
 
 import math
@@ -84,6 +84,12 @@ def to_onnx(policy: policies.Policy, obs_dim: int, action_dim: int) -> onnx.Mode
     # the mean alone: a squashed Gaussian's spread comes after it
     graph.add("Gemm", last.weight[:action_dim], last.bias[:action_dim], transB=1)
     graph.add("Tanh")
+    if policy.action_range is not None:
+        low, high = policy.action_range
+        graph.add("Mul", (high - low) / 2)
+        graph.add("Add", (high + low) / 2)
+        graph.add("Max", low)  # single precision may round beyond them
+        graph.add("Min", high)
     graph.nodes[-1].output[0] = "actions"
     source = helper.make_tensor_value_info("obs", TensorProto.FLOAT, ["batch", obs_dim])
     target = helper.make_tensor_value_info("actions", TensorProto.FLOAT, ["batch", action_dim])
@@ -102,7 +108,8 @@ def main() -> None:
     out = Path(args.out or path.with_suffix(".onnx"))
     model = to_onnx(policies.module(fields), fields["obs_dim"], fields["action_dim"])
     write_atomic(out, model.SerializeToString(), "choose another --out")
-    print(f"{out}: obs (batch, {fields['obs_dim']}) → actions (batch, {fields['action_dim']})")
+    within = "the environment's range" if "action_range" in fields else "[-1, 1]"
+    print(f"{out}: obs (batch, {fields['obs_dim']}) → actions (batch, {fields['action_dim']}) in {within}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from common.checkpoint import BestPolicy, seed_everything
 from common.evaluation import make_evaluator
 from common.loop import Loop
 from common.nn import Adam, EnsembleLinear, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak, tanh_log_det
-from common.policies import examples_of
+from common.policies import examples_of, range_of
 from common.probe import STATES, Probe, fixed_noise
 from common.replay import ReplayBuffer
 from common.run import Run
@@ -267,7 +267,7 @@ def at_random(run: Run, data: datasets.Dataset) -> dict:
     return dict(
         kind="squashed_gaussian", algorithm="scratch", steps=0, data={}, made_with=run.made_with, obs_dim=obs_dim,
         action_dim=action_dim, state_mean=zeros, state_std=zeros + 1, simulator=data.task.simulator,
-        examples=examples_of(data), progress=run.dir / "progress.csv",
+        examples=examples_of(data), progress=run.dir / "progress.csv", **range_of(data),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.checkpoint import aside
 from common.cli import UserError
-from common.envs import observed, unscaled_env
+from common.envs import is_unit, observed, unscaled_env
 from common.formats import read_hdf5, read_minari
 from common.owner import own
 from common.tasks import DEMO, DEMOS, SHIPPED, Task, d4rl_url, limited, resolve
@@ -285,7 +285,7 @@ def check(raw: dict, task: Task, path) -> None:
 
 def to_unit_range(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Actions (N, A) between `low` and `high` (A,) as policies know them, in [-1, 1]. Those of ±1 are not touched."""
-    if (low == -1).all() and (high == 1).all():
+    if is_unit(low, high):
         return actions
     low, high = low.astype(np.float64), high.astype(np.float64)
     return 2 * (actions - low) / (high - low) - 1

@@ -75,10 +75,19 @@ def unscaled_env(task: Task, evaluation: bool = False, **kwargs) -> gym.Env:
     return spaces.Flat(env, keys) if keys or len(env.observation_space.shape) != 1 else env
 
 
+def is_unit(low: np.ndarray, high: np.ndarray) -> bool:
+    """Whether these bounds of actions are ±1, those of policies."""
+    return bool((low == -1).all() and (high == 1).all())
+
+
 def observed(task: Task) -> Task:
-    """`task` with the order in which the parts of its observations come, and a note on it. Raises UserError."""
+    """`task` with its range of actions, and the order in which the parts of its observations come, with a note on it.
+    Raises UserError."""
     env = unscaled_env(task)
     env.close()
+    low, high = env.action_space.low, env.action_space.high
+    if not is_unit(low, high):
+        task = replace(task, action_range=(tuple(low.tolist()), tuple(high.tolist())))
     if not isinstance(env, spaces.Flat) or not env.keys:
         return task
     found = spaces.sizes(env.env.observation_space, env.keys)
@@ -93,7 +102,7 @@ def make_env(task: Task, mean=None, std=None, evaluation: bool = False, **kwargs
     Observations are standardised where `mean` and `std` (S,) are given, and held within ± the task's `clip` then.
     """
     env = unscaled_env(task, evaluation, **kwargs)
-    if not ((env.action_space.low == -1).all() and (env.action_space.high == 1).all()):
+    if not is_unit(env.action_space.low, env.action_space.high):
         env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     if mean is not None:
         env = Standardised(env, np.asarray(mean, np.float64), np.asarray(std, np.float64), task.clip)

@@ -32,8 +32,9 @@ FORMAT = "o2rl-policy-2"
 # hidden_layers: the network's, as `common.nn.mlp` takes them; state_mean, state_std: what raw observations are
 # standardised by; examples: raw observations "obs" and the "actions" that belong to them, which every load compares;
 # data: what it was trained on; made_with: what else its maker recorded. `clip` is there where standardised observations
-# are held within ± it, a `critic` where one was learned, and a `learner` where training can go on: its arguments
-# "args", all its networks "agent", and its optimisers by name.
+# are held within ± it, `action_range` (2, A) where the environment's actions are not within ±1, a `critic` where one
+# was learned, and a `learner` where training can go on: its arguments "args", all its networks "agent", and its
+# optimisers by name.
 FIELDS = {"kind": str, "obs_dim": int, "action_dim": int, "hidden_layers": list, "state_mean": torch.Tensor,
           "state_std": torch.Tensor, "algorithm": str, "env_id": str, "simulator": str, "seed": int, "steps": int,
           "score": float, "examples": dict, "data": dict, "made_with": dict, "actor": dict}  # fmt: skip
@@ -43,7 +44,8 @@ MOST_LAYERS = 100
 class Policy(nn.Module):
     """The network of any kind. `mode(obs)`: most likely actions (B, A); `spread(obs)`: see there.
 
-    They take standardised observations, as all networks here; `act` takes raw ones.
+    They take standardised observations and give actions in [-1, 1], as all networks here; `act` takes and gives what
+    an environment does.
     """
 
     def __init__(self, kind: str, obs_dim: int, action_dim: int, hidden_layers: int | Sequence[int | str]):
@@ -54,17 +56,22 @@ class Policy(nn.Module):
             self.log_std = nn.Parameter(torch.zeros(action_dim))
         self.register_buffer("state_mean", torch.zeros(obs_dim), persistent=False)
         self.register_buffer("state_std", torch.ones(obs_dim), persistent=False)
+        self.register_buffer("action_range", None, persistent=False)
         self.clip = math.inf
 
     @torch.no_grad()
     def act(self, obs):
-        """The most likely action for raw observations, an environment's own: (S,) -> (A,) or (B, S) -> (B, A).
+        """The most likely action for raw observations, both an environment's own: (S,) -> (A,) or (B, S) -> (B, A).
 
         NumPy's arrays in, NumPy's out; else tensors.
         """
-        raw = torch.as_tensor(obs, dtype=self.state_mean.dtype, device=self.state_mean.device)
-        actions = self.mode(((raw - self.state_mean) / self.state_std).clamp(-self.clip, self.clip))
+        actions = to_range(self.mode(self.seen(obs)), self.action_range)
         return actions.cpu().numpy() if isinstance(obs, np.ndarray) else actions
+
+    def seen(self, obs) -> torch.Tensor:
+        """Raw observations as the network sees them, standardised."""
+        raw = torch.as_tensor(obs, dtype=self.state_mean.dtype, device=self.state_mean.device)
+        return ((raw - self.state_mean) / self.state_std).clamp(-self.clip, self.clip)
 
     def mode(self, obs: torch.Tensor) -> torch.Tensor:
         out = self.net(obs)
@@ -88,11 +95,34 @@ class Policy(nn.Module):
         return torch.tanh(x) if self.kind == "squashed_gaussian" else x.clamp(-1, 1)
 
 
+def to_range(actions: torch.Tensor, action_range: torch.Tensor | None) -> torch.Tensor:
+    """Actions (…, A) in [-1, 1] as an environment of that range (2, A) takes them; None: ±1, which changes nothing."""
+    if action_range is None:
+        return actions
+    low, high = action_range.double()  # in single precision the sum may lie beyond a bound
+    return (low + (actions.double() + 1) / 2 * (high - low)).to(actions.dtype)
+
+
+def to_unit(actions: torch.Tensor, action_range: torch.Tensor | None) -> torch.Tensor:
+    """The reverse: an environment's own actions in [-1, 1], where those beyond its range are clipped."""
+    if action_range is None:
+        return actions.clamp(-1, 1)
+    low, high = action_range.double()
+    return (2 * (actions.double() - low) / (high - low) - 1).clamp(-1, 1).to(actions.dtype)
+
+
+def range_of(data) -> dict:
+    """The field `action_range` of policies of the data's environment; nothing where its actions are within ±1."""
+    found = data.task.action_range
+    return {"action_range": torch.tensor(found, dtype=torch.float64, device=data.obs.device)} if found else {}
+
+
 def module(policy: dict) -> Policy:
     """The network of a policy checkpoint, on the device of its weights."""
     net = Policy(policy["kind"], policy["obs_dim"], policy["action_dim"], policy["hidden_layers"])
     net.load_state_dict(policy["actor"])
     net.state_mean, net.state_std, net.clip = policy["state_mean"], policy["state_std"], policy.get("clip", math.inf)
+    net.action_range = policy.get("action_range")
     return net.to(policy["state_mean"].device).requires_grad_(False)
 
 
@@ -139,7 +169,7 @@ def save_online(run, policy: dict, actor: nn.Module, best) -> None:
     An `actor` that is more than one network says by `exported()` which fields of the file are others then.
     """
     same = {k: policy[k] for k in ("kind", "obs_dim", "action_dim", "state_mean", "state_std", "simulator", "examples",
-                                   "made_with", "clip") if k in policy}  # fmt: skip
+                                   "made_with", "clip", "action_range") if k in policy}  # fmt: skip
     last, last_score = run.logged.evaluations("finetune")[-1]
     kept = {"policy": (last_score, f"online, step {last:,}", actor.state_dict()),
             "best": (best.score, best.origin, best.weights)}  # fmt: skip
@@ -217,6 +247,11 @@ def check_policy(policy: dict, path: Path) -> None:
     check_tensors(policy["actor"], net.state_dict(), path, "its actor")
     check_tensors({"mean": mean, "std": std}, {"mean": net.state_mean, "std": net.state_std}, path, "its statistics")
     check_tensors(examples, like, path, "its examples")
+    if "action_range" in policy:
+        limits = policy["action_range"]
+        check_tensors({"range": limits}, {"range": like["actions"].new_empty(2, action_dim)}, path, "its actions")
+        if not (limits[0] < limits[1]).all():
+            raise UserError(f"{path} has actions from {limits[0].tolist()} to {limits[1].tolist()}; make it again")
     clip = policy.get("clip", math.inf)
     if type(clip) is not float or not clip > 0:
         raise UserError(f"{path} holds observations within ± {clip!r:.80}, which is no number above 0; make it again")
@@ -265,5 +300,12 @@ def check_environment(policy: dict, path: Path, data) -> None:
         raise UserError(
             f"{path} is a policy for {policy['simulator']} ({policy['env_id']}, {policy['obs_dim']} observations, "
             f"{policy['action_dim']} actions), but this run is in {here[0]} ({here[1]}, {here[2]}); choose the "
+            "--env-id that it was trained on"
+        )
+    theirs, ours = (x["action_range"].tolist() if "action_range" in x else None for x in (policy, range_of(data)))
+    if theirs not in (None, ours):  # older files do not say
+        low, high = ours or (-1, 1)
+        raise UserError(
+            f"{path} gives actions from {theirs[0]} to {theirs[1]}, but {here[0]} takes {low} to {high}; choose the "
             "--env-id that it was trained on"
         )

@@ -11,7 +11,7 @@ from common.bounds import above, at_least, only_with
 from common.checkpoint import seed_everything
 from common.evaluation import make_evaluator
 from common.nn import hidden_of, widths_of
-from common.policies import description_of, examples_of, read, save_policy
+from common.policies import description_of, examples_of, range_of, read, save_policy
 from common.run import Run, dataset_label, plain, script_name
 from common.stages import idle
 from common.tasks import Task
@@ -100,7 +100,7 @@ def trained(run: Run, algorithm: str, data: datasets.Dataset, Agent, Optimizers,
         path, kind=agent.kind, obs_dim=obs_dim, action_dim=action_dim, hidden_layers=hidden_of(agent.actor.net),
         state_mean=mean, state_std=std, algorithm=algorithm, env_id=data.task.data, simulator=data.task.simulator,
         seed=args.seed, steps=args.steps, score=run.scores(algorithm)[-1], actor=agent.actor.state_dict(),
-        made_with=run.made_with, learner=learner, clip=clip, **about, **critics,
+        made_with=run.made_with, learner=learner, clip=clip, **range_of(data), **about, **critics,
     )  # fmt: skip
     return path
 

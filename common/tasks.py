@@ -56,6 +56,7 @@ class Task:
     keys       - the parts of a dictionary of observations that make up a vector, in their order; see common/spaces.py
     clip       - standardised observations are held within ± this, by the environments as by the data
     arrives    - whether an episode of the data is over at its first reward, whatever comes after it there
+    action_range - the environment's lowest and highest actions, (A,) each, where they are not ±1
     """
 
     family: str
@@ -77,6 +78,7 @@ class Task:
     keys: tuple[str, ...] = ()
     clip: float = math.inf
     arrives: bool = False
+    action_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @property
     def measure(self) -> str:

@@ -60,7 +60,7 @@ def true_values(args: Args, script: str, seed: int) -> np.ndarray:
     data = rollouts.held_out(spec, data)
     torch.manual_seed(seed)
     # the probe asks for Q of the most likely action, and O2PPO for V
-    first = None if net.kind == "gaussian" else net.act(data.obs)
+    first = None if net.kind == "gaussian" else net.mode(net.seen(data.obs))
     return rollouts.returns_ahead([], data, np.arange(len(data)), net, spec, first)
 
 

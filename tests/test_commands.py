@@ -1,5 +1,6 @@
 """The commands on policies and on finished runs: play, export, compare."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -85,12 +86,15 @@ LAYERS = [[8, "ReLU", 8, "Tanh"], [8, "LayerNorm", "ELU", "Clip"], [8, "LeakyReL
 
 
 @pytest.mark.parametrize("hidden", LAYERS, ids=str)
+@pytest.mark.parametrize("ranged", [False, True])
 @pytest.mark.parametrize("kind", policies.KINDS)
-def test_an_exported_policy_acts_as_it_did(kind, hidden):
+def test_an_exported_policy_acts_as_it_did(kind, ranged, hidden):
     policy = policies.Policy(kind, 11, 3, hidden)
     policy.state_mean, policy.state_std = torch.randn(11), torch.rand(11) + 0.5
     for buffer in policy.net.buffers():  # the bounds of Clip
         buffer.fill_(0.3 if buffer[0] > 0 else -0.3)
+    if ranged:
+        policy.action_range = torch.tensor([[-2.0, 0.0, -1.6], [2.0, 1.0, 0.5]])
     model = export.to_onnx(policy.requires_grad_(False), 11, 3)
     check_layers(Path("policy.onnx"), model)  # `--offline policy.onnx` takes it back without --trust-checkpoint
     session = onnxruntime.InferenceSession(model.SerializeToString())
@@ -103,11 +107,20 @@ def test_an_exported_policy_acts_as_it_did(kind, hidden):
 def test_an_exported_policy_is_taken_back(run_script, tmp_path):
     path = SHIPPED / "hopper-medium-demo__td3_bc.pt"
     code, out, err = run_script(export, path, "--out", tmp_path / "policy.onnx")
-    assert code == 0 and "obs (batch, 11) → actions (batch, 3)" in out, err
+    assert code == 0 and "obs (batch, 11) → actions (batch, 3) in [-1, 1]" in out, err
     data = load(tasks.DEMO).head(500)
     policy = load_policy(tmp_path / "policy.onnx", data)
     actions = policies.player(policy).mode((data.obs - policy["state_mean"]) / policy["state_std"])
     torch.testing.assert_close(actions, policies.load(path).act(data.obs), atol=1e-4, rtol=0)
+    # and in an environment of another range, which takes the file's actions as they are
+    ranged = policies.read(path) | {"action_range": torch.tensor([[-2.0, 0.0, -1.6], [2.0, 1.0, 0.5]]).double()}
+    policies.save_policy(tmp_path / "own.pt", **ranged)
+    code, out, err = run_script(export, tmp_path / "own.pt")
+    assert code == 0 and "(batch, 3) in the environment's range" in out, err
+    data.task = dataclasses.replace(data.task, action_range=tuple(map(tuple, ranged["action_range"].tolist())))
+    policy = load_policy(tmp_path / "own.onnx", data)
+    again = policies.player(policy).mode((data.obs - policy["state_mean"]) / policy["state_std"])
+    torch.testing.assert_close(again, actions, atol=1e-4, rtol=0)
     code, _, err = run_script(export, path, "--out", tmp_path / "nowhere" / "policy.onnx")
     assert code == 2 and err.count("\n") == 1 and "No such file or directory" in err and "choose another --out" in err
     code, _, err = run_script(export, tmp_path / "policy.onnx")

@@ -1,11 +1,14 @@
 """policy.pt: all that anyone needs to use a policy, checked whenever it is loaded."""
 
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from baselines import rlpd
 from common import policies
 from common.checkpoint import save_tensors
 from common.cli import UserError
@@ -43,6 +46,40 @@ def test_a_file_alone_gives_back_its_policy(kind, hidden_layers, tmp_path):
     assert isinstance(got, np.ndarray) and got.dtype == np.float32
     np.testing.assert_allclose(policy.act(raw[3]), want[3], rtol=0, atol=1e-6)
     torch.testing.assert_close(policy.act(torch.tensor(raw)), torch.tensor(want), rtol=0, atol=1e-6)
+
+
+RANGE = torch.tensor([[-2.0, 0.0, -1.6], [2.0, 1.0, 0.5]]).double()
+
+
+def test_act_gives_actions_in_the_range_of_the_environment(tmp_path):
+    fields = checkpoint("deterministic") | {"action_range": RANGE}
+    fields["actor"] = {name: 100 * weight for name, weight in fields["actor"].items()}  # so that most are at a bound
+    policies.save_policy(tmp_path / "policy.pt", **fields)
+    policy, raw = policies.load(tmp_path / "policy.pt"), torch.randn(200, S)
+    (low, high), unit, got = RANGE, policy.mode(policy.seen(raw)), policy.act(raw)
+    assert unit.abs().max() == 1 and got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), low + (unit.double() + 1) / 2 * (high - low), rtol=1e-6, atol=1e-6)
+    assert (got >= low.float()).all() and (got <= high.float()).all() and got.amax(0).equal(high.float())
+    np.testing.assert_array_equal(policy.act(raw.numpy()), got)
+    torch.testing.assert_close(policies.to_unit(got, RANGE), unit, rtol=0, atol=1e-6)
+    assert policies.to_unit(torch.full((1, A), 3.0), RANGE).tolist() == [[1, 1, 1]]
+
+
+def test_a_file_that_does_not_say_the_range_learns_it_from_the_data(tmp_path):
+    data, old, new = load("hopper-medium-demo").head(50), tmp_path / "old.pt", tmp_path / "new.pt"
+    for path, more in ((old, {}), (new, {"action_range": RANGE})):
+        policies.save_policy(path, **checkpoint("deterministic"), **more)
+    assert "action_range" not in load_policy(old, data)
+    with pytest.raises(UserError, match=r"gives actions from \[-2.0, 0.0, .* takes -1 to 1"):
+        load_policy(new, data)
+    data.task = dataclasses.replace(data.task, action_range=tuple(map(tuple, RANGE.tolist())))
+    for path in (old, new):
+        assert load_policy(path, data)["action_range"].equal(RANGE)
+    fresh = rlpd.at_random(SimpleNamespace(made_with={}, dir=tmp_path), data)
+    assert fresh["action_range"].equal(RANGE)
+    data.task = dataclasses.replace(data.task, action_range=tuple(map(tuple, (2 * RANGE).tolist())))
+    with pytest.raises(UserError, match=r"takes \[-4.0, 0.0, "):
+        load_policy(new, data)
 
 
 def test_a_network_and_its_description_are_the_same_thing():
@@ -106,6 +143,9 @@ CRAFTED = {
     "whole numbers": (lambda file: file | {"state_mean": torch.zeros(S, dtype=torch.int64)}, "mean is no array"),
     "another deviation": (lambda file: file | {"state_std": 1.001 * file["state_std"]}, "does not act as it did"),
     "no deviation": (lambda file: file | {"state_std": torch.zeros(S)}, "does not act as it did"),
+    "a range of one number": (lambda file: file | {"action_range": torch.ones(2).double()}, "range is"),
+    "a range of nothing": (lambda file: file | {"action_range": torch.ones(2, A).double()}, "has actions from"),
+    "another range": (lambda file: file | {"action_range": RANGE}, "does not act as it did"),
     "no examples": (lambda file: file | {"examples": {}}, "obs is missing"),
     "empty examples": (lambda file: file | {"examples": {key: x[:0] for key, x in file["examples"].items()}},
                        "does not act as it did"),

@@ -1,6 +1,7 @@
 """Policies as programs: ONNX and TorchScript act as their own runtime lets them act."""
 
 import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,6 +59,32 @@ def test_onnx_plays_its_own_actions(batch, real, net, raw_data):
     mean, std = raw_data.statistics()
     policy = load_policy(path, raw_data, normalize_from="1")
     close(acts(policy, raw_data), net((raw_data.obs[:60] - mean) / std))
+
+
+def test_programs_give_the_environments_own_actions(raw_data):
+    """Which policies know within ±1; what lies beyond its range is clipped."""
+    raw_data.task = replace(raw_data.task, action_range=((-2.0, 0.0, -1.6), (2.0, 1.0, 0.5)))
+    net = network(S, 32, A, activation=nn.Tanh)
+    low, high = torch.tensor(raw_data.task.action_range)
+    own = net(raw_data.obs[:60]).clamp(low, high)
+    assert 0.1 < ((own == low) | (own == high)).float().mean() < 0.9
+    for path in (onnx_file(*onnx_nodes(net)), torchscript_file(net)):
+        policy = load_policy(path, raw_data, trust=True)
+        close(acts(policy, raw_data), 2 * (own - low) / (high - low) - 1)
+        assert policy["action_range"].tolist() == [list(row) for row in raw_data.task.action_range]
+
+
+class Coarse(nn.Module):
+    """Answers several observations 0.01 further off than one."""
+
+    def forward(self, x):
+        return x[:, :3] + 0.01 * min(len(x) - 1, 1)
+
+
+def test_what_a_program_may_be_off_by_depends_on_the_range(raw_data):
+    refused(torchscript_file(Coarse()), raw_data, "neighbours", trust=True)
+    raw_data.task = replace(raw_data.task, action_range=((-1000.0,) * A, (1000.0,) * A))
+    assert load_policy("policy.pt", raw_data, trust=True)["kind"] == "function"
 
 
 def test_onnx_with_its_weights_in_a_second_file(net, raw_data, tmp_path):

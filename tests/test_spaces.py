@@ -11,7 +11,7 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 import o2td3
-from common import agreement, datasets, envs, tasks
+from common import agreement, datasets, envs, policies, tasks
 from common.cli import UserError
 
 
@@ -285,5 +285,9 @@ def test_a_run_with_goals(tmp_path, run_script, monkeypatch):
     assert code == 0, err
     assert "observations are achieved_goal (2), observation (3), desired_goal (2), in this order" in out
     assert "mean returns, on no scale" in out and "of the last evaluation's episodes" in out and " return " in out
+    files = [*tmp_path.glob("*/policy.pt"), *tmp_path.glob("*/best.pt")]
+    assert len(files) == 3  # the offline policy, and what the run made of it
+    for file in files:
+        assert policies.load(file).action_range.tolist() == [[-1, -0.5], [1, 2]]
     code, out, err = run_script(o2td3, "--env-id", "mytask:Reach-v1", "--dataset-path", path, "--run-dir", tmp_path)
     assert code == 2 and err == "error: Reach-v1 has no time limit; give one with --max-episode-steps\n"

@@ -144,6 +144,11 @@ def test_monte_carlo_of_q_stability(monkeypatch):
     monkeypatch.setattr(rollouts, "STATES", 4)
     found = q_stability.true_values(harness.Args(), "o2td3", 0)
     assert 2 <= len(found) <= 4 and (found > 0).all() and 200 < found.max() < 400
+    # the first action is one of ±1, as rollouts play them, in whatever range the environment takes it
+    wide, read = torch.tensor([[-9.0], [9.0]]).repeat(1, A), q_stability.load_policy
+    monkeypatch.setattr(q_stability, "load_policy", lambda *where: read(*where) | {"action_range": wide})
+    monkeypatch.setattr(rollouts, "returns_ahead", lambda *given: given[-1])
+    assert q_stability.true_values(harness.Args(), "o2td3", 0).abs().max() <= 1
 
 
 # ----------------------------------------------------------------------------------------------- statistics

@@ -74,7 +74,7 @@ def our_policy(path: Path, data) -> dict:
     """The policy of a policy.pt, for the environment of `data`. Raises UserError."""
     policy = policies.read(path, data.obs.device)
     policies.check_environment(policy, path, data)
-    return policy
+    return policy | policies.range_of(data)  # which an older file does not say
 
 
 def view_named(name: str, data) -> View | None:

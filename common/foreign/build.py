@@ -11,7 +11,7 @@ from torch import nn
 from common.cli import UserError
 from common.inert import fault_of
 from common.nn import Clip, hidden_of
-from common.policies import FORMAT, examples_of
+from common.policies import FORMAT, examples_of, range_of
 
 
 class Function:
@@ -49,7 +49,7 @@ def wrap(
     return dict(
         format=FORMAT, kind=kind, obs_dim=data.obs.shape[1], action_dim=data.actions.shape[1], hidden_layers=hidden,
         state_mean=mean, state_std=std, algorithm=algorithm, env_id="", simulator=data.task.simulator, seed=0, steps=0,
-        score=math.nan, examples=examples_of(data), data={}, made_with={}, actor=actor,
+        score=math.nan, examples=examples_of(data), data={}, made_with={}, actor=actor, **range_of(data),
     )  # fmt: skip
 
 

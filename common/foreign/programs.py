@@ -1,4 +1,4 @@
-"""Policies as programs, from raw observations to actions: ONNX, which d3rlpy exports, and TorchScript.
+"""Policies as programs, from raw observations to an environment's own actions: ONNX, as of d3rlpy, and TorchScript.
 
 An ONNX file of plain layers is data; one that loops, branches or asks for memory by numbers is a program, as any
 TorchScript file is, and those run with --trust-checkpoint alone.
@@ -12,6 +12,7 @@ import torch
 
 from common.cli import UserError
 from common.foreign.build import Function, View, misfit, wrap
+from common.policies import range_of, to_unit
 
 # What networks of layers compute: no loop, no branch, no shape that is computed or given as a number
 LAYERS = """
@@ -31,11 +32,13 @@ def program(path: Path, data, call, view: View) -> dict:
     has to answer the same; where it cannot, it is played row by row.
     """
     mean, std = data.statistics()
+    action_range = range_of(data).get("action_range")
+    unit = 1 if action_range is None else (action_range[1] - action_range[0]) / 2
     rows = view(data.obs[:: max(1, len(data) // 32)][:32])
     alone, again = (torch.cat([tried(path, data, call, row) for row in rows.split(1)]) for _ in range(2))
     if not alone.isfinite().all():
         raise UserError(f"{path} gives actions that are NaN or infinite; train it again, or take another policy")
-    if (alone - again).abs().max() > 1e-4:
+    if ((alone - again) / unit).abs().max() > 1e-4:
         raise UserError(
             f"{path} gives two different actions for one observation: dropout is still active in it, or it samples; "
             "export its most likely action in evaluation mode (module.eval())"
@@ -45,7 +48,7 @@ def program(path: Path, data, call, view: View) -> dict:
         batched = together.shape == alone.shape
     except Exception:  # whatever it says: it was made for one observation
         batched = False
-    if batched and (alone - together).abs().max() > 1e-3:
+    if batched and ((alone - together) / unit).abs().max() > 1e-3:
         raise UserError(
             f"{path} acts on one observation as its neighbours say, as batch normalisation does in training; export "
             "its most likely action in evaluation mode (module.eval())"
@@ -53,7 +56,7 @@ def program(path: Path, data, call, view: View) -> dict:
 
     def act(obs):  # standardised
         x = view(obs * std + mean)
-        return (call(x) if batched else torch.cat([call(row) for row in x.split(1)])).clamp(-1, 1)
+        return to_unit(call(x) if batched else torch.cat([call(row) for row in x.split(1)]), action_range)
 
     return wrap(data, Function(act), path.stem)
 
