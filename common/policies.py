@@ -57,21 +57,37 @@ class Policy(nn.Module):
         self.register_buffer("state_mean", torch.zeros(obs_dim), persistent=False)
         self.register_buffer("state_std", torch.ones(obs_dim), persistent=False)
         self.register_buffer("action_range", None, persistent=False)
-        self.clip = math.inf
+        self.clip, self.simulator = math.inf, ""
 
     @torch.no_grad()
     def act(self, obs):
         """The most likely action for raw observations, both an environment's own: (S,) -> (A,) or (B, S) -> (B, A).
 
-        NumPy's arrays in, NumPy's out; else tensors.
+        NumPy's arrays in, NumPy's out; else tensors. Raises UserError for what is no observation of its environment.
         """
         actions = to_range(self.mode(self.seen(obs)), self.action_range)
         return actions.cpu().numpy() if isinstance(obs, np.ndarray) else actions
 
     def seen(self, obs) -> torch.Tensor:
-        """Raw observations as the network sees them, standardised."""
+        """Raw observations as the network sees them, standardised. Raises UserError for what is none."""
+        if np.shape(obs)[-1:] != self.state_mean.shape:
+            raise self.misfit(obs)
         raw = torch.as_tensor(obs, dtype=self.state_mean.dtype, device=self.state_mean.device)
         return ((raw - self.state_mean) / self.state_std).clamp(-self.clip, self.clip)
+
+    def misfit(self, obs) -> UserError:
+        shape, n = np.shape(obs), len(self.state_mean)
+        if self.simulator == "D4RL's ant" and shape[-1:] == (27,):
+            remedy = "add the contact forces that Gymnasium leaves out: common.envs.ZeroForces(env, 84)"
+        elif isinstance(obs, dict) or math.prod(shape) == n:
+            remedy = "make them a vector, with common.spaces: spaces.Flat(env, spaces.order_of(env))"
+        else:
+            remedy = "act in the environment that it was trained in"
+        found = f"of the shape {shape}" if shape else f"a {type(obs).__name__}"
+        return UserError(
+            f"a policy of {self.simulator or 'this kind'} takes observations of {n:,} numbers, but was given {found}; "
+            f"{remedy}"
+        )
 
     def mode(self, obs: torch.Tensor) -> torch.Tensor:
         out = self.net(obs)
@@ -122,7 +138,7 @@ def module(policy: dict) -> Policy:
     net = Policy(policy["kind"], policy["obs_dim"], policy["action_dim"], policy["hidden_layers"])
     net.load_state_dict(policy["actor"])
     net.state_mean, net.state_std, net.clip = policy["state_mean"], policy["state_std"], policy.get("clip", math.inf)
-    net.action_range = policy.get("action_range")
+    net.action_range, net.simulator = policy.get("action_range"), policy["simulator"]
     return net.to(policy["state_mean"].device).requires_grad_(False)
 
 

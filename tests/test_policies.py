@@ -4,10 +4,13 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+import common.envs
+import common.spaces
 from baselines import rlpd
 from common import policies
 from common.checkpoint import save_tensors
@@ -15,6 +18,8 @@ from common.cli import UserError
 from common.datasets import load
 from common.foreign import load_policy
 from common.nn import Clip, ensemble_mlp, hidden_of, mlp, widths_of
+from common.physics import as_d4rl
+from tests import test_spaces  # noqa: F401 - which registers Reach-v0
 from tests.test_transfer import A, S, checkpoint
 
 NETWORKS = ([256, "ReLU", 256, "ReLU"], [64, "Tanh", 32, "Tanh"], [16, "LayerNorm", "ELU"], ["Clip", 8, "GELU"], [])
@@ -63,6 +68,20 @@ def test_act_gives_actions_in_the_range_of_the_environment(tmp_path):
     np.testing.assert_array_equal(policy.act(raw.numpy()), got)
     torch.testing.assert_close(policies.to_unit(got, RANGE), unit, rtol=0, atol=1e-6)
     assert policies.to_unit(torch.full((1, A), 3.0), RANGE).tolist() == [[1, 1, 1]]
+
+
+def test_observations_that_are_none_of_its_environments_are_named_with_what_helps():
+    ant = policies.module(checkpoint("deterministic", obs_dim=111) | {"simulator": "D4RL's ant"})
+    goals = policies.module(checkpoint("deterministic", obs_dim=7) | {"simulator": "Reach-v0"})
+    for policy, env in ((ant, as_d4rl(gym.make("Ant-v4"))), (goals, gym.make("Reach-v0"))):
+        with pytest.raises(UserError) as error:
+            policy.act(env.reset(seed=0)[0])
+        helps = eval(str(error.value).rpartition(": ")[2], {"env": env, "common": common, "spaces": common.spaces})
+        assert policy.act(helps.reset(seed=0)[0]).shape == (A,)
+    for obs, words in ((np.zeros(17), "of the shape (17,)"), (np.zeros((2, 8)), "(2, 8)"), (3.0, "a float")):
+        with pytest.raises(UserError, match="of Reach-v0 takes observations of 7 numbers") as error:
+            goals.act(obs)
+        assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_file_that_does_not_say_the_range_learns_it_from_the_data(tmp_path):

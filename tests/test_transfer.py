@@ -27,18 +27,19 @@ ACTORS = {"squashed_gaussian": o2sac.Actor, "deterministic": o2td3.Actor, "gauss
 LAYERS = [256, "ReLU", 256, "ReLU"]
 
 
-def checkpoint(kind, hidden_layers=LAYERS):
+def checkpoint(kind, hidden_layers=LAYERS, obs_dim=S):
     torch.manual_seed(5)
-    net = policies.Policy(kind, S, A, hidden_layers)
+    net = policies.Policy(kind, obs_dim, A, hidden_layers)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.02 * torch.randn_like(p))
         if kind == "gaussian":
             net.log_std.copy_(torch.tensor([-1.0, -1.5, -0.5]))
     return dict(
-        kind=kind, obs_dim=S, action_dim=A, hidden_layers=hidden_layers, state_mean=torch.zeros(S), algorithm="test",
-        state_std=torch.ones(S), env_id="x", simulator=tasks.resolve(tasks.DEMO).simulator, seed=0, steps=1, score=1.0,
-        examples={"obs": torch.randn(4, S)}, data={}, made_with={}, actor=net.state_dict(),
+        kind=kind, obs_dim=obs_dim, action_dim=A, hidden_layers=hidden_layers, state_mean=torch.zeros(obs_dim),
+        algorithm="test", state_std=torch.ones(obs_dim), env_id="x", simulator=tasks.resolve(tasks.DEMO).simulator,
+        seed=0, steps=1, score=1.0, examples={"obs": torch.randn(4, obs_dim)}, data={}, made_with={},
+        actor=net.state_dict(),
     )  # fmt: skip
 
 
