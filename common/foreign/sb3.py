@@ -66,7 +66,7 @@ def refuse_what_is_not_read(path: Path, about: dict, kwargs: dict, state: dict) 
     extractor = str(kwargs.get("features_extractor_class", "FlattenExtractor'>"))
     limits = about.get("action_space") if isinstance(about.get("action_space"), dict) else {}
     limits = {
-        float(x) for key in ("low", "high") for x in re.findall(r"\d+\.?\d*(?:e[-+]?\d+)?", str(limits.get(key, "")))
+        float(x) for key in ("low", "high") for x in re.findall(r"-?\d+\.?\d*(?:e[-+]?\d+)?", str(limits.get(key, "")))
     }
     reasons = {
         "is a model of RecurrentPPO, which acts on a history": any(key.startswith("lstm_actor") for key in state),
@@ -75,7 +75,8 @@ def refuse_what_is_not_read(path: Path, about: dict, kwargs: dict, state: dict) 
         "explores with gSDE (train it with use_sde=False)": about.get("use_sde") or kwargs.get("use_sde"),
         "has a policy class of its own": not module.startswith(("stable_baselines3.", "sb3_contrib.")),
         "chooses among discrete actions": "action_net.weight" in state and "log_std" not in state,
-        f"acts within ± {max(limits, default=1):g} and not ± 1": "log_std" in state and limits - {1.0},
+        f"acts from {min(limits, default=-1):g} to {max(limits, default=1):g} and not within ± 1": "log_std" in state
+        and limits - {-1.0, 1.0},
     }
     for reason, holds in reasons.items():
         if holds:
