@@ -82,17 +82,21 @@ def seconds(paths: list[Path], *stages: str) -> float:
     return float(np.mean([sum(analysis.result(path)["seconds"][stage] for stage in stages) for path in paths]))
 
 
-def finals(groups: dict[str, list[Path]]) -> dict[str, str]:
-    """Scores in the end, with intervals."""
-    found = {name: np.array([analysis.summary(path)["final"] for path in paths]) for name, paths in groups.items()}
-    return {name: analysis.number(point) for name, point in analysis.interval(found).items()}
+def online(groups: dict[str, list[Path]]) -> dict[str, list[str]]:
+    """The score in the end and the area under its curve, with intervals."""
+    found = {name: [] for name in groups}
+    for key in ("final", "area"):
+        values = {name: np.array([analysis.summary(path)[key] for path in paths]) for name, paths in groups.items()}
+        for name, point in analysis.interval(values).items():
+            found[name].append(analysis.number(point))
+    return found
 
 
 def lines(args: Args, stage: str, done: dict[str, list[Spec]], panel, known: dict) -> list[list[str]]:
     """A stage's table, from finished runs, and its panel; `known` are returns of policies that were played before."""
     _, scalar, label = MEASURES[stage]
     paths, found = {name: harness.finished(args, specs) for name, specs in done.items()}, []
-    scores = finals(paths)
+    scores = online(paths)
     for name, specs in done.items():
         if stage == "reevaluate":
             measured = [truth.measured(args, spec, known) for spec in specs]
@@ -104,7 +108,7 @@ def lines(args: Args, stage: str, done: dict[str, list[Spec]], panel, known: dic
                     + [analysis.result(path)["aligned"]] for path in paths[name]]  # fmt: skip
             cells = [f"{mean:.{digits}f}" for mean, digits in zip(np.mean(ends, 0), (2, 2, 1), strict=True)]
         steps, time = steps_of(name, stage, paths[name]), duration(seconds(paths[name], stage))
-        found.append([steps, str(len(specs)), time, *cells, scores[name]])
+        found.append([steps, str(len(specs)), time, *cells, *scores[name]])
     for path in next((paths[name] for name in reversed(paths) if name != AUTO), []):
         panel.plot(*analysis.measurements(path, stage, f"probe/{scalar}"), color="C0", linewidth=1)
     for path in paths.get(AUTO, []):
@@ -134,14 +138,14 @@ def main() -> None:
             tables[stage] += [[y, *line] for line in lines(args, stage, done, panel, known)]
         pair = {"as at this scale": [full(args, y, seed) for seed in range(args.seeds)], AUTO: done.get(AUTO, [])}
         pair = {name: paths for name, found in pair.items() if (paths := harness.finished(args, found))}
-        scores, times = finals(pair), {name: seconds(paths, *MEASURES) for name, paths in pair.items()}
+        scores, times = online(pair), {name: seconds(paths, *MEASURES) for name, paths in pair.items()}
         for name, paths in pair.items():
             saved = f"{1 - times[name] / next(iter(times.values())):.0%}"
-            both.append([y, name, str(len(paths)), duration(times[name]), saved, scores[name]])
+            both.append([y, name, str(len(paths)), duration(times[name]), saved, *scores[name]])
     what = analysis.measure(harness.finished(args, everything))
     for stage, (columns, *_) in MEASURES.items():
-        report.table(stage, ["", "steps", "runs", "time", *columns, f"final {what}"], tables[stage])
-    report.table("both stages", ["", "", "runs", "time", "saved", f"final {what}"], both)
+        report.table(stage, ["", "steps", "runs", "time", *columns, f"final {what}", "area (speed)"], tables[stage])
+    report.table("both stages", ["", "", "runs", "time", "saved", f"final {what}", "area (speed)"], both)
     report.figure(figure)
     report.text.append(NOTE)
     report.finish(analysis.results(harness.finished(args, everything)), failures)

@@ -10,7 +10,7 @@ import o2td3
 from common.cli import UserError
 from common.log import read_rows
 from common.run import plain
-from experiments import alignment, budget, harness, rollouts
+from experiments import alignment, analysis, budget, harness, rollouts
 from tests.conftest import TINY
 
 AUTO = ["--reevaluate-steps", "auto", "--align-steps", "auto"]
@@ -96,6 +96,8 @@ def test_of_finished_runs(tmp_path, run_script, monkeypatch, hdf5):
     last = [row for row in read_rows(first / "progress.csv") if row["stage"] == "align"][-1]
     assert own[4:6] == [f"{last[f'probe/{name}']:.2f}" for name in ("rank_correlation", "drift")]
     assert [row[1:5] for row in rows[6:7]] == [["as at this scale", "1", "29 min", "0%"]]
+    done = analysis.summary(first)
+    assert all(row[-2:] == [f"{done['final']:.1f}", f"{done['area']:.1f}"] for row in rows)
     assert rows[7][1] == "auto" and rows[7][4] in ("99%", "100%") and (tmp_path / "budget_data.png").exists()
 
 
