@@ -39,6 +39,8 @@ def qlearning_view(
     step = index - np.maximum.accumulate(np.where(starts, index, 0))
     marked = marked and bool(timeouts.any())
     at_limit = (step % max_steps == max_steps - 1) & (not (goes_on or marked))
+    real = np.zeros(n, bool) if whole or goes_on else ended_early(terminals, timeouts, step, max_steps)
+    timeouts &= ~real
     no_deaths = at_limit & terminals & ~timeouts
     unmarked = at_limit & ~(ended | jumps | resets) & (index < n - 1) & (not whole)
     terminals, timeouts = terminals & ~no_deaths, timeouts | no_deaths | unmarked
@@ -59,6 +61,8 @@ def qlearning_view(
         notes.append(f"episodes cut at the {limit}, though nothing marks it: {unmarked.sum():,}")
     if no_deaths.any():
         notes.append(f"terminals at the {limit}, taken for time-outs: {no_deaths.sum():,}")
+    if real.any():
+        notes.append(f"terminals before the {limit} that `timeouts` marks, too, taken for real ends: {real.sum():,}")
     if marked and (longest := int(step.max()) + 1) > max_steps:
         notes.append(f"episodes of up to {longest:,} steps, beyond the {limit}: their returns are out of reach in play")
     if resets.any():
@@ -84,6 +88,17 @@ def qlearning_view(
         states = [raw[key] for key in ("qpos", "qvel", "scene") if key in raw]
         view["states"] = np.concatenate(states, axis=1)[rows]
     return view, notes
+
+
+def ended_early(terminals: np.ndarray, timeouts: np.ndarray, step: np.ndarray, max_steps: int) -> np.ndarray:
+    """Rows that really ended, though both flags are set: `timeouts` of many a file means that the episode is over.
+
+    At the time limit a row with both is a time-out. So are all of them where `terminals` is what means that, every
+    time-out being terminal, and they come after equally many steps: under that limit the data were collected.
+    """
+    both = terminals & timeouts & (step % max_steps != max_steps - 1)
+    own_limit = both.sum() > 1 and np.ptp(step[both]) == 0 and not (timeouts & ~terminals).any()
+    return both & (not own_limit)
 
 
 def timeouts_put_right(raw: dict) -> list[str]:

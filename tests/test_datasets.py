@@ -232,7 +232,7 @@ def test_group_in_place_of_an_array(tmp_path):
         ({"observations": h5py.Empty("f4")}, "observations has the shape ()"),
         ({"next_observations": np.zeros((2_000, 11, 1))}, "next_observations has the shape (2000, 11, 1)"),
         ({"next_observations": np.zeros((2_000, 12))}, "as many"),
-        ({"timeouts": np.ones(2_000, bool)}, "no transition is left"),
+        ({"terminals": np.zeros(2_000, bool), "timeouts": np.ones(2_000, bool)}, "no transition is left"),
         ({"rewards": np.array([b"x"] * 2_000)}, "rewards is no array of numbers"),
     ],
 )

@@ -21,7 +21,9 @@ def literal_view(raw, max_steps):
         following = raw["next_observations"][i] if known else None if last else raw["observations"][i + 1]
         jump = known and not last and not np.allclose(following, raw["observations"][i + 1], 1e-5, 1e-5)
         step, total = step + 1, total + float(raw["rewards"][i])
-        if step == max_steps and terminal and not timeout:
+        if step < max_steps and terminal:
+            timeout = False
+        elif terminal and not timeout:
             terminal, timeout = False, True
         if step == max_steps and not (terminal or timeout or jump or last):
             timeout = True
@@ -102,6 +104,23 @@ def test_terminals_at_the_time_limit_are_time_outs():
     assert view["terminations"].sum() == 1 and view["obs"][view["terminations"] == 1, 0] == 103
     assert "terminals at the time limit of 10 steps, taken for time-outs: 1" in notes
     assert (step_sizes(view) == 1).all()
+
+
+def test_time_outs_that_mark_every_end_hide_no_death():
+    raw = walk([10, 4, 10, 7])
+    raw["terminals"][[13, 30]] = True
+    raw["timeouts"][[9, 13, 23, 30]] = True
+    view, notes = qlearning_view(raw, 10)
+    assert view["obs"][view["terminations"] == 1, 0].tolist() == [103]  # nothing follows the file's last row
+    assert (step_sizes(view) == 1).all() and len(view["obs"]) == 31 - 3
+    assert notes == ["terminals before the time limit of 10 steps that `timeouts` marks, too, taken for real ends: 2"]
+
+
+def test_ends_that_both_flags_mark_under_a_limit_of_the_datas_own_are_time_outs():
+    raw = walk([5, 3, 5, 5])
+    raw["terminals"][[4, 7, 12, 17]] = raw["timeouts"][[4, 12, 17]] = True
+    view, notes = qlearning_view(raw, 10)
+    assert view["obs"][view["terminations"] == 1, 0].tolist() == [102] and len(view["obs"]) == 18 - 3 and not notes
 
 
 def test_jumps_end_an_episode_and_keep_their_transition():
