@@ -46,15 +46,26 @@ def read_hdf5(path: Path, keys: tuple[str, ...] = ()) -> tuple[dict[str, np.ndar
             for key in OBSERVATIONS:
                 if parts := {part: raw.pop(f"{key}/{part}") for part in keys if f"{key}/{part}" in raw}:
                     raw[key] = joined(parts, keys)
-            for key in ("terminals", "timeouts"):  # under both names: an end is an end
-                for array in found[key][1:]:
-                    raw[key] = (raw[key].reshape(-1) != 0) | (array[()].reshape(-1) != 0)
+            for key in ("terminals", "timeouts"):
+                if found[key]:  # under both names: an end is an end
+                    raw[key] = np.any([flag(path, array) for array in found[key]], axis=0)
             source = file.attrs.get("source", "D4RL" if is_d4rls(path) else "unknown")
             return raw, source.decode() if isinstance(source, bytes) else str(source)
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(unreadable(path, error)) from error
     except MemoryError as error:
         raise UserError(f"{path} does not fit into the memory of this machine; use fewer rows of it") from error
+
+
+def flag(path: Path, array: h5py.Dataset) -> np.ndarray:
+    """An array of 0 and 1 as booleans, (N,). Raises UserError for other numbers, whose meaning nobody knows."""
+    values = array[()].reshape(-1)
+    if (other := values[(values != 0) & (values != 1)]).size:
+        raise UserError(
+            f"{path}: {array.name.lstrip('/')} holds {other[0]:g}, but is a flag: write 1 in the last row of each "
+            "episode that ended so, and 0 in all others"
+        )
+    return values != 0
 
 
 def names_in(file: h5py.File, keys: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

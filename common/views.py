@@ -8,6 +8,8 @@ that the arrays contradict is never kept, whatever the flags say.
 
 import numpy as np
 
+from common.errors import UserError
+
 
 def qlearning_view(
     raw: dict, max_steps: int, whole: bool = False, goes_on: bool = False, marked: bool = False
@@ -28,6 +30,8 @@ def qlearning_view(
     n, index = len(raw["rewards"]), np.arange(len(raw["rewards"]))
     rewards = raw["rewards"].reshape(n).astype(np.float32)
     terminals, timeouts = flags(raw)
+    false = np.zeros(n, bool) if goes_on else false_ends(raw, terminals, timeouts, follows)
+    terminals &= ~false
 
     ended = timeouts if goes_on else terminals | timeouts
     jumps = ~(follows | ended)
@@ -61,6 +65,8 @@ def qlearning_view(
         notes.append(f"episodes cut at the {limit}, though nothing marks it: {unmarked.sum():,}")
     if no_deaths.any():
         notes.append(f"terminals at the {limit}, taken for time-outs: {no_deaths.sum():,}")
+    if false.any():
+        notes.append(f"terminals after which the episode goes on, not taken for ends: {false.sum():,}")
     if real.any():
         notes.append(f"terminals before the {limit} that `timeouts` marks, too, taken for real ends: {real.sum():,}")
     if marked and (longest := int(step.max()) + 1) > max_steps:
@@ -88,6 +94,50 @@ def qlearning_view(
         states = [raw[key] for key in ("qpos", "qvel", "scene") if key in raw]
         view["states"] = np.concatenate(states, axis=1)[rows]
     return view, notes
+
+
+def false_ends(raw: dict, terminals: np.ndarray, timeouts: np.ndarray, follows: np.ndarray) -> np.ndarray:
+    """Terminal rows that lead to the next row, where most terminal rows do not, (N,).
+
+    Raises UserError where most do and episodes end elsewhere. Leading to the next row alone proves nothing: a reset may
+    be a row of its own, or what `next_observations` shows at every end.
+    """
+    ends = terminals & ~timeouts
+    ends[-1] = False
+    going = ends & follows
+    late = (~follows & ~(terminals | timeouts)).sum() > ends.sum() / 2
+    masks = ends.mean() > 0.5 and (~follows & (~terminals | timeouts)).any()
+    if (going.sum() > 0.8 * ends.sum() and (late or masks)) or leaps_elsewhere(raw["observations"], ends):
+        raise UserError(
+            "`terminals` marks rows after which the episode goes on: these flags are a row late, or masks (1 = goes "
+            "on); write 1 in the last row of each episode that really ended, and 0 in all others"
+        )
+    firsts = raw["observations"][np.roll(ends, 1)]
+    if not going.any() or going.sum() > ends.sum() / 2 or len(np.unique(firsts, axis=0)) < len(firsts):
+        return np.zeros(len(ends), bool)  # where all episodes begin alike, one may begin just where another one ended
+    going[:-1] &= ends[1:] | (raw["rewards"].reshape(-1)[1:] != 0)  # not into a row that only resets
+    return going
+
+
+def leaps_elsewhere(obs: np.ndarray, ends: np.ndarray) -> bool:
+    """Whether observations (N, S) leap, as they do from one episode to another, elsewhere than after most of `ends`.
+
+    Elsewhere: a row before; or, where most rows are ends, after the others. In the latter case the observations after
+    ends have to differ, too: episodes of one step may all begin alike.
+    """
+    scale = obs[:: max(1, len(obs) // 10_000)].std(0, dtype=np.float64) + 1e-3
+
+    def leap(rows, others):
+        some = slice(None, None, max(1, len(rows) // 10_000))
+        return np.median(np.abs((obs[rows[some]].astype(np.float64) - obs[others[some]]) / scale).mean(1))
+
+    rows, others = np.flatnonzero(ends), np.flatnonzero(~ends[:-1])
+    if len(rows) < 10 or not len(others):
+        return False
+    after = leap(rows, rows + 1)
+    if len(rows) > len(others):
+        return min(leap(others, others + 1), leap(rows + 1, np.roll(rows, len(rows) // 2) + 1)) > 5 * after
+    return leap(rows[rows > 0] - 1, rows[rows > 0]) > 5 * max(after, leap(others, others + 1))
 
 
 def ended_early(terminals: np.ndarray, timeouts: np.ndarray, step: np.ndarray, max_steps: int) -> np.ndarray:
@@ -148,6 +198,7 @@ def in_order(raw: dict, notes: list[str]) -> tuple[dict, np.ndarray]:
     if "next_observations" not in raw:
         return raw, np.ones(n, bool)
     ended, follows = np.logical_or(*flags(raw)), np.append(successors(raw), True)
+    ended &= ended.mean() <= 0.5  # flags in most rows may be masks, and hide an order
     if (follows | ended).mean() >= 0.5:
         return raw, follows
     for row in np.flatnonzero(~ended)[:10]:

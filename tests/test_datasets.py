@@ -233,6 +233,9 @@ def test_group_in_place_of_an_array(tmp_path):
         ({"next_observations": np.zeros((2_000, 11, 1))}, "next_observations has the shape (2000, 11, 1)"),
         ({"next_observations": np.zeros((2_000, 12))}, "as many"),
         ({"terminals": np.zeros(2_000, bool), "timeouts": np.ones(2_000, bool)}, "no transition is left"),
+        ({"terminals": np.tile([-1, 1], 1_000)}, "terminals holds -1, but is a flag: write 1 in the last row"),
+        ({"timeouts": np.full(2_000, 0.5)}, "timeouts holds 0.5, but is a flag"),
+        ({"truncations": np.full(2_000, np.nan)}, "truncations holds nan, but is a flag"),
         ({"rewards": np.array([b"x"] * 2_000)}, "rewards is no array of numbers"),
     ],
 )

@@ -123,6 +123,67 @@ def test_ends_that_both_flags_mark_under_a_limit_of_the_datas_own_are_time_outs(
     assert view["obs"][view["terminations"] == 1, 0].tolist() == [102] and len(view["obs"]) == 18 - 3 and not notes
 
 
+def drifting(lengths, next_observations):
+    """Episodes that begin somewhere and go by small steps, each of which really ends."""
+    rng, ends = np.random.default_rng(0), np.cumsum(lengths) - 1
+    moves = np.concatenate([np.cumsum(rng.normal(size=(length + 1, 2)), 0) * 0.1 + rng.normal(size=2) * 5
+                            for length in lengths])  # fmt: skip
+    rows = np.delete(np.arange(len(moves)), ends + 1 + np.arange(len(lengths)))
+    raw = {"observations": moves[rows], "actions": np.zeros((len(rows), 3)), "rewards": np.ones(len(rows)),
+           "terminals": np.isin(np.arange(len(rows)), ends)}  # fmt: skip
+    return raw | ({"next_observations": moves[rows + 1]} if next_observations else {})
+
+
+@pytest.mark.parametrize("environments", [1, 4])
+@pytest.mark.parametrize("next_observations", [True, False])
+def test_terminals_that_the_arrays_contradict_are_refused(next_observations, environments):
+    raw = drifting([30, 10, 15, 25] * 10, next_observations)
+    ends = raw["terminals"]
+    assert qlearning_view(raw, 1_000)[0]["terminations"].sum() == 40 - (not next_observations)
+    timeouts = np.arange(800) % 80 == 79
+    for wrong in (
+        {"terminals": ~ends},
+        {"terminals": np.append(False, ends[:-1])},
+        {"terminals": np.ones(800, bool), "timeouts": timeouts},
+        {"terminals": np.append(False, (ends & ~timeouts)[:-1]), "timeouts": timeouts},
+    ):
+        rows = raw | wrong
+        if environments > 1 and next_observations:
+            rows = interleaved(rows, 800, environments)
+        with pytest.raises(UserError, match="a row late, or masks"):
+            qlearning_view(rows, 1_000)
+
+
+def test_ends_in_most_rows_are_no_masks():
+    for lengths in ([1] * 100, [1, 1, 1, 2] * 30):
+        for next_observations in (True, False):
+            raw = drifting(lengths, next_observations)
+            n = len(raw["rewards"])
+            view, notes = qlearning_view(raw, 1_000)
+            assert len(view["obs"]) == n - (not next_observations) and len(view["returns"]) >= len(lengths) - 1
+            first = np.insert(raw["terminals"][:-1], 0, True)  # the same with one beginning for all, nearly or just so
+            for noise in (0.0, 0.01):
+                raw["observations"][first] = noise * np.random.default_rng(1).normal(size=(first.sum(), 2))
+                assert len(qlearning_view(raw, 1_000)[0]["obs"]) == len(view["obs"]) and not notes
+
+
+def test_a_few_terminals_after_which_the_episode_goes_on_are_no_ends():
+    raw = drifting([30, 10, 15, 25] * 10, True)
+    raw["terminals"][[3, 50, 120]] = True
+    view, notes = qlearning_view(raw, 1_000)
+    assert view["terminations"].sum() == len(view["returns"]) == 40
+    assert notes == ["terminals after which the episode goes on, not taken for ends: 3"]
+
+
+def test_an_end_where_all_episodes_begin_is_an_end():
+    raw = walk([4, 3, 5], rewards=np.ones(12))
+    raw["observations"] %= 100
+    raw["next_observations"] = raw["observations"] + 1
+    raw["terminals"][[3, 6, 11]], raw["next_observations"][6] = True, 0  # came home
+    view, notes = qlearning_view(raw, 1_000)
+    assert view["terminations"].sum() == 3 and not notes
+
+
 def test_jumps_end_an_episode_and_keep_their_transition():
     raw = walk([4, 3, 5])
     raw["next_observations"] = raw["observations"] + 1
