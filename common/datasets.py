@@ -268,9 +268,22 @@ def check(raw: dict, task: Task, path) -> None:
             f"{space.shape[0]} dimensions; name the environment that the data come from with --env-id"
         )
     for key, values in raw.items():
-        if key not in ("qpos", "qvel", "scene") and not np.isfinite(values).all():
-            row = int(np.argwhere(~np.isfinite(values))[0][0])
-            raise UserError(f"{path} holds NaN or infinite {key} (first in row {row}); repair or remove these rows")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(values.astype(np.float32, copy=False))  # in which everything is learned
+        if key not in ("qpos", "qvel", "scene") and not finite.all():
+            row = int(np.argwhere(~finite)[0][0])
+            raise UserError(
+                f"{path} holds NaN or infinite {key}, or such as are beyond float32's range (first in row {row}); "
+                "repair or remove these rows"
+            )
+    for i in range(obs_dim if obs.dtype.itemsize > 2 and obs.dtype != np.float32 else 0):
+        std, offset = obs[:, i].std(dtype=np.float64), abs(obs[:, i].mean(dtype=np.float64))
+        lost = np.spacing(np.float32(offset)) / 2
+        if std > 1e-6 and lost > 0.01 * (std + 1e-3):
+            raise UserError(
+                f"{path}: column {i} of observations varies by {std:.4g} about {offset:.4g}, which float32 rounds to "
+                f"multiples of {2 * lost:.3g}; subtract the offset, in the data and in the environment"
+            )
     raw["actions"] = to_unit_range(actions, space.low, space.high)
     beyond = np.abs(raw["actions"]).max(0)
     if beyond.max() > 1 + 1e-4:  # as far as rounding goes: such actions are clipped

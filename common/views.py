@@ -26,6 +26,8 @@ def qlearning_view(
     `marked` (Adroit) its time-outs, where there are any, are all of them: a demonstration may be longer than the limit.
     """
     notes: list[str] = []
+    whole_numbers = {key: value for key, value in raw.items() if "observations" in key and value.dtype.kind in "biu"}
+    raw = raw | {key: value.astype(np.float64) for key, value in whole_numbers.items()}  # whose differences are numbers
     raw, follows = in_order(raw, notes)
     n, index = len(raw["rewards"]), np.arange(len(raw["rewards"]))
     rewards = raw["rewards"].reshape(n).astype(np.float32)

@@ -212,12 +212,27 @@ def test_group_in_place_of_an_array(tmp_path):
     assert "is no array of numbers" in refused(env_id="hopper-medium-v2", dataset_path=str(tmp_path / "x.hdf5"))
 
 
+def offset(by) -> np.ndarray:
+    """Observations in float64 whose column 4 counts up from there, a second each row."""
+    return np.random.default_rng(0).normal(size=(2_000, 11)) + (np.arange(2_000)[:, None] + by) * (np.arange(11) == 4)
+
+
+def test_an_offset_that_float32_takes_is_none(hdf5):
+    constant = np.full((2_000, 11), 1e9) + 1e-7 * np.random.default_rng(0).normal(size=(2_000, 11))
+    for obs in (offset(1e4), constant, offset(1.7e9).astype(np.float32)):
+        assert len(datasets.load("hopper-medium-v2", str(hdf5(observations=obs))))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"rewards": None}, "lacks rewards"),
         ({"observations": np.full((2_000, 11), np.nan)}, "NaN or infinite observations"),
         ({"rewards": np.full(2_000, np.inf)}, "NaN or infinite rewards"),
+        ({"rewards": np.full(2_000, 1e39)}, "beyond float32's range (first in row 0)"),
+        ({"observations": np.full((2_000, 11), -1e39)}, "beyond float32's range"),
+        ({"observations": offset(1.7e9)}, "column 4 of observations varies by 577 about 1.7e+09"),
+        ({"observations": offset(1.7e9).astype(np.int64)}, "subtract the offset, in the data and in the environment"),
         ({"observations": np.zeros((2_000, 17))}, "has 11 and 3 dimensions"),
         ({"actions": np.zeros((2_000, 6))}, "has 11 and 3 dimensions"),
         ({"actions": np.full((2_000, 3), 1.5)}, "actions from 1.5 to 1.5, but D4RL's hopper takes -1 to 1"),

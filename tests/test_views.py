@@ -195,6 +195,19 @@ def test_jumps_end_an_episode_and_keep_their_transition():
     assert qlearning_view(rounded, 1_000)[0]["returns"].tolist() == [4, 3, 5]
 
 
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8])
+@pytest.mark.parametrize("next_observations", [True, False])
+def test_observations_that_are_no_fractions(dtype, next_observations):
+    raw = drifting([5, 3, 4] * 20, next_observations)
+    rounded = {key: np.clip(8 * raw[key], *(0, 255) if dtype == np.uint8 else (-128, 127)).astype(dtype)
+               for key in raw if "observations" in key}  # fmt: skip
+    view, _ = qlearning_view(raw | rounded, 1_000)
+    expected, _ = qlearning_view(raw | {key: value.astype(float) for key, value in rounded.items()}, 1_000)
+    assert view["obs"].dtype == np.float32
+    for name in expected:
+        np.testing.assert_array_equal(view[name], expected[name], err_msg=name)
+
+
 def with_resets(raw, ends):
     """Recorded from a vector environment: after each of `ends` a row more, which leads to the next episode."""
     rows = np.sort(np.concatenate([np.arange(len(raw["rewards"])), ends]))
