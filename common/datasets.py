@@ -21,7 +21,7 @@ from common.envs import is_unit, observed, unscaled_env
 from common.formats import read_hdf5, read_minari
 from common.owner import own
 from common.tasks import DEMO, DEMOS, SHIPPED, Task, d4rl_url, limited, resolve
-from common.views import qlearning_view, timeouts_put_right
+from common.views import flags, qlearning_view, timeouts_put_right
 
 
 @dataclass
@@ -193,7 +193,9 @@ def load(
     else:
         path = Path(dataset_path) if dataset_path else find_file(env_id)
         raw, source = read_hdf5(path, task.keys)
-    check(raw, task, path)
+    if not whole:
+        fill_ends(raw)
+    check(raw, task, path, whole)
     moved = timeouts_put_right(raw) if task.next_infos else []
     view, notes = qlearning_view(raw, task.max_episode_steps, whole, task.goes_on, task.marked)
     if not len(view["rewards"]):
@@ -256,7 +258,15 @@ def download(url: str, path: Path) -> None:
         ) from error
 
 
-def check(raw: dict, task: Task, path) -> None:
+def fill_ends(raw: dict) -> None:
+    """Let next observations that are NaN at an end be the row's own: nothing is learned of them there."""
+    if "next_observations" in raw:
+        unknown = np.isnan(raw["next_observations"]).any(1) & np.logical_or(*flags(raw))
+        if unknown.any():
+            raw["next_observations"][unknown] = raw["observations"][unknown]
+
+
+def check(raw: dict, task: Task, path, whole: bool) -> None:
     """Refuse data that would train silently into nonsense, and bring the actions to [-1, 1]. Raises UserError."""
     env = unscaled_env(task)
     (obs_dim,), space = env.observation_space.shape, env.action_space
@@ -272,9 +282,14 @@ def check(raw: dict, task: Task, path) -> None:
             finite = np.isfinite(values.astype(np.float32, copy=False))  # in which everything is learned
         if key not in ("qpos", "qvel", "scene") and not finite.all():
             row = int(np.argwhere(~finite)[0][0])
+            remedy = "remove them and set `timeouts` in the row before each gap, after which nothing is known to follow"
+            if whole:
+                remedy = "leave out their episodes"
+            elif key == "next_observations":
+                remedy = "let them be NaN and set `timeouts` there"
             raise UserError(
                 f"{path} holds NaN or infinite {key}, or such as are beyond float32's range (first in row {row}); "
-                "repair or remove these rows"
+                f"repair these rows, or {remedy}"
             )
     for i in range(obs_dim if obs.dtype.itemsize > 2 and obs.dtype != np.float32 else 0):
         std, offset = obs[:, i].std(dtype=np.float64), abs(obs[:, i].mean(dtype=np.float64))

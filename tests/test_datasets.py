@@ -231,7 +231,7 @@ def test_an_offset_that_float32_takes_is_none(hdf5):
         ({"rewards": np.full(2_000, np.inf)}, "NaN or infinite rewards"),
         ({"rewards": np.full(2_000, 1e39)}, "beyond float32's range (first in row 0)"),
         ({"observations": np.full((2_000, 11), -1e39)}, "beyond float32's range"),
-        ({"observations": offset(1.7e9)}, "column 4 of observations varies by 577 about 1.7e+09"),
+        ({"observations": offset(1.7e9)}, "column 4 of observations varies by 577.3 about 1.7e+09"),
         ({"observations": offset(1.7e9).astype(np.int64)}, "subtract the offset, in the data and in the environment"),
         ({"observations": np.zeros((2_000, 17))}, "has 11 and 3 dimensions"),
         ({"actions": np.zeros((2_000, 6))}, "has 11 and 3 dimensions"),
@@ -256,6 +256,40 @@ def test_an_offset_that_float32_takes_is_none(hdf5):
 )
 def test_bad_arrays(hdf5, change, words):
     assert words in refused(env_id="hopper-medium-v2", dataset_path=str(hdf5(**change)))
+
+
+def test_rows_that_are_no_numbers_are_removed_as_is_said(hdf5, random_raw):
+    for next_observations in (True, False):
+        raw = random_raw(2_000, 0, next_observations)
+        whole = len(datasets.load("hopper-medium-v2", str(hdf5(**raw))))
+        gap = next(row for row in range(2, 2_000) if not (raw["terminals"] | raw["timeouts"])[row - 2 : row + 2].any())
+        raw["rewards"][gap] = np.nan
+        assert "remove them and set `timeouts` in the row before each gap" in refused(
+            env_id="hopper-medium-v2", dataset_path=str(hdf5(**raw))
+        )
+        raw["timeouts"][gap - 1] = True
+        data = datasets.load("hopper-medium-v2", str(hdf5(**{key: np.delete(raw[key], gap, 0) for key in raw})))
+        assert len(data) == whole - 2 and data.table.isfinite().all() and not data.notes
+        before = torch.as_tensor(raw["observations"][gap - 2])
+        assert [row for row in data.obs if torch.equal(row, torch.as_tensor(raw["observations"][gap - 1]))] == []
+        assert (data.obs == before).all(1).sum() == 1
+
+
+def test_next_observations_that_nobody_needs_may_be_nan(hdf5, random_raw):
+    raw = random_raw(2_000, next_observations=True)
+    first = datasets.load("hopper-medium-v2", str(hdf5(**raw)))
+    raw["next_observations"][raw["terminals"] | raw["timeouts"]] = np.nan
+    data = datasets.load("hopper-medium-v2", str(hdf5(**raw)))
+    alive = first.terminations == 0
+    assert data.table.isfinite().all() and torch.equal(data.table[alive], first.table[alive])
+    assert torch.equal(data.terminations, first.terminations)
+    row = int(np.flatnonzero(~(raw["terminals"] | raw["timeouts"]))[0])
+    raw["next_observations"][row] = np.nan
+    assert "let them be NaN and set `timeouts` there" in refused(
+        env_id="hopper-medium-v2", dataset_path=str(hdf5(**raw))
+    )
+    raw["timeouts"][row] = True
+    assert len(datasets.load("hopper-medium-v2", str(hdf5(**raw)))) == len(data) - 1
 
 
 def test_a_file_without_rows(hdf5, random_raw):
