@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import importlib
+import math
 from pathlib import Path
 
 import h5py
@@ -40,7 +41,7 @@ def read_hdf5(path: Path, keys: tuple[str, ...] = ()) -> tuple[dict[str, np.ndar
         raise UserError(f"there is no file {path}; give --dataset-path an HDF5 file in D4RL's layout")
     try:
         with h5py.File(path, "r") as file:
-            found = {key: [file[name] for name in names if name in file] for key, names in names_in(file, keys).items()}
+            found = {key: present(file, names) for key, names in names_in(file, keys).items()}
             check_declared(path, found)
             raw = {key: arrays[0][()] for key, arrays in found.items() if arrays}
             for key in OBSERVATIONS:
@@ -55,6 +56,18 @@ def read_hdf5(path: Path, keys: tuple[str, ...] = ()) -> tuple[dict[str, np.ndar
         raise UserError(unreadable(path, error)) from error
     except MemoryError as error:
         raise UserError(f"{path} does not fit into the memory of this machine; use fewer rows of it") from error
+
+
+def present(file: h5py.File, names: tuple[str, ...]) -> list:
+    """What the file has of these names. Raises UserError where one is a link that leads nowhere."""
+    for name in names:
+        link = file.get(name, getlink=True) if name in file else None
+        if isinstance(link, h5py.ExternalLink) and file.get(name) is None:
+            raise UserError(
+                f"{file.filename}: {name} leads to {link.path} in {link.filename}, where nothing can be opened; put that "
+                "file there, or the array itself into this one"
+            )
+    return [file[name] for name in names if name in file]
 
 
 def flag(path: Path, array: h5py.Dataset) -> np.ndarray:
@@ -135,10 +148,12 @@ def check_stored(path: Path, name: str, array: h5py.Dataset) -> None:
     """Refuse what cannot be unpacked here, and a small file that unpacks to gigabytes. Raises UserError."""
     declared, stored = array.size * array.dtype.itemsize, array.id.get_storage_size()
     if declared > max(100 * stored, 1 << 26):
-        raise UserError(
-            f"{path}: {name} declares {declared / 1e9:.1f} GB, but the file holds {stored / 1e3:,.0f} kB of that; "
-            "it is not whole: copy it again from where it came from"
-        )
+        much = f"{path}: {name} declares {declared / 1e9:.1f} GB, but the file holds {stored / 1e3:,.0f} kB of that"
+        chunks = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks or (), strict=False))
+        if not array.chunks or array.id.get_num_chunks() < chunks:
+            raise UserError(f"{much}; it is not whole: copy it again from where it came from")
+        if declared > 1 << 30:
+            raise UserError(f"{much}; if that is meant, write it again without compression")
     pipeline = array.id.get_create_plist()
     for i in range(pipeline.get_nfilters()):
         code, _, _, filter_name = pipeline.get_filter(i)

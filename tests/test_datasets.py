@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import datasets, envs, tasks
+from common import datasets, envs, formats, tasks
 from common.cli import UserError
 
 
@@ -314,6 +314,33 @@ def test_a_small_file_that_declares_gigabytes(hdf5):
     message = refused(env_id="hopper-medium-v2", dataset_path=str(path))
     assert "observations declares 4.4 GB" in message and tracemalloc.get_traced_memory()[1] < 1e8
     tracemalloc.stop()
+
+
+def test_what_packs_well_is_no_damaged_file(hdf5, monkeypatch):
+    path = hdf5(actions=None)
+    with h5py.File(path, "a") as file:
+        file.create_dataset("actions", data=np.zeros((2_000, 3)), chunks=(900, 2), compression="gzip")
+        actions = file["actions"]
+        monkeypatch.setattr(h5py.Dataset, "size", property(lambda self: 10**7))  # as if it were 80 MB
+        formats.check_stored(path, "actions", actions)
+        monkeypatch.setattr(h5py.Dataset, "size", property(lambda self: 10**9))
+        with pytest.raises(UserError, match=r"8.0 GB.*write it again without compression"):
+            formats.check_stored(path, "actions", actions)
+        part = file.create_dataset("part", (2_000, 3), "f8", chunks=(900, 2), compression="gzip")
+        part[:900] = 0
+        with pytest.raises(UserError, match="not whole"):
+            formats.check_stored(path, "part", part)
+
+
+def test_a_link_to_what_is_not_there(hdf5):
+    path = hdf5(rewards=None)
+    with h5py.File(path, "a") as file:
+        file["rewards"] = h5py.ExternalLink("gone.hdf5", "r")
+    message = refused(env_id="hopper-medium-v2", dataset_path=str(path))
+    assert "rewards leads to r in gone.hdf5, where nothing can be opened" in message and "copy it" not in message
+    with h5py.File(path.with_name("gone.hdf5"), "w") as file:
+        file["r"] = np.zeros(2_000)
+    assert len(datasets.load("hopper-medium-v2", str(path)))
 
 
 def test_a_filter_that_hdf5_lacks(hdf5, monkeypatch):
