@@ -242,7 +242,11 @@ def minari(env_id: str, data: str) -> Task | None:
         notes += [f"scores are measured in the dataset's evaluation environment, {in_words(eval_spec)}", *more]
     metadata = dataset.storage.metadata
     references = tuple(metadata.get(f"ref_{end}_score") for end in ("min", "max"))
-    if None in references or references[0] == references[1]:
+    if None in references:
+        references = None
+    elif not references[0] < references[1]:
+        low, high = references
+        notes.append(f"its reference returns make no scale, from {low:g} (0) up to {high:g} (100): scores are returns")
         references = None
     return Task("minari", env_id, data, in_words(spec), spec, False, 0, references, eval_spec, tuple(notes))
 

@@ -110,6 +110,13 @@ def test_its_own_reference_returns(store):
     assert "10 (0) and 210 (100)" in data.scale()
 
 
+@pytest.mark.parametrize("low", [10.0, 210.0])
+def test_reference_returns_that_make_no_scale(store, low):
+    store("toy/turned-v0", gym.make("Hopper-v5"), ref_min_score=low, ref_max_score=10.0)
+    data = datasets.load("toy/turned-v0")
+    assert data.task.measure == "return" and f"from {low:g} (0) up to 10 (100): scores are returns" in data.describe()
+
+
 def test_gymnasiums_own_ant(store):
     store("toy/ant-v0", gym.make("Ant-v4"))
     data = datasets.load("toy/ant-v0")
