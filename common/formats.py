@@ -64,8 +64,8 @@ def present(file: h5py.File, names: tuple[str, ...]) -> list:
         link = file.get(name, getlink=True) if name in file else None
         if isinstance(link, h5py.ExternalLink) and file.get(name) is None:
             raise UserError(
-                f"{file.filename}: {name} leads to {link.path} in {link.filename}, where nothing can be opened; put that "
-                "file there, or the array itself into this one"
+                f"{file.filename}: {name} leads to {link.path} in {link.filename}, where nothing can be opened; put "
+                "that file there, or the array itself into this one"
             )
     return [file[name] for name in names if name in file]
 

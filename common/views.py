@@ -38,6 +38,8 @@ def qlearning_view(
     ended = timeouts if goes_on else terminals | timeouts
     jumps = ~(follows | ended)
     ordered = jumps.sum() <= n / 2
+    if not ordered:
+        check_next(raw, jumps)
     resets = np.zeros(n, bool) if whole or goes_on else only_resets(raw, rewards, ended, follows)
 
     # Steps since the episode's start, and the flags where the time limit ends it
@@ -170,6 +172,16 @@ def timeouts_put_right(raw: dict) -> list[str]:
     return [f"time-outs in the wrong rows, moved to where the next row begins another episode: {moved:,}"]
 
 
+def check_next(raw: dict, rows: np.ndarray) -> None:
+    """Refuse next observations that are the rows' own ones, or the same in all `rows`. Raises UserError."""
+    own, following = (raw[key][rows].astype(np.float32, copy=False) for key in ("observations", "next_observations"))
+    if (following == own).all(1).mean() > 0.9 or (following == following[0]).all():
+        raise UserError(
+            "`next_observations` are the rows' own observations, or the same in all rows; write into each row what was "
+            "observed after its action, or, if the rows are in order and ends marked, leave them out"
+        )
+
+
 def flags(raw: dict) -> tuple[np.ndarray, np.ndarray]:
     """(terminals, timeouts), boolean, (N,) each."""
     n = len(raw["rewards"])
@@ -179,13 +191,19 @@ def flags(raw: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def successors(raw: dict, stride: int = 1) -> np.ndarray:
-    """Whether each row leads to what the row `stride` later observes, up to float32's rounding: (N - stride,)."""
+    """Whether each row leads to what the row `stride` later observes, up to rounding: (N - stride,).
+
+    A hundredth of a column's spread is no rounding, however far from 0 it lies, unless float32 takes it for one.
+    """
     n, size = len(raw["rewards"]) - stride, 1 << 14  # chunks that stay in the processor's cache
+    spread = raw["observations"][:: max(1, n // 10_000)].std(0, dtype=np.float64).astype(np.float32)
     same = np.empty(max(n, 0), bool)
     for start in range(0, n, size):
         chunk = slice(start, min(start + size, n))
         later = raw["observations"][chunk.start + stride : chunk.stop + stride]
-        same[chunk] = (np.abs(raw["next_observations"][chunk] - later) <= 1e-5 * (1 + np.abs(later))).all(1)
+        far = np.abs(later)
+        rounding = 1e-5 + np.minimum(1e-5 * far, np.maximum(1e-2 * spread, 2.5e-7 * far))
+        same[chunk] = (np.abs(raw["next_observations"][chunk] - later) <= rounding).all(1)
     return same
 
 

@@ -208,6 +208,29 @@ def test_observations_that_are_no_fractions(dtype, next_observations):
         np.testing.assert_array_equal(view[name], expected[name], err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_jumps_far_from_zero_are_seen(dtype):
+    raw = drifting([30, 10, 15, 25] * 10, True)
+    raw["terminals"][:] = False
+    far = {key: (raw[key] + [1e6, 0]).astype(dtype) * [1, 0] for key in raw if "observations" in key}
+    assert len(qlearning_view(raw | far, 1_000)[0]["returns"]) in (38, 39, 40)  # some begin where another one ended
+    rounded = far | {"next_observations": far["next_observations"].astype(np.float32)}
+    assert qlearning_view(raw | rounded, 1_000)[0]["ordered"]
+
+
+@pytest.mark.parametrize("wrong", ["own", "none", "late"])
+def test_next_observations_that_are_none_are_refused(wrong):
+    raw = drifting([30, 10, 15, 25] * 10, True)
+    own, following = raw["observations"], raw["next_observations"]
+    raw["next_observations"] = {"own": own, "none": 0 * own, "late": np.roll(following, 1, 0)}[wrong]
+    with pytest.raises(UserError, match="are the rows' own observations, or the same in all rows"):
+        qlearning_view(raw, 1_000)
+    still = raw | {"observations": 0 * own, "next_observations": 0 * own}  # nothing moves: that is no fault
+    assert len(qlearning_view(still, 1_000)[0]["obs"]) == 800
+    single = raw | {"terminals": np.ones(800, bool)}  # episodes of one step, after which nothing is learned of
+    assert len(qlearning_view(single, 1_000)[0]["obs"]) == 800
+
+
 def with_resets(raw, ends):
     """Recorded from a vector environment: after each of `ends` a row more, which leads to the next episode."""
     rows = np.sort(np.concatenate([np.arange(len(raw["rewards"])), ends]))
