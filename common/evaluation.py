@@ -41,6 +41,8 @@ class Evaluator:
         self.seen = self.mean, self.std, task.clip
         self.envs: list[gym.Env] = []
         self.workers = min(workers, episodes)
+        if workers:
+            check_pickles(task)
         self.pool = start_workers(self.workers) if workers else None
         self.reference = task.references
         self.count, self.seconds = 0, 0.0  # evaluations so far, and the time that they took
@@ -171,6 +173,17 @@ def make_evaluator(args, data, mean: torch.Tensor, std: torch.Tensor) -> Evaluat
 
 
 # ---------------------------------------------------------------------------------------------- workers
+
+
+def check_pickles(task: Task) -> None:
+    """Refuse what no other process can be given, before anything is trained. Raises UserError."""
+    try:
+        pickle.dumps(task)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{task.spec.id} cannot be played in other processes, to which its arguments do not go ({error}); add "
+            "--eval-workers 0"
+        ) from error
 
 
 def start_workers(n: int) -> ProcessPoolExecutor:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,7 +16,8 @@ def in_words(spec: EnvSpec) -> str:
     """An environment's id and whatever is not its default."""
     words = [f"{name}={value}" for name, value in spec.kwargs.items()]
     words += [wrapper.name for wrapper in spec.additional_wrappers]
-    return spec.id + (f" ({', '.join(words)})" if words else "")
+    words = ", ".join(words)
+    return spec.id + (f" ({re.sub(' at 0x[0-9a-fA-F]+', '', words)})" if words else "")  # else other in every process
 
 
 def stored_spec(spec: EnvSpec, env_id: str) -> tuple[EnvSpec, list[str]]:
