@@ -5,7 +5,7 @@ from dataclasses import replace
 import gymnasium as gym
 import numpy as np
 
-from common.envs import make_env
+from common.envs import blamed, make_env
 from common.tasks import ROBOTS, Task
 
 # What one step may be off by in nine of ten rows and in all but a hundredth, in the units of observation and reward. In
@@ -132,14 +132,15 @@ def report_simulator_check(dataset) -> None:
 def repeats(task: Task, steps: int = 200) -> bool:
     """Whether an episode of random actions comes out the same when it is played again, which resumed runs count on."""
     env, plays = make_env(task), []
-    for _ in range(2):
-        env.action_space.seed(0)
-        rows, done = [env.reset(seed=0)[0]], False
-        while not done and len(rows) <= steps:
-            obs, reward, terminated, truncated, _ = env.step(env.action_space.sample())
-            rows.append(np.append(obs, reward))
-            done = terminated or truncated
-        plays.append(np.concatenate(rows))
+    with blamed(task.spec.id, "cannot be played"):  # before anything is trained
+        for _ in range(2):
+            env.action_space.seed(0)
+            rows, done = [env.reset(seed=0)[0]], False
+            while not done and len(rows) <= steps:
+                obs, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+                rows.append(np.append(obs, reward))
+                done = terminated or truncated
+            plays.append(np.concatenate(rows))
     env.close()
     return np.array_equal(*plays, equal_nan=True)
 

@@ -1,9 +1,14 @@
 """Environments, and training episodes that can be saved."""
 
+import contextlib
 import logging
+import math
 import sys
+import sysconfig
+import traceback
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import mujoco
@@ -51,16 +56,92 @@ def standardised(obs: np.ndarray, mean: np.ndarray, std: np.ndarray, clip: float
     return np.minimum(np.maximum((obs - mean) / std, -clip), clip).astype(np.float32)
 
 
+class Sound(gym.Wrapper):
+    """An environment that is asked and answers as Gymnasium has it: what networks, buffers and checkpoints count on.
+
+    It has an action of its own, which it may change in place, and answers with numbers: a reward or a success that is
+    an array of one of them is taken for it. Raises UserError where it does not, and for numbers that are not finite,
+    which training would else be blamed for.
+    """
+
+    def reset(self, **kwargs):
+        self.seed, self.steps = kwargs.get("seed"), 0
+        try:
+            found = self.env.reset(**kwargs)
+        except (ValueError, OverflowError):  # NumPy's older generators take 32 bits
+            if self.seed is None or self.seed < 1 << 32:
+                raise
+            found = self.env.reset(**kwargs | {"seed": int(np.random.SeedSequence(self.seed).generate_state(1)[0])})
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise self.fault("returns no pair of an observation and a dictionary")
+        return self.sound(found[0]), found[1]
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(np.array(action))
+        self.steps += 1
+        if not isinstance(info, dict):
+            raise self.fault(f"returns {info!r:.80} as its info, which has to be a dictionary")
+        if said := [key for key in ("success", "is_success") if key in info]:
+            info = info | {
+                key: np.nan if info[key] is None else self.number(info[key], f"info[{key!r}]") for key in said
+            }
+        reward = self.number(reward, "the reward")
+        if not math.isfinite(reward):
+            raise self.fault(f"pays the reward {reward}")
+        return self.sound(obs), reward, bool(terminated), bool(truncated), info
+
+    def sound(self, obs) -> np.ndarray:
+        obs, shape = np.asarray(obs), self.env.observation_space.shape
+        if obs.shape != shape:
+            raise self.fault(f"shows an observation of the shape {obs.shape}, where its space has {shape}")
+        if not np.isfinite(obs).all():
+            raise self.fault(
+                f"shows {obs[~np.isfinite(obs)][0]} as number {np.isfinite(obs).argmin()} of its observation"
+            )
+        return obs
+
+    def number(self, value, name: str) -> float:
+        try:
+            return float(value if np.ndim(value) == 0 else np.asarray(value).item())
+        except (TypeError, ValueError):
+            raise self.fault(f"returns {value!r:.80} as {name}, which has to be one number") from None
+
+    def fault(self, what: str) -> UserError:
+        where = f"step {self.steps:,} of" if self.steps else "the reset of"
+        return UserError(f"{self.spec.id} {what}, in {where} the episode with the seed {self.seed}; mend it there")
+
+
+class Within(gym.ActionWrapper):
+    """Actions inside the bounds and of their type: mapped from [-1, 1], they may be a rounding outside them."""
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        space = self.env.action_space
+        return np.clip(action, space.low, space.high).astype(space.dtype)
+
+
+@contextlib.contextmanager
+def blamed(name: str, what: str):
+    """Turn what the environment `name` raises meanwhile, of any kind, into a UserError that says where it did."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # environments fail in many ways: a missing package or file, wrong arguments, their code
+        not_theirs = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), Path(__file__).parent
+        frames = traceback.extract_tb(error.__traceback__)
+        frames = [x for x in frames if not any(Path(x.filename).is_relative_to(folder) for folder in not_theirs)]
+        place = f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+        missing = isinstance(error, (ImportError, gym.error.DependencyNotInstalled))
+        remedy = "install what it needs" if missing else "mend it, or register it with what it needs"
+        raise UserError(f"{name} {what} ({reason}); {remedy}") from error
+
+
 def unscaled_env(task: Task, evaluation: bool = False, **kwargs) -> gym.Env:
     """One environment of a task with its own range of actions. Raises UserError where it cannot be had or used."""
     spec = task.eval_spec if evaluation and task.eval_spec else task.spec
-    try:
+    with blamed(spec.id, "cannot be made here"):
         env = gym.make(spec, disable_env_checker=True, **kwargs)  # the checker costs as much as a step
-    except Exception as error:  # a missing package, a missing file, wrong arguments: environments fail in many ways
-        raise UserError(
-            f"{spec.id} cannot be made here ({' '.join(str(error).split())}); install what it needs, and try it with "
-            f"gymnasium.make({spec.id!r})"
-        ) from error
     if task.d4rl:
         env = as_d4rl(env)
     if task.forces:
@@ -69,9 +150,15 @@ def unscaled_env(task: Task, evaluation: bool = False, **kwargs) -> gym.Env:
     if fault:
         raise UserError(
             f"{spec.id} has {fault}, which cannot be used here; wrap it so that it has numbers as observations, in a "
-            "Box or a Dict of such, and a finite box of actions of one dimension, and register it"
+            "Box or a Dict of such, and a finite box of actions of one dimension, which are floats, and register it"
         )
-    keys = task.keys or spaces.order_of(env)
+    if running := spaces.running_statistics(env):
+        raise UserError(
+            f"{spec.id} has the wrapper {running}, whose running statistics are others in each environment of a run "
+            "and in the data; leave it out of both, for observations are standardised here by the data's own"
+        )
+    with blamed(spec.id, "cannot be played"):
+        keys = task.keys or spaces.order_of(env)
     return spaces.Flat(env, keys) if keys or len(env.observation_space.shape) != 1 else env
 
 
@@ -101,9 +188,9 @@ def make_env(task: Task, mean=None, std=None, evaluation: bool = False, **kwargs
 
     Observations are standardised where `mean` and `std` (S,) are given, and held within ± the task's `clip` then.
     """
-    env = unscaled_env(task, evaluation, **kwargs)
+    env = Sound(unscaled_env(task, evaluation, **kwargs))
     if not is_unit(env.action_space.low, env.action_space.high):
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        env = gym.wrappers.RescaleAction(Within(env), np.float32(-1), np.float32(1))
     if mean is not None:
         env = Standardised(env, np.asarray(mean, np.float64), np.asarray(std, np.float64), task.clip)
     return env

@@ -3,6 +3,8 @@
 The same function joins the parts in the data and in play.
 """
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 
@@ -62,10 +64,21 @@ def fault_of_actions(space: gym.Space) -> str | None:
         return f"{space} as actions"
     if len(space.shape) != 1:
         return f"actions of the shape {space.shape}"
+    if not np.issubdtype(space.dtype, np.floating):
+        return f"whole numbers as actions ({space})"
     if not np.isfinite([space.low, space.high]).all():
         return f"actions without bounds ({space})"
     if not (space.low < space.high).all():
         return f"actions with no room between their bounds ({space})"
+    return None
+
+
+def running_statistics(env: gym.Env) -> str | None:
+    """The wrapper in an environment that divides by what it has seen so far."""
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, gym.wrappers.NormalizeObservation | gym.wrappers.NormalizeReward):
+            return type(env).__name__
+        env = env.env
     return None
 
 
@@ -87,9 +100,9 @@ def order_of(env: gym.Env) -> tuple[str, ...]:
 def is_shown(env: gym.Env) -> bool:
     """Whether each number of an achieved goal equals one of the observation's in every one of some random steps."""
     env.action_space.seed(0)
-    seen = [env.reset(seed=0)[0]]
+    seen = [copy.deepcopy(env.reset(seed=0)[0])]  # an environment may fill the same arrays in every step
     for _ in range(STEPS):
         obs, _, terminated, truncated, _ = env.step(env.action_space.sample())
-        seen.append(env.reset()[0] if terminated or truncated else obs)
+        seen.append(copy.deepcopy(env.reset()[0] if terminated or truncated else obs))
     observation, achieved = (joined({key: np.array([obs[key] for obs in seen])}, (key,)) for key in GOAL[1::-1])
     return bool((observation[:, :, None] == achieved[:, None]).all(0).any(0).all())
