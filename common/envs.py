@@ -102,7 +102,7 @@ class Sound(gym.Wrapper):
 
     def number(self, value, name: str) -> float:
         try:
-            return float(value if np.ndim(value) == 0 else np.asarray(value).item())
+            return float(value.item() if hasattr(value, "item") else value)
         except (TypeError, ValueError):
             raise self.fault(f"returns {value!r:.80} as {name}, which has to be one number") from None
 
