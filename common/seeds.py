@@ -66,7 +66,7 @@ def train(args, device: torch.device) -> int:
                 process.terminate()  # each saves its checkpoint
             for process in running.values():
                 process.wait()
-            raise Interrupted("each seed goes on from its last checkpoint by the same command") from None
+            raise Interrupted("what each seed has saved is kept; the same command continues them") from None
     failed = {seed: reason(code, folders[seed]) for seed, code in codes.items() if code}
     if len(failed) < len(folders):
         summarise(args, {seed: folder for seed, folder in folders.items() if seed not in failed}, failed)

@@ -113,7 +113,7 @@ def draw(panel, groups: dict[str, list[Path]], name: str, truth: np.ndarray) -> 
     panel.set_xticks(list(ticks), list(ticks.values()), rotation=40, ha="right", fontsize=8)
     panel.set_xlabel("environment steps of fine-tuning")
     what = "V" if name == "probe/v" else "Q of the policy's actions"
-    panel.set_ylabel(f"{what}\n(better: no jump, and until the\npolicy changes near the dots)", fontsize=9)
+    panel.set_ylabel(f"{what}\n(better: no jump; near the dots\nuntil the policy changes)", fontsize=9)
     analysis.legend(panel, below=60)
 
 

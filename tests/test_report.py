@@ -278,7 +278,7 @@ def test_the_picture_of_several_seeds_shows_the_tables_statistic(tmp_path):
         rows, result = made_up_run(args)
         folders.append(tmp_path / str(seed))
         log = Log(folders[-1], args)
-        for row in rows:
+        for row in (row for row in rows if row["stage"] != "cql"):  # the offline run has a folder of its own
             scores = {"charts/score": row["charts/score"] + gain} if "charts/score" in row else {}
             log.add(row["stage"], row["step"], {k: v for k, v in row.items() if k not in ("stage", "step")} | scores)
         log.save()
