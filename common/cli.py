@@ -253,7 +253,7 @@ def end_with_starter() -> None:
 
 def said_later(failed) -> None:
     """A full disk ends the thread of TensorBoard's writer, which raises the same again when it is next written to."""
-    if not issubclass(failed.exc_type, OSError):
+    if not (issubclass(failed.exc_type, OSError) and type(failed.thread).__name__ == "_AsyncWriterThread"):
         threading.__excepthook__(failed)
 
 

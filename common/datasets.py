@@ -294,7 +294,7 @@ def check(raw: dict, task: Task, path, whole: bool) -> None:
     for i in range(obs_dim if obs.dtype.itemsize > 2 and obs.dtype != np.float32 else 0):
         std, offset = obs[:, i].std(dtype=np.float64), abs(obs[:, i].mean(dtype=np.float64))
         lost = np.spacing(np.float32(offset)) / 2
-        if std > 1e-6 and lost > 0.05 * (std + 1e-3):
+        if std > 1e-3 and lost > 0.05 * std:
             raise UserError(
                 f"{path}: column {i} of observations varies by {std:.4g} about {offset:.4g}, which float32 rounds to "
                 f"multiples of {2 * lost:.3g}; subtract the offset, in the data and in the environment"

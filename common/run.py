@@ -129,7 +129,7 @@ class Run:
         self.trained = False  # whether this start has trained anything
         self.auto: dict[str, dict] = {}  # of stages that may end at a plateau: steps, limit, and which of these it was
         self.regime: dict | None = None  # of the policy that it starts from and the data, see common/regime.py
-        self.old_args: dict = {}  # what args.json held where something has changed since, in case no checkpoint fits it
+        self.old_args: dict = {}  # what args.json held before the code changed, which its checkpoints may not fit
         self.measure = data.task.measure if data else "return"
         code = code_of(script_of(args), tasks.registrar(args.env_id))
         self.made_with = {"versions": versions(), "code": code, "data": fingerprint(data)}
@@ -189,7 +189,8 @@ class Run:
         before = old.get("made_with_before", []) + ([old.get("made_with", {})] if notes else [])
         self.made_with = old.get("made_with", {}) | self.made_with
         kept = plain(self.args) | {"made_with": self.made_with} | ({"made_with_before": before} if before else {})
-        self.old_args = old if notes else self.old_args
+        if old and changed(old.get("made_with", {}).get("code", {}), self.made_with["code"]):
+            self.old_args = old
         write_atomic(self.dir / "args.json", json.dumps(kept, indent=2).encode())
 
     def starts_from(self, policy: Path) -> None:
@@ -237,7 +238,7 @@ class Run:
             words, remedy = f"{path} is not a checkpoint of this run", "delete it and start again"
             if self.old_args:
                 write_atomic(self.dir / "args.json", json.dumps(self.old_args, indent=2).encode())
-                words, remedy = f"{path} does not fit what changed since", "undo that, or use another --exp-name"
+                words, remedy = f"{path} does not fit the changed code", "undo the change, or use another --exp-name"
             raise UserError(f"{words} ({(str(error).splitlines() or [''])[-1].strip()}); {remedy}") from error
         set_rng_state(saved["rng"])
         if not saved["done"]:

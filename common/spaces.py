@@ -76,7 +76,8 @@ def fault_of_actions(space: gym.Space) -> str | None:
 def running_statistics(env: gym.Env) -> str | None:
     """The wrapper in an environment that divides by what it has seen so far."""
     while isinstance(env, gym.Wrapper):
-        if isinstance(env, gym.wrappers.NormalizeObservation | gym.wrappers.NormalizeReward):
+        normalises = isinstance(env, gym.wrappers.NormalizeObservation | gym.wrappers.NormalizeReward)
+        if normalises and getattr(env, "update_running_mean", True):  # else they stand still
             return type(env).__name__
         env = env.env
     return None

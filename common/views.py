@@ -101,7 +101,7 @@ def qlearning_view(
 
 
 def false_ends(raw: dict, terminals: np.ndarray, timeouts: np.ndarray, follows: np.ndarray) -> np.ndarray:
-    """Terminal rows that lead to the next row, where most terminal rows do not, (N,).
+    """Terminal rows that lead to the next row, where nine of ten terminal rows do not, (N,).
 
     Raises UserError where most do and episodes end elsewhere. Leading to the next row alone proves nothing: a reset may
     be a row of its own, or what `next_observations` shows at every end.
@@ -117,7 +117,7 @@ def false_ends(raw: dict, terminals: np.ndarray, timeouts: np.ndarray, follows: 
             "on); write 1 in the last row of each episode that really ended, and 0 in all others"
         )
     firsts = raw["observations"][np.roll(ends, 1)]
-    if not going.any() or going.sum() > ends.sum() / 2 or len(np.unique(firsts, axis=0)) < len(firsts):
+    if not going.any() or going.sum() > 0.1 * ends.sum() or len(np.unique(firsts, axis=0)) < len(firsts):
         return np.zeros(len(ends), bool)  # where all episodes begin alike, one may begin just where another one ended
     going[:-1] &= ends[1:] | (raw["rewards"].reshape(-1)[1:] != 0)  # not into a row that only resets
     return going
@@ -147,12 +147,14 @@ def leaps_elsewhere(obs: np.ndarray, ends: np.ndarray) -> bool:
 def ended_early(terminals: np.ndarray, timeouts: np.ndarray, step: np.ndarray, max_steps: int) -> np.ndarray:
     """Rows that really ended, though both flags are set: `timeouts` of many a file means that the episode is over.
 
-    At the time limit a row with both is a time-out. So are all of them where `terminals` is what means that, every
-    time-out being terminal, and they come after equally many steps: under that limit the data were collected.
+    At the time limit a row with both is a time-out. So are all of them where `timeouts` does not mean that, as an end
+    without it shows; and where `terminals` does, every time-out being terminal, and most of them come after equally
+    many steps, or after one of few numbers of steps: under such limits the data were collected.
     """
     both = terminals & timeouts & (step % max_steps != max_steps - 1)
-    own_limit = both.sum() > 1 and np.ptp(step[both]) == 0 and not (timeouts & ~terminals).any()
-    return both & (not own_limit)
+    often = np.bincount(step[both], minlength=1)[step[both]] >= max(2, 0.2 * both.sum())
+    own_limit = both.any() and often.mean() > 0.5 and not (timeouts & ~terminals).any()
+    return both & (not own_limit) & (not (terminals & ~timeouts).any())
 
 
 def timeouts_put_right(raw: dict) -> list[str]:
@@ -175,7 +177,7 @@ def timeouts_put_right(raw: dict) -> list[str]:
 def check_next(raw: dict, rows: np.ndarray) -> None:
     """Refuse next observations that are the rows' own ones, or the same in all `rows`. Raises UserError."""
     own, following = (raw[key][rows].astype(np.float32, copy=False) for key in ("observations", "next_observations"))
-    if (following == own).all(1).mean() > 0.9 or (following == following[0]).all():
+    if (following == own).all(1).mean() > 0.94 or (following == following[0]).all():
         raise UserError(
             "`next_observations` are the rows' own observations, or the same in all rows; write into each row what was "
             "observed after its action, or, if the rows are in order and ends marked, leave them out"

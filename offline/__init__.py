@@ -218,7 +218,7 @@ def check_critic(args, found: dict) -> None:
     remedy = "leave that flag out" + ", or add --critic-init random" * hasattr(args, "critic_init")
     if "critic" not in found:
         raise cli.UserError(f"{args.offline} has no critic, which --no-reevaluate needs; {remedy}")
-    if not goes_on(args) and (words := lacking(args, found)):
+    if found["kind"] == declared(args).KIND and not goes_on(args) and (words := lacking(args, found)):
         other = f"the critic of {args.offline}, with which --no-reevaluate goes on, does not fit the script's"
         raise cli.UserError(f"{other} ({words}); {remedy}")
 
@@ -245,6 +245,7 @@ def policy(args, run, data: Dataset, alone: bool = True) -> tuple[dict, Evaluato
         print(f"note: its critic, which this run starts from, is learned with {differ}")
     if found["kind"] != declared(args).KIND:
         found = transfer(found, declared(args).KIND, data, evaluator, run)
+        check_critic(args, found)  # of another kind it could not be asked before
         save_policy(handed_on, **found)
     elif (stage := run.dir / "transfer.pt").exists():  # was done in an earlier start
         run.seconds["transfer"] = torch.load(stage, "cpu", weights_only=True)["seconds"]

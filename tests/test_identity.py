@@ -279,7 +279,7 @@ def test_a_checkpoint_that_other_code_cannot_read_stays_the_first_codes(begin, t
     begin().save("bc", 3, False, {"net": torch.nn.Linear(2, 3), "stepper": Stepper(None, torch.device("cpu"))})
     before = json.loads((tmp_path / "run" / "args.json").read_text())
     edited = begin({"mine.py": "3"}, go_on=True)
-    with pytest.raises(UserError, match=r"bc.pt does not fit what changed since \(size mismatch for .*\); undo that"):
+    with pytest.raises(UserError, match=r"bc.pt does not fit the changed code \(size mismatch for .*\); undo"):
         edited.restore("bc", {"net": torch.nn.Linear(2, 4)}, torch.device("cpu"))
     assert json.loads((tmp_path / "run" / "args.json").read_text()) == before
     assert begin().restore("bc", {"net": torch.nn.Linear(2, 3)}, torch.device("cpu")) == (3, False)

@@ -247,3 +247,13 @@ def test_critics_of_another_shape_cannot_go_on_with_the_offline_ones(tmp_path):
         check("--no-reevaluate")
     check()
     check("--no-reevaluate", "--critic-init", "random")
+
+
+@pytest.mark.parametrize("policy", ["td3_bc", "iql", "cql"])
+@pytest.mark.parametrize("script", ["o2sac", "o2td3"])
+def test_critics_of_a_policy_of_another_kind_go_on(script, policy):
+    """The naive switch from every policy that ships; the actor is handed on later."""
+    script = stages.online(script)
+    argv = ["--preset", "demo", "--offline", policy, "--no-reevaluate"]
+    found = policies.read(ROOT / f"datasets/policies/hopper-medium-demo__{policy}.pt")
+    offline.check_critic(cli.parse(script.Args, script.PRESETS, script.FAMILIES, argv), found)

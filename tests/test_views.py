@@ -21,8 +21,8 @@ def literal_view(raw, max_steps):
         following = raw["next_observations"][i] if known else None if last else raw["observations"][i + 1]
         jump = known and not last and not np.allclose(following, raw["observations"][i + 1], 1e-5, 1e-5)
         step, total = step + 1, total + float(raw["rewards"][i])
-        if step < max_steps and terminal:
-            timeout = False
+        if step < max_steps and terminal:  # `timeouts` may mean that an episode is over
+            timeout = timeout and bool((raw["terminals"] & ~raw["timeouts"]).any())
         elif terminal and not timeout:
             terminal, timeout = False, True
         if step == max_steps and not (terminal or timeout or jump or last):
@@ -121,6 +121,21 @@ def test_ends_that_both_flags_mark_under_a_limit_of_the_datas_own_are_time_outs(
     raw["terminals"][[4, 7, 12, 17]] = raw["timeouts"][[4, 12, 17]] = True
     view, notes = qlearning_view(raw, 10)
     assert view["obs"][view["terminations"] == 1, 0].tolist() == [102] and len(view["obs"]) == 18 - 3 and not notes
+
+
+@pytest.mark.parametrize(("lengths", "real"), [
+    ([5, 5, 5, 5, 5, 2], []),  # the recording stopped in the last one
+    ([5] * 6 + [7] * 6, []),  # two limits
+    ([5, 3, 5, 5], [1]),  # a real end that is no time-out says what `timeouts` means
+    ([9, 2, 7, 4, 3], [0, 1, 2, 3]),
+])  # fmt: skip
+def test_what_both_flags_mean_is_seen_from_all_of_them(lengths, real):
+    raw, ends = walk(lengths), np.cumsum(lengths) - 1
+    raw["terminals"][ends] = raw["timeouts"][ends] = True
+    if len(real) == 1:
+        raw["timeouts"][ends[real]] = False
+    view, _ = qlearning_view(raw, 10)
+    assert view["obs"][view["terminations"] == 1, 0].tolist() == [100 * i + lengths[i] - 1 for i in real]
 
 
 def drifting(lengths, next_observations):
