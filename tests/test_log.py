@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import threading
 import urllib.parse
 import urllib.request
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import o2sac
+from common import cli
 from common.errors import UserError
 from common.log import Log
 from tensorboard.program import TensorBoard
@@ -121,3 +123,13 @@ def test_a_full_disk_is_said_by_tensorboards_writer_too(tmp_path, monkeypatch):
         monkeypatch.setattr(log.writer, name, full)
         with pytest.raises(UserError, match="No space left on device.; free some space or"):
             call()
+
+
+def test_of_threads_tensorboards_alone_says_later_that_the_disk_is_full(capsys):
+    class _AsyncWriterThread(threading.Thread): ...  # its writer's
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for thread, error, said in ((_AsyncWriterThread(), full, False), (threading.Thread(), full, True),
+                                (_AsyncWriterThread(), ValueError("mine"), True)):  # fmt: skip
+        cli.said_later(threading.ExceptHookArgs((type(error), error, None, thread)))
+        assert (str(error) in capsys.readouterr().err) == said
