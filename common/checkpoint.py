@@ -37,15 +37,21 @@ RESUME = (
 )
 
 
+@contextlib.contextmanager
+def writing(what: str | Path, remedy: str = RESUME):
+    """Raises UserError where the disk does not take what is written meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {what} ({error.strerror}); free some space or {remedy}") from error
+
+
 def write_atomic(path: Path, data: bytes, remedy: str = RESUME) -> None:
     """Write `data` aside, then rename. Raises UserError where the disk does not take it."""
-    try:
-        with aside(path) as temporary, open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); free some space or {remedy}") from error
+    with writing(path, remedy), aside(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sha256(path: Path, length: int | None = None) -> str:

@@ -1,6 +1,5 @@
 """A run's scalars: rows in memory, `progress.csv` on disk, TensorBoard, and Weights & Biases if asked for."""
 
-import contextlib
 import csv
 import io
 import math
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from common.checkpoint import RESUME, write_atomic
+from common.checkpoint import write_atomic, writing
 from common.cli import UserError
 from common.stages import stages_of
 
@@ -22,8 +21,13 @@ def tag(args, stage: str, name: str) -> str:
     """
     if stage == "finetune":
         return name
+    return f"{stage_number(args, stage)}_{stage}/{name.removeprefix(stage + '/')}"
+
+
+def stage_number(args, stage: str) -> int:
+    """A stage's number in the run's order; 0 of what is none of its script's: handing a policy on, an offline run."""
     order = [declared.name for declared in stages_of(args)]
-    return f"{order.index(stage) + 1 if stage in order else 0}_{stage}/{name.removeprefix(stage + '/')}"
+    return order.index(stage) + 1 if stage in order else 0
 
 
 class Log:
@@ -31,12 +35,11 @@ class Log:
 
     def __init__(self, folder: Path, args, send: Callable[[int, dict], None] | None = None):
         self.dir, self.args, self.send = folder, args, send
-        self.order = ["transfer", *(declared.name for declared in stages_of(args))]  # an offline script declares none
         # of stages whose checkpoint is here: a run that takes another's first stages over gets its whole log with them
         self.rows = [row for row in read_rows(folder / "progress.csv") if (folder / f"{row['stage']}.pt").exists()]
         for old in folder.glob("events.out.tfevents*"):
             old.unlink()  # written again from progress.csv, so that a resumed run shows no step twice
-        with self._room():
+        with writing(f"to {self.dir}"):
             self.writer = SummaryWriter(str(folder))
             self.writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(
                 f"|{key}|{value}|" for key, value in vars(args).items()))  # fmt: skip
@@ -46,14 +49,15 @@ class Log:
     def add(self, stage: str, step: int, scalars: dict[str, float]) -> None:
         """Log scalars under their names in progress.csv. Raises UserError when one of them is NaN or infinite, or
         where the script declares no such stage, whose rows no checkpoint would keep."""
-        if stage not in self.order and len(self.order) > 1:
-            names = ", ".join(self.order[1:])
-            raise UserError(f"{', '.join(scalars)} cannot be logged in {stage!r}; this script's stages are {names}")
+        names = [declared.name for declared in stages_of(self.args)]  # an offline script declares none
+        if names and stage not in ("transfer", *names):
+            words = f"{', '.join(scalars)} cannot be logged in {stage!r}"
+            raise UserError(f"{words}; this script's stages are {', '.join(names)}")
         scalars = {name: number(name, value) for name, value in scalars.items()}
         for name, value in scalars.items():
             if not math.isfinite(value):
                 saved = self.dir / f"{stage}.pt"
-                with self._room():
+                with writing(f"to {self.dir}"):
                     self.writer.flush()
                 last = f"the last checkpoint is {saved}" if saved.exists() else "there is no checkpoint of this stage"
                 raise UserError(
@@ -67,19 +71,11 @@ class Log:
     def _show(self, place: int, row: dict) -> None:
         """Hand a row on to TensorBoard and to Weights & Biases."""
         scalars = {tag(self.args, row["stage"], k): v for k, v in row.items() if k not in ("stage", "step")}
-        with self._room():
+        with writing(f"to {self.dir}"):
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, row["step"])
         if self.send:
             self.send(place, {**scalars, "stage": row["stage"], "global_step": row["step"]})
-
-    @contextlib.contextmanager
-    def _room(self):
-        """Raises UserError where the disk takes no more of TensorBoard's file, whose writer says so a little later."""
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"cannot write to {self.dir} ({error.strerror}); free some space or {RESUME}") from error
 
     def cut(self, stage: str, length: int = 0) -> None:
         """Leave the first `length` rows of a stage and no more."""
@@ -89,14 +85,14 @@ class Log:
 
     def save(self) -> None:
         """Write progress.csv, in the order of the stages, one of which may have been made again, and TensorBoard's."""
-        self.rows.sort(key=lambda row: self.order.index(row["stage"]) if row["stage"] in self.order else 0)
+        self.rows.sort(key=lambda row: stage_number(self.args, row["stage"]))
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, names)
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomic(self.dir / "progress.csv", text.getvalue().encode())
-        with self._room():
+        with writing(f"to {self.dir}"):
             self.writer.flush()
 
     def evaluations(self, stage: str) -> list[tuple[int, float]]:
