@@ -33,7 +33,7 @@ def smoothed64(actions, noise):
 
 
 def test_reevaluation(agent, data, monkeypatch):
-    args, optimizers = o2td3.Args(compile=False, batch_size=B), Recorder()
+    args, optimizers = o2td3.Args(compile=False, batch_size=B, reevaluate_tau=0.02), Recorder()
     obs, actions, rewards, next_obs, terminations, _ = fixed_rows(monkeypatch, o2td3, data)
     (noise,) = noises(monkeypatch, (B, A))
     before = copy.deepcopy(agent.critic_target)
@@ -48,7 +48,7 @@ def test_reevaluation(agent, data, monkeypatch):
     for old, new, source in zip(
         before.parameters(), agent.critic_target.parameters(), agent.critic.parameters(), strict=True
     ):
-        torch.testing.assert_close(new, 0.995 * old + 0.005 * source, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(new, 0.98 * old + 0.02 * source, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,11 @@ def test_reevaluation(agent, data, monkeypatch):
 )
 def test_alignment(agent, data, monkeypatch, sign, radius, constrain):
     with torch.no_grad():  # once with positive Q, once with negative
-        agent.critic_target.net[-1].bias.fill_(sign * 5.0)
+        agent.critic_target.net[0].weight[:, S:] *= 20  # and either side of the minimum by the action
+        for q, bias in zip(agent.critic_target(data.obs, data.actions), agent.critic_target.net[-1].bias, strict=True):
+            bias += sign * 8.0 - q.mean()
     args = o2td3.Args(
-        compile=False, batch_size=B, align_distance=4.0, align_radius=radius, align_constrain=constrain,
+        compile=False, batch_size=B, align_distance=0.5, align_radius=radius, align_constrain=constrain,
         lagrange_init=1.7,
     )  # fmt: skip
     optimizers = Recorder()
@@ -78,10 +80,12 @@ def test_alignment(agent, data, monkeypatch, sign, radius, constrain):
     q_noisy = critic64(agent.critic_target, obs, noisy).detach()
     distance = torch.sqrt(((noisy - anchor) ** 2).sum(1)) / math.sqrt(A)
     assert (distance > 0.2).any() and (distance < 0.2).any()
-    k = 1 + 4 * torch.min(distance, torch.tensor(0.2)).detach() ** 2
+    k = 1 + 0.5 * torch.min(distance, torch.tensor(0.2)).detach() ** 2
     assert (sign * q_anchor > 0).all()
     ceiling = q_anchor / k if sign > 0 else q_anchor * k
     assert (ceiling < q_anchor).all()  # never above the anchor's own value
+    below = q_noisy < ceiling
+    assert (below.any(1) & ~below.all(1)).all() and (below[0] & (q_noisy[1] < q_noisy[0])).any()
     loss = 0
     for i in range(2):
         target = torch.min(ceiling, q_noisy[i])
@@ -101,7 +105,8 @@ def test_alignment(agent, data, monkeypatch, sign, radius, constrain):
 
 @pytest.mark.parametrize("constrain", [True, False])
 def test_finetuning(agent, data, monkeypatch, constrain):
-    args, optimizers = o2td3.Args(compile=False, batch_size=B, utd=2, constrain=constrain), Recorder()
+    args = o2td3.Args(compile=False, batch_size=B, utd=2, tau=0.01, constrain=constrain)
+    optimizers = Recorder()
     buffer = replay.ReplayBuffer(data, 10, "half")
     batches = [replay.split(data.table[torch.randint(len(data), (B,))], S, A) for _ in range(2)]
     fed = iter(batches)
@@ -138,7 +143,7 @@ def test_finetuning(agent, data, monkeypatch, constrain):
         for new, was, source in zip(
             target.parameters(), old.parameters(), getattr(agent, name).parameters(), strict=True
         ):
-            torch.testing.assert_close(new, 0.995 * was + 0.005 * source, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(new, 0.99 * was + 0.01 * source, rtol=1e-5, atol=1e-6)
     for name in ("actor_reference", "actor_offline"):
         for a, b in zip(getattr(agent, name).parameters(), getattr(before, name).parameters(), strict=True):
             assert torch.equal(a, b)

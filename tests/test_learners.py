@@ -1,0 +1,154 @@
+"""What stands around every script's losses: rates of learning, Polyak factors, starts, bounds, how its Q is asked."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+import o2ppo
+import o2sac
+import o2td3
+from baselines import aca, awac, cal_ql, iql, off2on, pex, rlpd, wsrl
+from common import cli, replay
+from common.probe import fixed_noise
+from offline import awac as offline_awac
+from offline import bc, cql, dt, rebrac, sac_ml, td3_bc
+from offline import cal_ql as offline_cal_ql
+from offline import iql as offline_iql
+from tests.reference import A, B, S, critic64, density64
+from tests.test_baselines_losses import agent_of
+
+# of everything that learns: the argument that holds its rate, and what of the agent moves with it
+LEARN = {
+    o2sac: dict(actor=("actor_lr", "actor"), critic=("critic_lr", "critic"), alpha=("alpha_lr", "log_alpha"),
+                lagrange=("lagrange_lr", "log_lagrange")),
+    o2td3: dict(actor=("actor_lr", "actor"), critic=("critic_lr", "critic"), lagrange=("lagrange_lr", "log_lagrange")),
+    o2ppo: dict(actor=("actor_lr", "actor"), value=("critic_lr", "value"), reevaluate=("value_lr", "value"),
+                critic=("fqe_lr", "critic")),
+    cql: dict(actor=("actor_lr", "actor"), critic=("critic_lr", "critic"), temperature=("actor_lr", "log_temperature"),
+              multiplier=("critic_lr", "log_multiplier")),
+    td3_bc: dict(actor=("lr", "actor"), critic=("lr", "critic")),
+    offline_iql: dict(actor=("lr", "actor"), critic=("lr", "critic"), value=("lr", "value")),
+    offline_awac: dict(actor=("lr", "actor"), critic=("lr", "critic")),
+    rebrac: dict(actor=("actor_lr", "actor"), critic=("critic_lr", "critic")),
+    sac_ml: dict(actor=("lr", "actor"), critic=("lr", "critic"), baseline=("lr", "baseline"),
+                 alpha=("lr", "log_alpha")),
+    dt: dict(transformer=("lr", "transformer"), actor=("distil_lr", "actor")),
+    bc: dict(actor=("lr", "actor")),
+    aca: dict(actor=("lr", "actor"), critic=("lr", "critic"), alpha=("lr", "log_alpha")),
+    pex: dict(actor=("lr", "actor.new"), critic=("lr", "critic"), value=("lr", "value")),
+    off2on: dict(actor=("actor_lr", "actor"), critic=("critic_lr", "critic"), alpha=("actor_lr", "log_alpha"),
+                 ratio=("ratio_lr", "ratio")),
+    rlpd: dict(actor=("lr", "actor"), critic=("lr", "critic"), alpha=("lr", "log_alpha")),
+    wsrl: dict(actor=("actor_lr", "actor"), critic=("critic_lr", "critic"), alpha=("actor_lr", "alpha_parameter")),
+}  # fmt: skip
+LEARN |= {offline_cal_ql: LEARN[cql], cal_ql: LEARN[cql], iql: LEARN[offline_iql], awac: LEARN[offline_awac]}
+GO_ON = {awac: offline_awac, iql: offline_iql, pex: offline_iql, off2on: cql, cal_ql: offline_cal_ql, aca: sac_ml,
+         wsrl: offline_cal_ql}  # fmt: skip
+
+
+def learner(script, **changes):
+    """Arguments and an agent of any script."""
+    if script in GO_ON or script is rlpd:
+        return agent_of(script, GO_ON.get(script), **changes)
+    args = cli.complete(script.Args(compile=False, **changes))
+    if not hasattr(script, "KIND"):
+        return args, script.Agent(args, S, A)
+    actor = script.Actor(S, A, 2).state_dict()
+    return args, script.Agent(args, dict(obs_dim=S, action_dim=A, hidden_layers=2, actor=actor))
+
+
+@pytest.mark.parametrize("script", LEARN, ids=lambda script: script.__name__)
+def test_everything_learns_at_the_rate_of_its_argument(script):
+    rates = {name: 2.0**-i for i, name in enumerate(sorted({name for name, _ in LEARN[script].values()}))}
+    args, agent = learner(script, **rates)
+    optimizers = script.Optimizers(args, agent)
+    assert {name.removesuffix("_optimizer") for name in optimizers} == LEARN[script].keys()
+    for name, (argument, moved) in LEARN[script].items():
+        optimizer = optimizers[f"{name}_optimizer"]
+        own = [
+            value for key, value in agent.named_parameters(remove_duplicate=False) if f"{key}.".startswith(f"{moved}.")
+        ]
+        assert own and optimizer.lr == rates[argument], name
+        assert all(a is b for a, b in zip(optimizer.params, own, strict=True)), name
+        fine_tuned = script is o2ppo and name in ("actor", "value")
+        assert optimizer.eps == (1e-5 if fine_tuned else 1e-8)
+
+
+def squashes(agent):
+    """Whether a script's policies are squashed Gaussians, whose spread depends on the state."""
+    return not hasattr(getattr(agent.actor, "new", agent.actor), "log_std")
+
+
+STOCHASTIC = [script for script in LEARN if script not in (o2td3, td3_bc, rebrac, dt)]
+
+
+@pytest.mark.parametrize("script", STOCHASTIC, ids=lambda script: script.__name__)
+def test_log_std_lies_between_its_bounds(script):
+    """A squashed Gaussian's is one less than what its network gives, so that it starts small; PEX's is at least -5."""
+    _, agent = learner(script)
+    actor = getattr(agent.actor, "new", agent.actor)
+    given = torch.tensor([-30.0, 30.0, 0.5])
+    with torch.no_grad():
+        if squashes(agent):
+            actor.net[-1].weight.zero_()
+            actor.net[-1].bias[..., A:] = given
+        else:
+            actor.log_std.copy_(given)
+        log_std = actor(torch.randn(B, S))[1].expand(B, A)
+    lowest = -5.0 if script is pex else -20.0
+    want = torch.tensor([lowest, 2.0, -0.5 if squashes(agent) else 0.5])
+    torch.testing.assert_close(log_std, want.expand(B, A))
+
+
+@pytest.mark.parametrize("script", [o2sac, o2td3], ids=lambda script: script.__name__)
+def test_multiplier_and_temperature_start_from_their_arguments(script):
+    _, agent = learner(script, lagrange_init=1.7, **(dict(alpha=0.3) if script is o2sac else {}))
+    assert agent.log_lagrange.exp().item() == pytest.approx(1.7)
+    assert script is o2td3 or agent.log_alpha.exp().item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("script", [o2td3, td3_bc, rebrac], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("before", [2, 3])
+def test_a_resumed_run_goes_on_in_turn(script, before, data):
+    """With --policy-freq 3 the actor moves at updates 3, 6, 9, …, whenever the step was made anew."""
+    args, agent = learner(script, policy_freq=3, batch_size=B)
+    optimizers = script.Optimizers(args, agent)
+    taken = []
+    for part in (before, 7 - before):
+        if script is o2td3:
+            scheduled = {"mse_threshold": torch.tensor(0.1)}
+            step = o2td3.finetuning_step(args, replay.ReplayBuffer(data, 1, "all"), agent, optimizers, scheduled)
+        else:
+            step = script.training_step(args, data, agent, optimizers)
+        taken += ["actor_loss" in step() for _ in range(part)]
+    assert taken == [n % 3 == 0 for n in range(1, 8)]
+
+
+@pytest.mark.parametrize("script", [o2sac, o2td3, awac, iql, pex, off2on, cal_ql, rlpd, wsrl],
+                         ids=lambda script: script.__name__)  # fmt: skip
+def test_a_probe_asks_for_the_lowest_q_at_the_policys_own_actions(script):
+    """Off2On: for the mean over members of each one's lower twin. Preference is log π, of O2TD3 minus the distance."""
+    args, agent = learner(script, **(dict(members=3) if script is off2on else {}))
+    held_out = SimpleNamespace(obs=torch.randn(B, S), actions=torch.rand(B, A) * 2 - 1)
+    probe = script.critic_probe(*([args] if script in (o2sac, o2td3) else []), agent, held_out)
+    deterministic = script is o2td3
+    policy = agent.actor.offline if script is pex else agent.actor
+    out = policy(held_out.obs)
+    mean, std = (out, torch.tensor(0.2)) if deterministic else (out[0], out[1].exp())
+    u = mean + (std * fixed_noise(mean)).clamp(*((-0.5, 0.5) if deterministic else (-torch.inf, torch.inf)))
+    if not deterministic and squashes(agent):
+        anchor, sampled = torch.tanh(mean), torch.tanh(u)
+        preference = density64(u.double(), mean.double(), std.double())
+    else:
+        anchor, sampled = mean, u.clamp(-1, 1)
+        preference = Normal(mean.double(), std.double()).log_prob(sampled.double()).sum(-1)
+    if deterministic:
+        preference = -((sampled - anchor).double() ** 2).sum(-1).sqrt()
+    torch.testing.assert_close(probe.anchor, anchor)
+    torch.testing.assert_close(probe.sampled, sampled)
+    torch.testing.assert_close(probe.preference.double(), preference, rtol=1e-4, atol=1e-4)
+    q = critic64(agent.critic, held_out.obs, held_out.actions)
+    lowest = q.view(3, 2, B).min(1).values.mean(0) if script is off2on else q.min(0).values
+    torch.testing.assert_close(probe.q(held_out.obs, held_out.actions).double(), lowest, rtol=1e-4, atol=1e-4)
