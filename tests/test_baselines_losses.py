@@ -136,7 +136,14 @@ def test_awac(data, monkeypatch):
     args, agent = agent_of(awac, offline_awac, temperature=0.5)
     before, optimizers = copy.deepcopy(agent), Recorder()
     [(obs, actions, rewards, next_obs, terminations)] = batch = batches_of(data)
-    noise = noises(monkeypatch, (B, A), (B, A))
+    noise, record = noises(monkeypatch, (B, A), (B, A)), optimizers["critic_optimizer"].step
+
+    def step(grads):  # the actor has to learn from the critics after it
+        record(grads)
+        for parameter in agent.critic.parameters():
+            parameter.data.add_(0.1 * torch.rand_like(parameter))
+
+    optimizers["critic_optimizer"].step = step
     awac.finetuning_step(args, Batches(*batch), agent, optimizers)()
 
     def execute(states, eps):
@@ -145,8 +152,8 @@ def test_awac(data, monkeypatch):
 
     q_next = critic64(before.critic_target, next_obs, execute(next_obs, noise[0])).min(0).values
     y = (rewards.double() + 0.99 * (1 - terminations.double()) * q_next).detach()
-    loss = sum(((q - y) ** 2).mean() for q in critic64(agent.critic, obs, actions))
-    same(optimizers["critic_optimizer"].calls[0], loss, list(agent.critic.parameters()))
+    loss = sum(((q - y) ** 2).mean() for q in critic64(before.critic, obs, actions))
+    same(optimizers["critic_optimizer"].calls[0], loss, list(before.critic.parameters()))
     advantage = critic64(agent.critic, obs, actions).min(0).values
     advantage = advantage - critic64(agent.critic, obs, execute(obs, noise[1])).min(0).values
     weight = torch.exp(advantage / 0.5).clamp(max=100).detach()
@@ -301,6 +308,33 @@ def cal_ql_loss64(values, q, logs, returns, rewards, d, lagrange):
         weight = 5 * torch.exp(column(1)) * (gap - 0.8) if lagrange else 5 * gap
         loss = loss + ((values[twin, 0] - y) ** 2).mean() + weight
     return loss
+
+
+def test_of_many_critics_two_are_drawn_and_may_be_one():
+    """The lower of two of 0, 1, …, 9: Σ_k P(both ≥ k) = Σ (1 - k / 10)² = 2.85; were they never one, 2.67."""
+    q = torch.arange(10.0)[:, None]
+    found = torch.cat([offline_cal_ql.lowest(q) for _ in range(10_000)])
+    assert found.mean().item() == pytest.approx(2.85, abs=0.1)
+    assert offline_cal_ql.lowest(column([[3, 1], [2, 4]])).tolist() == [2, 1]
+
+
+def test_the_gap_of_many_critics_is_that_of_one_of_them(data, monkeypatch):
+    """Four alike have the gap and the Q of two alike, so that the multiplier moves alike."""
+    monkeypatch.setattr(offline_cal_ql, "lowest", lambda q: q.amin(0))
+    found = []
+    for n in (2, 4):
+        args = offline_cal_ql.Args(compile=False, batch_size=B, critics=n, n_actions=2, best_of=2, lagrange=True)
+        agent, optimizers = offline_cal_ql.Agent(args, S, A), Recorder()
+        torch.manual_seed(3)
+        agent.actor.load_state_dict({name: 0.1 * torch.randn(x.shape)
+                                             for name, x in agent.actor.state_dict().items()})  # fmt: skip
+        for net in (agent.critic, agent.critic_target):
+            for parameter in net.parameters():
+                parameter.data[:] = 0.1 * torch.randn_like(parameter[:1])
+        metrics = offline_cal_ql.training_step(args, data, agent, optimizers)()
+        found.append((metrics["conservative_gap"], metrics["q"], optimizers["multiplier_optimizer"].calls[0][0]))
+    for two, four in zip(*found, strict=True):
+        torch.testing.assert_close(two, four)
 
 
 # ----------------------------------------------------------------------------------------------- PEX

@@ -1,5 +1,6 @@
 """What stands around every script's losses: rates of learning, Polyak factors, starts, bounds, how its Q is asked."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from offline import bc, cql, dt, rebrac, sac_ml, td3_bc
 from offline import cal_ql as offline_cal_ql
 from offline import iql as offline_iql
 from tests.reference import A, B, S, critic64, density64
-from tests.test_baselines_losses import agent_of
+from tests.test_baselines_losses import BUFFERS, agent_of
 
 # of everything that learns: the argument that holds its rate, and what of the agent moves with it
 LEARN = {
@@ -93,6 +94,7 @@ def test_log_std_lies_between_its_bounds(script):
     with torch.no_grad():
         if squashes(agent):
             actor.net[-1].weight.zero_()
+            actor.net[-1].bias.zero_()
             actor.net[-1].bias[..., A:] = given
         else:
             actor.log_std.copy_(given)
@@ -109,6 +111,48 @@ def test_multiplier_and_temperature_start_from_their_arguments(script):
     assert script is o2td3 or agent.log_alpha.exp().item() == pytest.approx(0.3)
 
 
+def step_of(script, args, data, agent, optimizers):
+    """The step of a script's last stage, of O2PPO's re-evaluation, on rows of the data."""
+    if script is o2ppo:
+        return o2ppo.reevaluation_step(args, data, agent, optimizers)
+    if not hasattr(script, "KIND"):
+        return script.training_step(args, data, agent, optimizers)
+    buffer = BUFFERS.get(script, lambda data: replay.ReplayBuffer(data, 1, "all"))(data)
+    numbers = {o2sac: {"kl_threshold": 0.1}, o2td3: {"mse_threshold": 0.1}, aca: {"prior": 0.7}}.get(script)
+    scheduled = [{name: torch.tensor(number) for name, number in numbers.items()}] if numbers else []
+    return script.finetuning_step(args, buffer, agent, optimizers, *scheduled)
+
+
+UPDATES = {o2sac: dict(utd=1), rlpd: dict(utd=1), wsrl: dict(utd=1), o2ppo: dict(value_init="fqe"),
+           **{script: dict(policy_freq=1) for script in (o2td3, td3_bc, rebrac)}}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", [script for script in LEARN if script not in (bc, dt)], ids=lambda x: x.__name__)
+def test_targets_follow_by_tau_once_an_update_and_behind_it(script, data):
+    args, agent = learner(script, tau=0.3, **UPDATES.get(script, {}))
+    before, optimizers = copy.deepcopy(agent), script.Optimizers(args, agent)
+    step_of(script, args, data, agent, optimizers)()
+    targets = [name for name, _ in agent.named_children() if name.endswith("_target")]
+    assert len(targets) == (2 if script in (o2td3, td3_bc, rebrac) else 1)
+    for name in targets:
+        was, now, source = (list(getattr(x, y).parameters()) for x, y in
+                            ((before, name), (agent, name), (agent, name.removesuffix("_target"))))  # fmt: skip
+        for old, new, followed in zip(was, now, source, strict=True):
+            torch.testing.assert_close(new, 0.7 * old + 0.3 * followed, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", [cql, offline_cal_ql, cal_ql], ids=lambda script: script.__name__)
+@pytest.mark.parametrize(("log", "multiplier"), [(None, 2.7182818), (20.0, 1e6)])
+def test_cqls_multiplier_starts_at_e_and_ends_at_a_million(script, log, multiplier, data):
+    args, agent = learner(script, lagrange=True, n_actions=2, best_of=2)
+    if script is cal_ql:  # which goes on with what the offline run left
+        agent.log_multiplier.data.fill_(1.0)
+    if log:
+        agent.log_multiplier.data.fill_(log)
+    metrics = step_of(script, args, data, agent, script.Optimizers(args, agent))()
+    assert metrics["multiplier"].item() == pytest.approx(multiplier)
+
+
 @pytest.mark.parametrize("script", [o2td3, td3_bc, rebrac], ids=lambda script: script.__name__)
 @pytest.mark.parametrize("before", [2, 3])
 def test_a_resumed_run_goes_on_in_turn(script, before, data):
@@ -117,11 +161,7 @@ def test_a_resumed_run_goes_on_in_turn(script, before, data):
     optimizers = script.Optimizers(args, agent)
     taken = []
     for part in (before, 7 - before):
-        if script is o2td3:
-            scheduled = {"mse_threshold": torch.tensor(0.1)}
-            step = o2td3.finetuning_step(args, replay.ReplayBuffer(data, 1, "all"), agent, optimizers, scheduled)
-        else:
-            step = script.training_step(args, data, agent, optimizers)
+        step = step_of(script, args, data, agent, optimizers)
         taken += ["actor_loss" in step() for _ in range(part)]
     assert taken == [n % 3 == 0 for n in range(1, 8)]
 

@@ -138,6 +138,9 @@ def test_fqe(agent, data, monkeypatch):
     v_target = critic64(agent.critic, obs, execute(obs, noise[1])).mean(0).detach()
     loss = ((v64(agent.value, obs) - v_target) ** 2).mean()
     same(optimizers["reevaluate_optimizer"].calls[0], loss, list(agent.value.parameters()))
+    moved = zip(agent.critic_target.parameters(), before.parameters(), agent.critic.parameters(), strict=True)
+    for new, old, source in moved:
+        torch.testing.assert_close(new, 0.995 * old + 0.005 * source, rtol=1e-5, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------- advantages
@@ -263,6 +266,9 @@ def test_update(agent, data):
         norm = math.sqrt(sum((g**2).sum().item() for g in grads))
         same(optimizers[name].calls[0], loss * min(1.0, 0.5 / norm), params)
     torch.testing.assert_close(metrics["value_loss"].double(), value_loss.detach(), rtol=1e-4, atol=1e-5)
+    assert metrics["clipfrac"].item() == pytest.approx(((ratio > 1.2) | (ratio < 0.8)).double().mean().item())
+    kl = (ratio - 1 - ratio.log()).mean().item()  # Schulman's estimate, never negative
+    assert metrics["approx_kl"].item() == pytest.approx(kl, rel=1e-3)
 
 
 def test_every_row_is_used_once_an_epoch(agent):

@@ -125,6 +125,24 @@ def test_td3_bc_and_rebrac(data, monkeypatch, script):
     moved(agent.actor_target, before.actor_target, agent.actor)
 
 
+def test_an_unknown_next_action_costs_rebrac_nothing(data):
+    data.next_actions = torch.full_like(data.next_actions, torch.nan)
+    found = []
+    for coefficient in (0.0, 0.7):
+        args, agent, optimizers = make(rebrac, critic_bc_coef=coefficient)
+        torch.manual_seed(0)
+        found.append(rebrac.training_step(args, data, agent, optimizers)()["critic_loss"])
+    assert found[0] == found[1]
+
+
+def test_bc_imitates_the_best_episodes_alone(data, monkeypatch):
+    args, agent, optimizers = make(bc, top_fraction=0.1)
+    drawn, sample = [], bc.sample
+    monkeypatch.setattr(bc, "sample", lambda data, n: drawn.append(data) or sample(data, n))
+    bc.training_step(args, data, agent, optimizers)()
+    assert torch.equal(drawn[0].table, data.best_episodes(0.1).table) and len(drawn[0]) < len(data)
+
+
 def test_bc(data, monkeypatch):
     args, agent, optimizers = make(bc)
     obs, actions, *_ = fixed_rows(monkeypatch, bc, data)
