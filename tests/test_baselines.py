@@ -32,6 +32,8 @@ FLAGS = {
     wsrl: [*WAIT, "--utd", "2"],
     off2on: [*WAIT, "--members", "2", "--first-steps", "10", "--first-updates", "3"],
 }
+# of the critics, the 4 of the offline run included where their optimiser goes on from it; Cal-QL's wait for an end
+UPDATES = {iql: 4 + 89, awac: 4 + 89, aca: 70, pex: 70, rlpd: 2 * 70, wsrl: 4 + 2 * 70, off2on: 3 * 10 + 60}
 
 
 @pytest.fixture(params=FLAGS, ids=lambda script: script.__name__.split(".")[1])
@@ -93,6 +95,11 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, run_script, tmp
     assert whole.keys() == stopped.keys() and len(whole) > 20
     for key, tensor in whole.items():
         assert torch.equal(tensor, stopped[key]), key
+    if script in UPDATES:
+        assert whole["/state/critic_optimizer/steps/0"] == UPDATES[script]
+    if script is rlpd:  # whose first actions are uniform: whole multiples of what `torch.rand` counts in
+        first = whole["/state/replay/table"][:20, 11:14].double()
+        assert ((first + 1) * 2**23 % 1 == 0).all() and first.min() < -0.5 and first.max() > 0.5
     # and every network that the offline run handed over, or that is new, has moved
     moments = {key: value for key, value in whole.items() if "optimizer/exp_avg_sq" in key}
     still = [key for key, moment in moments.items() if not (moment > 0).any() and "multiplier" not in key]

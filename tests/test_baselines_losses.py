@@ -193,6 +193,7 @@ def test_returns_to_go():
     close(follow(*sparse, failure=-5.0), [-500, -500, -500, -5.0495, -0.05, 5])
     close(follow(*sparse, failure=-1.0), [-14.8505, -9.95, -5, -5.0495, -0.05, 5])
     close(follow([1, 2, 3], [0, 0, 1], [0, 0, 0]), [5.9203, 4.97, 3])
+    close(follow([1, 2, 3], [0, 1, 1], [0, 0, 0]), [2.98, 2, 3])  # rows of a maze's episode go on behind its goal
     # cut off: what follows is unknown, which 1 / (1 - γ) = 2 rows feel
     close(follow([1, 2, 3, 7], [0, 0, 0, 1], [0, 0, 0, 1], gamma=0.5), [2.75, -torch.inf, -torch.inf, 7])
     close(follow([1, 2, 3, 7], [0, 0, 0, 1], [0, 0, 0, 1], gamma=0.5, to_end=True), [2.75, 3.5, 3, 7])
@@ -221,6 +222,36 @@ def test_cal_ql_begins_with_its_authors_weights():
         scale = torch.linalg.matrix_norm(last.reshape(-1, *last.shape[-2:]), 2)
         torch.testing.assert_close(scale, torch.full_like(scale, 0.01))
         assert all((layer.bias == 0).all() for layer in net if hasattr(layer, "bias"))
+
+
+def test_what_was_added_last_is_drawn_too(data):
+    buffer = replay.ReplayBuffer(data, 3, "none")
+    for i in range(3):
+        buffer.add(data.obs[i], data.actions[i], float(i), data.obs[i], False)
+        assert set(buffer.sample(200)[2].tolist()) == set(range(i + 1))
+
+
+def test_a_restored_buffer_draws_the_same(data):
+    """Of Cal-QL's the rows of ended episodes alone; of Off2On's a new row still gets the highest priority so far."""
+    makers = (lambda: replay.EpisodeBuffer(data, 9, "none", data.rewards), lambda: replay.PrioritisedBuffer(data, 9, 2))
+    for make in makers:
+        buffer, again = make(), make()
+        for i in range(4):
+            buffer.add(data.obs[i], data.actions[i], 5.0, data.obs[i], False)
+            if i == 2 and isinstance(buffer, replay.EpisodeBuffer):
+                buffer.end_episode(lambda rewards, terminations: rewards)
+        if isinstance(buffer, replay.PrioritisedBuffer):
+            buffer.update(torch.tensor([0]), torch.tensor([6.0]))
+        again.load_state_dict(buffer.state_dict())
+        assert again.size == buffer.size == (3 if isinstance(buffer, replay.EpisodeBuffer) else len(data) + 4)
+        for one in (buffer, again):
+            one.add(data.obs[5], data.actions[5], 5.0, data.obs[5], False)
+        assert torch.equal(buffer.table, again.table)
+        if isinstance(buffer, replay.PrioritisedBuffer):
+            assert torch.equal(buffer.priorities, again.priorities) and torch.equal(buffer.sums, again.sums)
+            assert again.priorities.view(-1)[len(data) + 3 : len(data) + 5].tolist() == [2, 6]
+            data_rows, play = buffer.either(400)
+            assert (play[2] == 5).all() and not (data_rows[2] == 5).any()
 
 
 def test_rows_are_drawn_when_their_episode_has_ended(data):
@@ -293,6 +324,7 @@ def test_cal_ql_worked_example(script, calibrate, lagrange, loss, gaps, monkeypa
                           returns if calibrate else returns - torch.inf, rewards, d, lagrange)  # fmt: skip
     close(value, loss)
     close(optimizers["critic_optimizer"].calls[0][0], want.flatten(1))
+    close(optimizers["temperature_optimizer"].calls[0][0], 2.0)  # -(log π - A), of log π = 0 here
     if lagrange:
         close(optimizers["multiplier_optimizer"].calls[0][0], -31.9881141983)
 
@@ -406,7 +438,23 @@ def test_pex_evaluates_as_its_authors_do():
     assert share.tolist() == pytest.approx([0.0182425523806, 0.992414181998, 0.05], abs=0.006)
 
 
+def test_pex_evaluates_nine_times_in_ten_by_the_new_policys_mean():
+    """Else by a sample, another one in each step; here the new policy's action is always the better one."""
+    composition = pex.Composition(torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity(), 10.0, 0.9)
+    composition.offline.forward = lambda obs: (torch.full((20_000, 1), -0.5), None)
+    composition.new.forward = lambda obs: (torch.full((20_000, 1), 0.5), torch.tensor([0.0]))
+    composition.critic.forward = lambda obs, a: (100.0 * (a != -0.5).double().sum(1))[None]
+    first, second = (composition.mode(torch.zeros(20_000, 1)) for _ in range(2))
+    assert (first == 0.5).double().mean().item() == pytest.approx(0.9, abs=0.01)
+    assert not torch.equal(first, second) and composition.played == 2
+
+
 # ----------------------------------------------------------------------------------------------- RLPD, WSRL
+
+
+def test_rlpds_first_policy_has_a_spread_of_one():
+    mean, log_std = rlpd.Actor(S, A, (8,))(torch.zeros(2, S))
+    assert not mean.any() and not log_std.any()
 
 
 @pytest.mark.parametrize("entropy", [True, False])
@@ -609,6 +657,17 @@ def test_off2on_worked_example(monkeypatch):
     close(source.written[0][1], [1.51587852333, 0.001, 4.51842017295])
 
 
+@pytest.mark.parametrize(("of_data", "of_batch", "bound"), [(0.0, 1.0, 1_000.0), (1.0, 0.0, 0.001)])
+def test_off2ons_priorities_have_bounds(of_data, of_batch, bound, data):
+    """Where the data look like no play at all, and where the batch does."""
+    args, agent = agent_of(off2on, offline_cql)
+    agent.ratio = Outputs(torch.full((B,), of_data), torch.ones(B), torch.full((B,), of_batch))
+    batch, *both = batches_of(data, 3)
+    source = TwoSources(batch, torch.arange(B), *both)
+    off2on.finetuning_step(args, source, agent, Recorder())()
+    close(source.written[0][1], torch.full((B,), bound))
+
+
 def test_off2on_writes_priorities_back(data):
     args, agent = agent_of(off2on, offline_cql)
     buffer, n, drawn = replay.PrioritisedBuffer(data, 400, 7.0), len(data), {}
@@ -636,6 +695,7 @@ def test_off2on_mixture_and_new_priorities():
     close(log_std.exp()[0], [0.472581562625, 0.471404520791])
     u = column([[0.7, -0.2]])
     close(off2on.gaussian_log_prob(u, mean, log_std) - off2on.tanh_log_det(u), [-0.441718330529])
+    assert [args.seed for args in off2on.seeds(off2on.Args(seed=7, members=3))] == [7, 1_007, 2_007]
     for fraction, priority in ((0.5, 1_000.0), (0.75, 3_000.0)):
         assert off2on.new_priority(off2on.Args(new_fraction=fraction), 1_000_000) == pytest.approx(priority)
 
