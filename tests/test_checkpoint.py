@@ -1,12 +1,14 @@
 """Files that are written: never half, never under another process's name, never read back with a bit that differs."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +121,34 @@ def test_one_file_is_downloaded_once(tmp_path, monkeypatch, held):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Reply(b"new", 3))
     datasets.download("http://server/file", tmp_path / "other")
     assert (tmp_path / "other").read_bytes() == b"new"
+
+
+# ----------------------------------------------------------------------------------------------- what is restored
+
+
+def test_random_generators_go_on_where_they_were():
+    state = checkpoint.rng_state()
+    drawn = [(torch.rand(3).tolist(), random.random()) for _ in range(2) if checkpoint.set_rng_state(state) is None]
+    assert drawn[0] == drawn[1]
+
+
+def test_the_last_evaluation_alone_is_the_final_one(tmp_path):
+    """It has --final-episodes; and what each of them returned goes to the rule that keeps the best."""
+    run, asked, offered, logged = Recorder(tmp_path), [], [], []
+    run.log = lambda stage, step, scalars: logged.append((step, scalars["charts/score"], scalars["losses/q"]))
+
+    def scalars(policy, device, final):
+        asked.append(final)
+        return {"score": 7.0}
+
+    best = SimpleNamespace(score=9.0, update=lambda score, actor, origin, returns: offered.append((score, returns)))
+    agent, evaluator = SimpleNamespace(act=None, actor=None), SimpleNamespace(scalars=scalars, last=[3.0, 11.0])
+    state = {"agent": agent, "best": best, "stepper": SimpleNamespace(means=lambda: {"q": 2.0})}
+    stage = loop.Loop(run, "finetune", 3, state, torch.device("cpu"))
+    for step in stage:
+        if step != 2:
+            stage.evaluate(evaluator)
+    assert asked == [False, True] and offered == [(7.0, [3.0, 11.0])] * 2 and logged == [(1, 7.0, 2.0), (3, 7.0, 2.0)]
 
 
 # ----------------------------------------------------------------------------------------------- signals

@@ -220,5 +220,12 @@ def test_the_best_policy_moves_on_what_is_more_than_chance():
     assert offered([0, 1, 1, 0], 0.0) and offered([0, 1, 1, 0], 0.99) and not offered([0, 1, 1, 0], 1.0)
     assert offered([1, 1, 1, 1], 2.0) and offered([1, 1, 1, 1], 2.9) and not offered([1, 1, 1, 1], 3.0)
     assert not offered([0, 0, 1, 0], 0.0) and not offered([0, 0, 1, 0], 2.0)
+    # as it was saved, whatever the policy that it is made with again; its weights are a copy
+    policy = torch.nn.Linear(1, 1)
+    best, again = (BestPolicy(25.0, policy, "first", returns, 2.0) for returns in ((0, 0, 1, 0), (9, 9, 9, 9)))
+    again.load_state_dict(best.state_dict())
+    kept = policy.weight.clone()
+    policy.weight.data.add_(1.0)
+    assert torch.equal(best.weights["weight"], kept) and again.update(100.0, policy, "second", [1, 1, 1, 1])
     # start by start: what was played from more starts is judged on those of both
     assert offered([1, 1, 1, 1], 2.0, (0, 0, 1, 0, 1, 1, 1, 1, 1)) and not offered([0, 0, 1, 0, 1, 1, 1], 2.0)

@@ -108,6 +108,16 @@ def test_tails_equal_a_loop_over_episodes(data):
     assert (coefficients == 0).any() and (coefficients > 0).any()
 
 
+def test_nothing_is_left_behind_a_real_end_even_where_rows_go_on(data):
+    """As in D4RL's mazes, whose episodes go on at the goal."""
+    part = data.head(4)
+    part.episode, part.rewards = torch.zeros(4).long(), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    part.terminations = torch.tensor([0.0, 1.0, 1.0, 0.0])
+    tails, coefficients, ends = o2ppo.discounted_tails(part, 0.5)
+    assert tails.tolist() == [0.5, 1, 1, 0] and coefficients.tolist() == [0, 0, 0, 0.5]
+    assert ends.tolist() == [1, 1, 2, 3]
+
+
 def test_returns(agent, data, monkeypatch):
     args, optimizers = o2ppo.Args(compile=False, reevaluate_batch_size=B), Recorder()
     obs, *_, rows = fixed_rows(monkeypatch, o2ppo, data)

@@ -326,6 +326,12 @@ def test_a_moved_frame_is_computed_afresh():
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
     np.testing.assert_allclose(data.xipos[1], model.body_ipos[1], atol=1e-12)
+    # whose bounding volumes may be those of the frame that was there
+    midphase = int(mujoco.mjtDisableBit.mjDSBL_MIDPHASE)
+    assert model.opt.disableflags & midphase
+    still = compiled('<body><freejoint/><geom type="capsule" size=".1 .2"/></body>')
+    undo_changes(still)
+    assert not still.opt.disableflags & midphase
 
 
 MARGINS = {  # margin, contype, conaffinity of geoms, each in a body of its own; what they become; None: no such margins
@@ -406,6 +412,21 @@ def test_runge_kutta_by_hand_is_the_native_one_without_free_joints():
     assert by_hand.time == pytest.approx(native.time)
 
 
+def test_the_four_stages_have_their_times_and_the_solver_starts_where_it_ended():
+    model = compiled('<body pos="0 0 1"><freejoint/><geom type="box" size=".1 .2 .3"/></body>', integrator="RK4",
+                     timestep=0.02)  # fmt: skip
+    data, times = mujoco.MjData(model), []
+    data.qvel[3:], data.time = [3, 1, 2], 1.0
+    mujoco.set_mjcb_control(lambda m, d: times.append(d.time))
+    try:
+        simulation.RungeKutta(model, data).step()
+    finally:
+        mujoco.set_mjcb_control(None)
+    assert times == pytest.approx([1.0, 1.01, 1.01, 1.02]) and data.time == pytest.approx(1.02)
+    np.testing.assert_array_equal(data.qacc_warmstart, data.qacc)
+    assert data.qacc.any()
+
+
 BOX = '<geom type="box" size=".5 .5 .5"/>'
 FALLING = (
     '<body pos="0 0 {z}"><joint type="slide" axis="0 0 1"/><geom type="{kind}" size=".1 .1" euler="0 90 0"/></body>'
@@ -429,6 +450,18 @@ def test_deep_contacts_push_as_hard_as_those_as_deep_as_the_radius(kind):
     model, data = deep(kind, 0.4, "Euler")
     mujoco.mj_step(model, data)
     assert (data.qvel[0] > 1.01 * speeds[0]) == simulation.deep_contacts_are_true()
+
+
+@pytest.mark.skipif(not simulation.deep_contacts_are_true(), reason="contacts are as they were")
+@pytest.mark.parametrize(("missing", "again"), [(0.001, True), (0.029, True), (0.031, False)])
+def test_a_step_that_ends_nearly_too_deep_is_taken_again(missing, again, monkeypatch):
+    """Within 0.03: one of its other stages may have been deeper."""
+    model, data = deep("sphere", 0.5 + missing, "RK4")
+    chosen, taken = simulation.Simulation(model, data), []
+    monkeypatch.setattr(mujoco, "mj_step", lambda m, d: mujoco.mj_forward(m, d))
+    monkeypatch.setattr(chosen.runge_kutta, "step", lambda: taken.append(True))
+    chosen.step(1)
+    assert bool(taken) == again
 
 
 @pytest.mark.parametrize("z", [0.4, 0.5, 0.52])

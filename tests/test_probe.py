@@ -1,5 +1,7 @@
 """What is measured of the critic, and the rule that moves the reference, against plain versions."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -48,6 +50,13 @@ def test_probe_of_a_known_critic():
     assert found["probe/q_data_low"] == pytest.approx(np.quantile(q_data, 0.1), rel=1e-5)
 
 
+def test_what_is_worth_as_much_does_not_beat_the_anchor():
+    held_out, anchor = SimpleNamespace(obs=torch.randn(4, 2), actions=torch.zeros(4, 3)), torch.zeros(4, 3)
+    sampled = probe.fixed_noise(anchor)
+    found = probe.Probe(held_out, lambda obs, a: torch.ones(4), lambda obs: anchor, anchor, sampled, sampled[..., 0])()
+    assert found["probe/beats_anchor"] == found["probe/rank_correlation"] == 0
+
+
 def test_held_out_episodes_are_whole_and_not_trained_on():
     data = load("hopper-medium-demo")
     rest, held_out = data.hold_out(0.01, 256)
@@ -77,3 +86,7 @@ def test_margin_starts_over_after_a_move():
     again = Outplayed(2, 1.0)
     again.load_state_dict(rule.state_dict())
     assert again.reference == [90, 92] and again.recent == []
+    for value in (40, 93, 120):  # saved within a window, it goes on with what it holds of it
+        assert rule.add(value) == again.add(value) == (value == 120)
+        again = Outplayed(2, 1.0)
+        again.load_state_dict(rule.state_dict())

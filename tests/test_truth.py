@@ -193,6 +193,7 @@ def test_a_perfect_q_comes_to_what_the_halves_tell(made_up):
     assert truth.perfect(of_halves) == pytest.approx(found, abs=0.05) and of_halves < found - 0.2
     assert truth.spread([a], [b]) == pytest.approx(2, rel=0.1)  # without the noise that is in both
     assert truth.spread([3 * made_up], [3 * made_up]) == pytest.approx(6, rel=0.1)
+    assert truth.spread([made_up], [-made_up]) == 0  # halves that contradict each other tell of none
     assert truth.perfect(-0.1) == 0 and truth.perfect(1) == 1
 
 
