@@ -1,4 +1,4 @@
-"""What happens when in fine-tuning: O2SAC's and O2TD3's own loops, with stand-ins for all that they drive."""
+"""What happens when in fine-tuning: the three scripts' own loops, with stand-ins for all that they drive."""
 
 from types import SimpleNamespace
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import o2ppo
 import o2sac
 import o2td3
 from common import cli
@@ -137,3 +138,87 @@ def test_o2td3_explores_with_noise_of_its_own_size(play, monkeypatch):
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.tensor([1.0, 100.0]))
     for _, action, *_ in play(exploration_noise=0.07).added:
         assert action.tolist() == pytest.approx([0.07, 1.0])  # within the actions' bounds
+
+
+# ----------------------------------------------------------------------------------------------- O2PPO
+
+
+@pytest.fixture
+def roll(monkeypatch):
+    """Three rollouts of 64 steps of O2PPO's `finetune`; in the first two episodes end, of returns 1, 2 and 3."""
+
+    def run(improves=(), outplays=(), **given):
+        args = o2ppo.Args(online_steps=250, rollout_steps=64, minibatch_size=16, update_epochs=3, eval_every=100,
+                          num_envs=4, beta_steps=128, **given)  # fmt: skip
+        args, returns = cli.complete(args), [[1.0, 2.0], [3.0], []]
+        did = SimpleNamespace(played=[], filled=[], epochs=[], evaluated=[], moved=[], finished=[])
+        now, actor = SimpleNamespace(step=0), torch.nn.Linear(1, 1)
+        actor.weight.data.zero_()
+
+        class Stages:
+            start = 0
+
+            def __init__(self, run, stage, total, state, *_):
+                did.state, did.total = state, total
+
+            def blocks(self, size):
+                for now.step in range(size, did.total + 1, size):
+                    yield now.step, size
+
+            def evaluate(self, evaluator, more):
+                did.evaluated.append(now.step)
+                return now.step in improves
+
+        class Stepper:
+            def __init__(self, *_, **__):
+                pass
+
+            def run(self, n):
+                did.epochs.append(n)
+                actor.weight.data += 1
+
+        class Outplayed:
+            def __init__(self, *_):
+                pass
+
+            def add(self, value):
+                did.finished.append(value)
+                return value in outplays
+
+        def rollout(player, env, steps_each):
+            did.played.append((player.weight.item(), steps_each))
+            return {"rewards": 3.0, "ended": "ended"}, returns[len(did.played) - 1]
+
+        def fill(args, batch, collected, agent, beta):
+            did.filled.append((collected["rewards"], beta.item()))
+            return torch.tensor(0.0)
+
+        agent = SimpleNamespace(actor=actor, move_reference=lambda: did.moved.append(now.step))
+        monkeypatch.setattr(o2ppo.envs, "side_by_side", lambda *_: SimpleNamespace(outcomes=dict))
+        for name, stand_in in dict(Loop=Stages, Outplayed=Outplayed, rollout=rollout, fill=fill,
+                                   update_epoch=lambda *_: None).items():  # fmt: skip
+            monkeypatch.setattr(o2ppo, name, stand_in)
+        monkeypatch.setattr(o2ppo.steps, "Stepper", Stepper)
+        data = SimpleNamespace(obs=torch.zeros(1, S), actions=torch.zeros(1, A), task=None)
+        log = SimpleNamespace(log=lambda *_: None)
+        o2ppo.finetune(args, log, data, agent, {"actor_optimizer": 1}, None, dict, None, lambda r, ended: r / 2)
+        return did
+
+    return run
+
+
+def test_rollouts_are_played_by_the_policy_as_it_is_and_learned_from_in_epochs(roll):
+    did = roll(scale_rewards=True)
+    assert did.total == 192 and did.epochs == [3, 3, 3]
+    assert did.played == [(0, 16), (1, 16), (2, 16)]
+    assert did.filled == [(1.5, 1.0), (1.5, 0.5), (1.5, 0.0)]  # β is that of the rollout's first step
+    assert did.evaluated == [128, 192]  # when 100 and 200 are passed, and at the end
+    assert did.state.keys() == {"agent", "actor_optimizer", "env", "best", "outplayed", "scale", "stepper"}
+    assert roll(scale_rewards=False).filled[0] == (3.0, 1.0)
+
+
+@pytest.mark.parametrize(("reference", "moved"), [("best", [192]), ("adaptive", [64]), ("interval", [128])])
+def test_o2ppos_reference_moves_by_its_own_rule_alone(roll, reference, moved):
+    interval = dict(reference_interval=100) if reference == "interval" else {}
+    did = roll(improves=(192,), outplays=(1.0,), reference=reference, **interval)
+    assert did.moved == moved and did.finished == [1, 2, 3]  # every episode counts, also behind one that decides
