@@ -202,7 +202,7 @@ class Episodes:
     Every episode starts from a seed of its own, so that seed and the actions taken so far are its whole state: loading
     it resets the environment and plays them again. Rewards come as training takes them, times `scale` plus `shift`;
     an episode's return is that of the environment's own. `outcome` is what is logged of the episode that ended last:
-    its return and, where the environment says so in any step, whether it was a success.
+    its return, its length in steps and, where the environment says so in any step, whether it was a success.
     """
 
     def __init__(self, env: gym.Env, seed: int, scale: float = 1.0, shift: float = 0.0):
@@ -226,7 +226,7 @@ class Episodes:
         self.success = np.fmax(self.success, info.get("success", info.get("is_success", np.nan)))
         total = self.total
         if terminated or truncated:
-            self.outcome = {"charts/episodic_return": total}
+            self.outcome = {"charts/episodic_return": total, "charts/episodic_length": len(self.actions)}
             if not np.isnan(self.success):
                 self.outcome["charts/episodic_success"] = float(self.success)
             self.episode += 1

@@ -116,7 +116,8 @@ def test_one_number_in_an_array_and_no_word_of_a_success_are_taken():
         episodes = envs.Episodes(envs.make_env(task_of(answer=changed(reward=np.ones(1), info={"success": said}))), 0)
         for _ in range(9):
             episodes.step(np.zeros(2, np.float32))
-        outcome = {"charts/episodic_return": 9.0} | ({} if success is None else {"charts/episodic_success": success})
+        outcome = {"charts/episodic_return": 9.0, "charts/episodic_length": 9}
+        outcome |= {} if success is None else {"charts/episodic_success": success}
         assert episodes.outcome == outcome
 
 
