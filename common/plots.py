@@ -228,6 +228,8 @@ def paths(figure, ways: dict[str, list[tuple[np.ndarray, bool]]], maze: str) -> 
             f"{name}: {sum(there for _, there in found)} of {len(found)} episodes came to their goal", fontsize=10
         )
         panel.set_aspect("equal")
+        panel.set_xlabel("x (m)")
+        panel.set_ylabel("y (m)")
         panel.grid(visible=False)
         panel.autoscale_view()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from common.checkpoint import write_atomic
 from common.errors import UserError
 from common.log import read_rows
-from common.run import dataset_label, origin, read_json
+from common.run import dataset_label, read_json
 from experiments import harness
 
 import numpy as np
@@ -271,7 +271,7 @@ def panels(names, sharey: bool = True, across: int | None = None) -> tuple:
         if name is None:
             panel.remove()
             continue
-        panel.set_title(textwrap.fill(name, 44), fontsize=10, parse_math=False)
+        panel.set_title(textwrap.fill(name, 44, break_on_hyphens=False), fontsize=10, parse_math=False)
         panel.grid(alpha=0.2)
     return figure, list(axes.flat[: len(names)])
 
@@ -326,6 +326,7 @@ def draw_points(panel, groups: dict[str, list], what: str, names: Iterable[str] 
                            linewidth=0)  # fmt: skip
         panel.axhline(middle(values[:, 0]), color=look["color"], linestyle=":", linewidth=1)
     panel.locator_params(axis="x", nbins=5)
+    panel.xaxis.set_major_formatter("{x:,.0f}")
     panel.set_xlabel("environment steps")
     panel.set_ylabel(f"{what}\nhigher is better")
 
@@ -342,5 +343,8 @@ CURVES = "Lines: interquartile means over seeds, as in the table; bands: their r
 
 
 def title_of(args: harness.Args, spec: harness.Spec) -> str:
-    """A run's script, and what it starts from."""
-    return f"{Path(spec.script).stem} from {origin(harness.parsed(args, spec))}"
+    """A run's script, and what it starts from: an algorithm, or a policy's file, known by its folder where its own name
+    is the one that every run gives it."""
+    start = Path(harness.parsed(args, spec).offline)
+    name = start.parent.name if start.name in ("policy.pt", "best.pt") else start.stem
+    return f"{Path(spec.script).stem} from {name}"

@@ -125,7 +125,7 @@ def comparison(
         analysis.legend(panel)
     if len(done) > 1:
         over_all(report, args, found, baseline)
-    report.figure(figure)
+    report.figure(figure, task="" if len(tasks) > 1 else None)  # each panel names its own
     report.text.append(f"\n{caption}")
     everything = [path for groups in found.values() for paths in groups.values() for path in paths]
     report.finish(analysis.results(everything), failures)

@@ -153,6 +153,13 @@ def test_names_of_lines_leave_the_axis_its_own(lines):
     assert panel.get_legend().get_window_extent().y1 < panel.xaxis.label.get_window_extent().y0
 
 
+def test_long_numbers_of_steps_are_easy_to_read():
+    _, [panel] = analysis.panels(["a title"])
+    analysis.draw_points(panel, {"full": [(np.array([0.0, 5e4, 1e5]), np.array([1.0, 2, 3]))]}, "score")
+    panel.figure.canvas.draw()
+    assert "100,000" in [label.get_text() for label in panel.get_xticklabels()]
+
+
 def test_improvement():
     assert analysis.improvement(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1.0
     assert analysis.improvement(np.array([1.0]), np.array([1.0])) == 0.5
@@ -452,11 +459,18 @@ def test_a_policy_is_trained_with_the_arguments_of_the_run_that_starts_from_it(s
     assert path == harness.offline_policy(args, spec) == Path(wanted.run_dir) / pretrain.run_name(wanted) / "policy.pt"
 
 
-@pytest.mark.parametrize(("flags", "name"), [("", "hopper-medium-demo__iql.pt"), ("--offline here.pt", "here.pt")])
-def test_a_policy_that_is_there_is_not_trained(flags, name):
+@pytest.mark.parametrize(
+    ("flags", "name", "title"),
+    [
+        ("", "hopper-medium-demo__iql.pt", "iql"),
+        ("--offline here.pt", "here.pt", "here"),
+        ("--offline runs/mine__0/policy.pt", "policy.pt", "mine__0"),
+    ],
+)
+def test_a_policy_that_is_there_is_not_trained(flags, name, title):
     args, spec = harness.Args(run_flags=flags), Spec("o2ppo", "iql", 0)
     assert harness.trained_for(args, spec) is None and harness.offline_policy(args, spec).name == name
-    assert analysis.title_of(args, spec) == f"o2ppo from {'here' if flags else 'iql'}"
+    assert analysis.title_of(args, spec) == f"o2ppo from {title}"
 
 
 @pytest.mark.parametrize("script", ["o2sac", "o2td3"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
+import numpy as np
 import o2ppo
 import o2sac
 import o2td3
@@ -262,6 +263,14 @@ def test_the_demos_show_the_naive_switch_beside_their_own_curve(tmp_path, monkey
     plots.curve(figure, *made_up_run(args, "mse"), args)
     shown = curves(figure.axes[0])["naive switch, same budget (mean ± std of 2 seeds)"]
     assert shown.tolist() == [[3.75, 5], [4.5, 1]]
+
+
+def test_ways_through_a_maze_are_drawn_in_metres():
+    figure, way = Figure(), np.array([[0.0, 0.0], [8.0, 0.0]])
+    plots.paths(figure, {"offline policy": [(way, True), (-way, False)], "after fine-tuning": [(way, True)]}, "umaze")
+    assert [(panel.get_xlabel(), panel.get_ylabel()) for panel in figure.axes] == [("x (m)", "y (m)")] * 2
+    titles = [panel.get_title() for panel in figure.axes]
+    assert "policy: 1 of 2 episodes" in titles[0] and "fine-tuning: 1 of 1 episodes" in titles[1]
 
 
 def test_q_of_alignment_is_not_said_to_be_the_offline_algorithms(tmp_path):
