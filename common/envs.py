@@ -103,7 +103,7 @@ class Sound(gym.Wrapper):
     def number(self, value, name: str) -> float:
         try:
             return float(value.item() if hasattr(value, "item") else value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # the last: of a tensor
             raise self.fault(f"returns {value!r:.80} as {name}, which has to be one number") from None
 
     def fault(self, what: str) -> UserError:

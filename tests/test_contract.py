@@ -81,6 +81,7 @@ def changed(**changes):
     [
         (changed(reward=None), "returns None as the reward, which has to be one number"),
         (changed(reward=np.ones(2)), r"returns array\(\[1., 1.\]\) as the reward"),
+        (changed(reward=torch.ones(2)), r"returns tensor\(\[1., 1.\]\) as the reward, which has to be one number"),
         (changed(reward=float("nan")), "pays the reward nan"),
         (changed(info=None), "returns None as its info, which has to be a dictionary"),
         (changed(info={"success": "no"}), r"returns 'no' as info\['success'\]"),
