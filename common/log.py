@@ -115,6 +115,9 @@ def number(name: str, value) -> float | int:
         raise UserError(f"{name} has to be one number to be logged ({str(error).splitlines()[0]})") from error
 
 
+REMAKE = "delete the folder, and the command that made the run makes it again"  # of what is damaged in a run's folder
+
+
 def read_rows(path: Path) -> list[dict]:
     """The rows of a progress.csv, each with what was logged in it, numbers as numbers; none where there is no file.
 
@@ -127,8 +130,7 @@ def read_rows(path: Path) -> list[dict]:
             rows = csv.DictReader(file)
             return [{k: v if k == "stage" else _number(v) for k, v in row.items() if v != ""} for row in rows]
     except (TypeError, ValueError, csv.Error) as error:  # the first: of a row that is shorter or longer than the header
-        words = "delete its folder, and the command that made the run makes it again"
-        raise UserError(f"{path} is damaged; {words}") from error
+        raise UserError(f"{path} is damaged; {REMAKE}") from error
 
 
 def _number(text: str) -> float | int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.checkpoint import write_atomic
 from common.errors import UserError
-from common.log import read_rows
+from common.log import REMAKE, read_rows
 from common.run import dataset_label, read_json
 from experiments import harness
 
@@ -31,8 +31,7 @@ def scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Environment steps and scores of a run's evaluations while it was fine-tuned. Raises UserError where none are."""
     steps, values = series(path, "finetune", "charts/score")
     if not len(values):
-        words = "delete that folder, and the command that made the run makes it again"
-        raise UserError(f"{path} is finished, but its progress.csv holds no score; {words}")
+        raise UserError(f"{path} is finished, but its progress.csv holds no score; {REMAKE}")
     return steps, values
 
 
@@ -76,7 +75,7 @@ def simulator(result: dict) -> str:
 def arguments(path: Path) -> dict:
     """What a run was started with; nothing where only its results were kept."""
     found = path / "args.json"
-    return read_json(found, "delete its folder, and the command makes it again") if found.exists() else {}
+    return read_json(found, REMAKE) if found.exists() else {}
 
 
 def measure(paths: list[Path]) -> str:
