@@ -28,24 +28,29 @@ def described(args_class: type) -> dict[str, tuple[str, str]]:
     return found
 
 
-def shown(value) -> str:
-    """A value as it is typed."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def flag(name: str, value) -> list[str]:
+    """An argument as it is typed, word by word."""
+    name = {"go_on": "continue"}.get(name, name).replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
 
 
-def flags(values: dict) -> str:
-    return ", ".join(f"--{name.replace('_', '-')} {shown(value)}" for name, value in values.items())
+def shown(name: str, value) -> str:
+    """The value alone as it is typed; of what is on or off that is the whole argument."""
+    return " ".join(flag(name, value)[0 if isinstance(value, bool) else 1 :])
 
 
 def of_families(families: dict[str, dict]) -> str:
     """What --help says of what a script sets otherwise for a family of data."""
-    lines = [f"    {name}: {flags(values)}" for name, values in families.items()]
+    flags = {family: [" ".join(flag(*item)) for item in values.items()] for family, values in families.items()}
+    lines = [f"    {family}: {', '.join(found)}" for family, found in flags.items()]
     return "\n\nOther defaults for a family of data:\n\n" + "\n".join(lines) if lines else ""
 
 
 def of_preset(preset: str, changes: dict[str, tuple]) -> str:
     """What --help says of a preset: each argument that it sets, and what it would be without it."""
-    lines = [f"    {flags({name: value})} ({shown(without)})" for name, (value, without) in changes.items()]
+    lines = [f"    {' '.join(flag(name, now))} ({shown(name, before)})" for name, (now, before) in changes.items()]
     words = f"--preset {preset} sets, and in brackets what it would be without it, the paper's where there is one:"
     return f"\n\n{words}\n\n" + "\n".join(lines) if lines else ""
 
@@ -56,7 +61,7 @@ def show(args_class: type, defaults, changes: dict[str, tuple], description: str
     for field in dataclasses.fields(args_class):
         section, text = words.get(field.name, ("", ""))
         if field.name in changes:
-            text += f"; without the preset {shown(changes[field.name][1])}"
+            text += f"; without the preset {shown(field.name, changes[field.name][1])}"
         hint = Annotated[hints[field.name], tyro.conf.arg(help=text)]
         value = dataclasses.field(default=getattr(defaults, field.name))
         parts.setdefault(section, []).append((field.name, hint, value))

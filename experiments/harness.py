@@ -26,6 +26,7 @@ from common.checkpoint import aside
 from common.errors import Interrupted
 from common.identity import changed, code_of, fingerprint
 from common.run import make_folder, other_arguments, read_json, run_name
+from common.usage import flag
 
 import tyro
 from tqdm import tqdm
@@ -207,14 +208,6 @@ def trained_for(args: Args, spec: Spec) -> tuple[Path, list[str]] | None:
         word for name, value in vars(chosen).items() if value != getattr(usual, name) for word in flag(name, value)
     ]
     return Path(chosen.run_dir) / pretrain.run_name(chosen) / "policy.pt", [script.__file__, *words]
-
-
-def flag(name: str, value) -> list[str]:
-    """An argument as it is typed."""
-    name = {"go_on": "continue"}.get(name, name).replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
 
 
 def check_shared(args: Args, spec: Spec) -> None:

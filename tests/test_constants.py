@@ -303,10 +303,10 @@ def test_help_shows_what_a_preset_sets_beside_the_papers_values(script, preset, 
     text = " ".join(help_of(script, capsys, "--preset", preset).replace("│", " ").split())
     without = taken(script, env_id=script.PRESETS[preset].get("env_id", "hopper-medium-v2"))
     for name, value in script.PRESETS[preset].items():
-        flag, before = f"--{name.replace('_', '-')}", without[name]
+        before = without[name]
         if name != "env_id" and value != before:
-            assert f"{flag} {usage.shown(value)} ({usage.shown(before)})" in text
-            assert f"without the preset {usage.shown(before)}" in text
+            assert f"{' '.join(usage.flag(name, value))} ({usage.shown(name, before)})" in text
+            assert f"without the preset {usage.shown(name, before)}" in text
 
 
 @pytest.mark.parametrize("script", [o2sac, o2td3, o2ppo])

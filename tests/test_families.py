@@ -225,7 +225,16 @@ def test_help_names_what_a_family_sets(capsys):
             cli.parse(script.Args, script.PRESETS, script.FAMILIES, ["--help"])
         text = " ".join(capsys.readouterr().out.split())
         for key, value in script.FAMILIES["antmaze"].items():
-            assert f"--{key.replace('_', '-')} {usage.shown(value)}" in text
+            assert " ".join(usage.flag(key, value)) in text
+
+
+def test_what_help_names_can_be_typed_as_it_stands_there():
+    for script in (o2sac, o2td3, cql):
+        values = script.FAMILIES["antmaze"] | {"go_on": True, "compile": False}
+        words = [word for item in values.items() for word in usage.flag(*item)]
+        found = vars(cli.parse(script.Args, {}, {}, ["--env-id", "hopper-medium-v2", *words]))
+        assert {key: found[key] for key in values} == values
+    assert "--no-critic-layer-norm" in usage.of_families(o2td3.FAMILIES)
 
 
 MAZES = {  # of METHOD's tables; medium and large differ from umaze where there are two values
