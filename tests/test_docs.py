@@ -42,6 +42,19 @@ def test_links_lead_somewhere(page):
     assert not lost
 
 
+def anchors(page) -> set[str]:
+    """What GitHub lets a link name of a page: its headings, without all but letters, numbers and hyphens."""
+    titles = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text_of(page), flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_headings_that_are_there(page):
+    text = re.sub(r"```.*?```", "", text_of(page), flags=re.S)
+    links = re.findall(r"\]\(((?!http)[^)\s#]*)#([^)\s]+)\)", text)
+    assert not [f"{file}#{name}" for file, name in links if name not in anchors(page.parent / file if file else page)]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_are_of_scripts_and_flags_that_exist(page):
     for file, *words in commands(text_of(page)):
