@@ -12,6 +12,7 @@ from typing import get_type_hints
 import tyro
 
 from common.errors import UserError
+from common.usage import flag
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,7 @@ class OnlyWith:
 
     def __str__(self) -> str:
         """As they are typed."""
-        flags = [
-            f"--{'no-' * (value is False)}{name.replace('_', '-')}{'' if isinstance(value, bool) else f' {value}'}"
-            for name, value in self.values
-        ]
-        return " or ".join(flags)
+        return " or ".join(" ".join(flag(name, value)) for name, value in self.values)
 
 
 def only_with(**values) -> OnlyWith:
