@@ -16,7 +16,7 @@ from common.tasks import DEMO, SHIPPED
 UNITS = {"finetune": "environment", "kl": "nats", "mse": "action²"}  # of steps, else gradient steps; of constraints
 
 
-def draw(path: Path, paint, *args, height: float = 8.0) -> None:
+def draw(path: Path, paint, *args, height: float = 8.4) -> None:
     """Save what `paint(figure, *args)` draws to `path`, with one legend beneath it."""
     os.environ["MPLBACKEND"] = "agg"  # what a notebook leaves there may not exist here
     try:
@@ -142,7 +142,7 @@ def curve(figure, rows: list[dict], result: dict, args) -> None:
                    if name.endswith("_threshold")][:1]  # fmt: skip
     weight = "losses/lagrange" if constraints else "charts/beta"
     third = line.points(weight)[1].any()
-    panels = figure.subplots(3 if third else 2, 1, sharex=True, height_ratios=[3, 2, 1.6][: 3 if third else 2])
+    panels = figure.subplots(3 if third else 2, 1, sharex=True, height_ratios=[2.8, 2, 2][: 3 if third else 2])
     write_title(figure, f"1 seed ({args.seed})", result, args)
     draw_scores(panels[0], line, result, args)
     draw_values(panels[1], line, {stage.name for stage in stages_of(args)})

@@ -265,6 +265,17 @@ def test_the_demos_show_the_naive_switch_beside_their_own_curve(tmp_path, monkey
     assert shown.tolist() == [[3.75, 5], [4.5, 1]]
 
 
+@pytest.mark.parametrize(("script", "constraint"), [(o2sac, "kl"), (o2td3, "mse")])
+def test_what_an_axis_says_is_no_longer_than_the_axis(script, constraint, tmp_path, monkeypatch):
+    args, seen = script.Args(learning_starts=20), []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: (figure.draw_without_rendering(), seen.append(figure))
+    )
+    plots.draw(tmp_path / "a.png", plots.curve, *made_up_run(args, constraint), args)
+    heights = [(panel.yaxis.label.get_window_extent().height, panel.bbox.height) for panel in seen[0].axes[:3]]
+    assert len(heights) == 3 and all(label <= axis for label, axis in heights), heights
+
+
 def test_ways_through_a_maze_are_drawn_in_metres():
     figure, way = Figure(), np.array([[0.0, 0.0], [8.0, 0.0]])
     plots.paths(figure, {"offline policy": [(way, True), (-way, False)], "after fine-tuning": [(way, True)]}, "umaze")
