@@ -84,7 +84,8 @@ def label(paths: list[Path], otherwise: str) -> str:
     """What these runs are called: their experiment, and where it is the same what they started from."""
     parts = {tuple(path.resolve().name.split("__")[1:3]) for path in paths}
     experiments = {part[:1] for part in parts}
-    return next((" from ".join(found.pop()) for found in (parts, experiments) if len(found) == 1), otherwise)
+    found = next((found.pop() for found in (parts, experiments) if len(found) == 1), ())  # () of a renamed folder, too
+    return " from ".join(found) or otherwise
 
 
 def by_dataset(paths: list[Path]) -> dict[str, list[Path]]:

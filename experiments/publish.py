@@ -7,6 +7,7 @@ makes its page of them again with `--run-dir docs/evidence --continue`, without 
 your own runs beside them. Checkpoints, and what the critic was measured by, stay where they are.
 """
 
+import collections
 import json
 import sys
 from dataclasses import dataclass
@@ -51,16 +52,33 @@ def portable(arguments: dict) -> dict:
     return {name: shortened(value) for name, value in arguments.items()}
 
 
-def main() -> None:
-    args = cli.read(Args, __doc__)
-    paths = [Path(folder) for folder in args.runs]
+def read(paths: list[Path], out: Path) -> dict[Path, dict[str, dict]]:
+    """What each run is kept as, by its folder in `out`: its args.json and its result.json.
+
+    Raises UserError where one is not finished, or would take the place of another of the same name.
+    """
     if lacking := [str(path) for path in paths if not (path / "result.json").is_file()]:
         raise cli.UserError(f"{', '.join(lacking)}: no finished run (there is no result.json); leave that out")
+    names = collections.Counter(path.resolve().name for path in paths)
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise cli.UserError(f"two of these runs are called {twice[0]}; keep one of them by itself, with another --out")
+    runs = {}
     for path in paths:
+        target = out / path.resolve().name
         found = {name: read_json(path / f"{name}.json", "leave that run out") for name in ("args", "result")}
-        target = Path(args.out) / path.resolve().name
+        kept = target / "result.json"
+        if kept.exists() and json.dumps(read_json(kept, "delete its folder")) != json.dumps(found["result"]):
+            raise cli.UserError(f"{target} holds another run than {path}; choose another --out, or delete that folder")
+        runs[target] = found | {"args": portable(found["args"])}
+    return runs
+
+
+def main() -> None:
+    args = cli.read(Args, __doc__)
+    paths = list({path.resolve(): path for path in map(Path, args.runs)}.values())
+    for path, (target, found) in zip(paths, read(paths, Path(args.out)).items(), strict=True):
         make_folder(target, "--out")
-        for name, content in (("args", portable(found["args"])), ("result", found["result"])):
+        for name, content in found.items():
             write_atomic(target / f"{name}.json", f"{json.dumps(content, indent=1)}\n".encode(), "choose another --out")
         rows = evaluations(path / "progress.csv")
         analysis.write_csv(target / "progress.csv", dict.fromkeys(name for row in rows for name in row), rows)

@@ -165,6 +165,7 @@ def test_two_sets_of_runs_are_compared(run_script, tmp_path, monkeypatch):
     assert "preset None of the first, quick of the others" in out
     paths = [tmp_path / f"x__{name}__0" for name in ("mine__iql", "mine__bc", "yours__bc")]
     assert [compare.label(paths[:n], "runs") for n in (1, 2, 3)] == ["mine from iql", "mine", "runs"]
+    assert compare.label([tmp_path / "best run"], "others") == "others"  # a folder that was renamed
     rows_of_another = made_up_run(tmp_path / "h__o2sac__iql__0", [30, 10, 30, 40], source="D4RL")
     code, out, err = run_script(compare, *mine, "--against", rows_of_another, "--out", out_file)
     assert code == 0 and "note: some-data: source None of the first, D4RL of the others" in out, err

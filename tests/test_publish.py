@@ -75,3 +75,20 @@ def test_what_is_no_finished_run_is_refused_before_anything_is_kept(tmp_path, ru
         code == 2 and err == f"error: {tmp_path / 'half'}: no finished run (there is no result.json); leave that out\n"
     )
     assert not (tmp_path / "kept").exists()
+
+
+def test_no_run_takes_the_place_of_another_of_its_name(tmp_path, run_script):
+    """Arguments that are no part of a name, as --reward-scale, make another run in another --run-dir."""
+    runs = [made_up_run(tmp_path / run_dir / "run", 50.0, {1_000: end}) for run_dir, end in (("a", 60.0), ("b", 70.0))]
+    for run in runs:
+        (run / "args.json").write_text("{}")
+        (run / "result.json").write_text(json.dumps(analysis.result(run) | {"last_online": run.parent.name}))
+    kept = tmp_path / "kept"
+    code, _, err = run_script(publish, *runs, "--out", kept)
+    assert code == 2 and "two of these runs are called run; keep one of them" in err and not kept.exists()
+    for _ in range(2):  # the same run may be kept again, and be named twice
+        code, out, err = run_script(publish, runs[0], runs[0], "--out", kept)
+        assert (code, out) == (0, f"1 runs are kept in {kept}\n"), err
+    code, _, err = run_script(publish, runs[1], "--out", kept)
+    assert code == 2 and f"{kept / 'run'} holds another run than {runs[1]}; choose another --out" in err
+    assert analysis.summary(kept / "run")["final"] == 60.0
