@@ -419,6 +419,11 @@ def chances(report: analysis.Report, values: dict[str, dict[str, list[dict]]]) -
 
 def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], points: dict) -> None:
     """Over all tasks: aggregates, and sample-efficiency curves."""
+    runs = [run for of_name in values.values() for found in of_name.values() for run in found]
+    n, measures = len({run["dataset"] for run in runs}), {run["measure"] for run in runs}
+    if n > 1 and measures != {"score"}:
+        report.text.append("\nReturns of different tasks have no common scale, so there is no table over all.")
+        return
     ends = analysis.matrices(
         {name: {task: [[run["final"], run["area"]] for run in found] for task, found in of_name.items()}
          for name, of_name in values.items()}
@@ -431,7 +436,6 @@ def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], 
     report.table("All tasks: IQM [95% interval]", ["", "runs of each", "final", "area (speed)"], lines)
     if lacking := [name for name in values if name not in ends]:
         report.text.append(f"\nWithout runs of every task: {', '.join(lacking)}.")
-    n = next(iter(ends.values())).shape[1]
     figure, [panel] = analysis.panels([f"IQM over {n} task{'s' * (n > 1)}"])
     on_tasks = analysis.matrices({name: {task: [on_grid(*points[known_by(run)]) for run in found]
                                 for task, found in of_name.items()} for name, of_name in values.items()})  # fmt: skip
@@ -441,7 +445,7 @@ def together(report: analysis.Report, values: dict[str, dict[str, list[dict]]], 
         panel.plot(grid, iqm, label=name, linewidth=1.5, **look)
         panel.fill_between(grid, low, high, color=look["color"], alpha=0.1, linewidth=0)
     panel.set_xlabel("share of the environment steps")
-    panel.set_ylabel("score\nhigher is better")
+    panel.set_ylabel(f"{measures.pop()}\nhigher is better")
     analysis.legend(panel)
     report.figure(figure, "_efficiency", task="")
     report.text.append("\nLines: interquartile means over runs and tasks; bands: their 95% intervals.")

@@ -176,6 +176,28 @@ def test_the_whole_page(tmp_path, monkeypatch, run_script):
     assert f"16 runs (14 of them stood in {published} before)" in page
 
 
+@pytest.mark.parametrize("tasks", [("hopper-medium-v2",), ("hopper-medium-v2", "walker2d-medium-v2")])
+def test_returns_of_different_tasks_are_not_averaged(tasks, tmp_path, monkeypatch, run_script):
+    def missing(args, specs):
+        for spec in specs:
+            made_up_run(harness.folder(args, spec), 40.0, {1000: 50, 2000: 60}, measure="return")
+        return {}
+
+    monkeypatch.setattr(harness, "missing", missing)
+    monkeypatch.setattr(comparison, "REPS", 50)
+    drawn = []
+    monkeypatch.setattr(analysis, "save", lambda figure, path: drawn.extend(figure.axes))
+    code, _, err = run_script(
+        comparison, "--algorithms", "rlpd", "--seeds", "2", "--env-ids", *tasks, "--online-steps", "2048",
+        "--run-dir", tmp_path / "runs", "--out", tmp_path / "out", "--published", "",
+    )  # fmt: skip
+    assert code == 0, err
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert ("**All tasks: IQM" in page) == (len(tasks) == 1)
+    assert ("Returns of different tasks have no common scale" in page) == (len(tasks) > 1)
+    assert {panel.get_ylabel() for panel in drawn} == {"return\nhigher is better"}
+
+
 def test_a_task_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch, run_script):
     def missing(args, specs):
         for spec in specs:
