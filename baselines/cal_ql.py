@@ -176,8 +176,11 @@ def follow(args: Args, rewards: torch.Tensor, terminations: torch.Tensor, episod
 
 def experience(args: Args, data: datasets.Dataset) -> EpisodeBuffer:
     """What online batches are drawn from."""
-    data.need_order("calibration by returns")
-    return EpisodeBuffer(data, args.online_steps, "half", follow(args, data.rewards, data.terminations, data.episode))
+    returns = torch.zeros_like(data.rewards)  # which nobody asks for without calibration
+    if args.calibrate_online:
+        data.need_order("calibration by returns")
+        returns = follow(args, data.rewards, data.terminations, data.episode)
+    return EpisodeBuffer(data, args.online_steps, "half", returns)
 
 
 def finetuning_step(args: Args, replay: EpisodeBuffer, agent: Agent, optimizers: Optimizers):

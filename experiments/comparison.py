@@ -211,11 +211,11 @@ def probabilities(
     for x, y in itertools.product(names, others):
         if shared := [task for task, runs in finals[x].items() if x != y and runs and finals[y].get(task)]:
             found = analysis.matrices({name: {task: finals[name][task] for task in shared} for name in (x, y)})
-            both[f"{x},{y}"] = found[x], found[y]
+            both[x, y] = found[x], found[y]
     if not both:
         return {}
     points, bounds = analysis.bootstrap(both, lambda x, y: np.array([analysis.improvement(x, y)]), REPS)
-    return {tuple(key.split(",")): (float(points[key][0]), *map(float, bounds[key][:, 0])) for key in both}
+    return {pair: (float(points[pair][0]), *map(float, bounds[pair][:, 0])) for pair in both}
 
 
 # ---------------------------------------------------------------------------------------------- pages

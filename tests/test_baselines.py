@@ -213,6 +213,15 @@ def test_calibration_knows_failures_whatever_the_rewards_are_scaled_by():
     assert found.tolist() == [-math.inf, -math.inf, 0.0, 5.0]
 
 
+def test_only_calibration_needs_whole_episodes(data):
+    """Without it, as after offline/cal_ql.py --no-calibrate, which is CQL, rows may stand in any order."""
+    data.ordered = False
+    flags = ["--env-id", "hopper-medium-v2", "--online-steps", "5"]
+    with pytest.raises(cli.UserError, match="calibration by returns needs whole episodes"):
+        cal_ql.experience(parsed(cal_ql, *flags), data)
+    assert len(cal_ql.experience(parsed(cal_ql, *flags, "--no-calibrate-online"), data).offline) == len(data)
+
+
 def test_pex_is_evaluated_alike_however_often_and_by_however_many():
     """What an evaluation draws does not depend on those before it, and so not on who plays it."""
     torch.manual_seed(0)

@@ -92,6 +92,8 @@ def test_aggregates(monkeypatch):
     (probability, low, high) = chances["a", "b"]  # on the tasks that both have runs of
     assert probability == pytest.approx((1 + 0.5) / 2)  # always on one task, half with ties on the other
     assert low <= probability <= high and chances["a", "c"][0] == pytest.approx(1 / 3)
+    named = comparison.probabilities({"a": finals["a"], "mine, new": finals["b"]}, ["a"], ["mine, new"])  # as its file
+    assert named == {("a", "mine, new"): chances["a", "b"]}
     curves = np.broadcast_to(np.arange(5.0), (8, 1, 5)).copy()
     curves[0] += 1_000  # which an interquartile mean leaves out
     iqm, low, high = analysis.intervals({"a": curves}, 50)["a"]
