@@ -334,6 +334,7 @@ def main() -> None:
     policy, evaluator = offline.policy(args, run, data, alone=False)
     seed_everything(args.seed)
     agent = Agent(args, policy, *others).to(device)
+    policy |= agent.actor.exported()  # all of them as one
     offline_score = policy["score"] = run.last_score = evaluator(agent.act, device, final=True)
     print(f"the {args.members} policies as one: {data.task.measure} {offline_score:.1f}")
     regime.announce(run, data, evaluator, agent.act)

@@ -23,7 +23,17 @@ from common.bounds import at_least, between, even
 from common.checkpoint import BestPolicy, seed_everything
 from common.evaluation import make_evaluator
 from common.loop import Loop
-from common.nn import Adam, EnsembleLinear, ensemble_mlp, gaussian_log_prob, in_chunks, mlp, polyak, tanh_log_det
+from common.nn import (
+    Adam,
+    EnsembleLinear,
+    ensemble_mlp,
+    gaussian_log_prob,
+    hidden_of,
+    in_chunks,
+    mlp,
+    polyak,
+    tanh_log_det,
+)
 from common.policies import examples_of, range_of
 from common.probe import STATES, Probe, fixed_noise
 from common.replay import ReplayBuffer
@@ -261,7 +271,7 @@ STAGES = (FINETUNE,)
 
 
 def at_random(run: Run, data: datasets.Dataset) -> dict:
-    """What stands in a policy's file of the networks at the start, which see observations as they are."""
+    """What stands in a policy's file beside the networks at the start, which see observations as they are."""
     obs_dim, action_dim = data.obs.shape[1], data.actions.shape[1]
     zeros = torch.zeros(obs_dim, device=data.obs.device)
     return dict(
@@ -278,6 +288,7 @@ def main() -> None:
     seed_everything(args.seed)
     policy = at_random(run, data)
     agent = Agent(args, policy).to(device)
+    policy |= dict(hidden_layers=hidden_of(agent.actor.net), actor=copy.deepcopy(agent.actor.state_dict()))
     evaluator = make_evaluator(args, data, policy["state_mean"], policy["state_std"])
     regime.announce(run, data, evaluator, agent.act)
     data.transform_rewards(args.reward_scale, args.reward_shift)

@@ -1,5 +1,6 @@
 """Runs of the compared methods at tiny budgets: what they leave, how they resume, what they refuse."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -13,7 +14,7 @@ import o2td3
 import offline
 
 from baselines import aca, awac, cal_ql, iql, off2on, pex, rlpd, wsrl
-from common import cli, datasets, regime, tasks
+from common import cli, datasets, policies, regime, report, tasks
 from common.evaluation import Evaluator
 from common.identity import ROOT
 from common.run import FREE_ARGS, Run, run_name
@@ -104,6 +105,26 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, run_script, tmp
     moments = {key: value for key, value in whole.items() if "optimizer/exp_avg_sq" in key}
     still = [key for key, moment in moments.items() if not (moment > 0).any() and "multiplier" not in key]
     assert moments and not still
+
+
+def test_what_a_run_is_said_to_start_from_is_what_plays(script, run_script, tmp_path, monkeypatch):
+    """paths.png shows its ways through a maze: of Off2On all members as one, of RLPD networks at random."""
+    seen = {}
+
+    def finetune(*given):
+        [agent] = [thing for thing in given if isinstance(thing, script.Agent)]
+        seen["agent"] = copy.deepcopy(agent)
+        for parameter in agent.parameters():
+            parameter.data.add_(1.0)
+
+    monkeypatch.setattr(script, "finetune", finetune)
+    monkeypatch.setattr(report, "finish", lambda run, policy, *_: seen.update(policy=policy))
+    code, _, err = run_script(script, *command(script, tmp_path))
+    assert code == 0, err
+    obs = torch.randn(20, 11, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        starts = seen["agent"].actor.offline(obs)[0] if script is pex else seen["agent"].act(obs)  # it has two
+        torch.testing.assert_close(policies.module(seen["policy"]).mode(obs), starts)
 
 
 @pytest.mark.parametrize("env_id", ["hopper-medium-v2", "antmaze-umaze-v2", "pen-cloned-v1"])
