@@ -1,5 +1,6 @@
-"""How much constraint? The threshold τ of O2SAC and O2TD3 over a factor of 100 each way, and O2PPO's β from 0 to 1:
-speed (area under the curve) against stability (largest drop below the offline score).
+"""How much constraint? The threshold τ of O2SAC and O2TD3 over a factor of 100 each way, their multiplier λ at rest and
+ten times as fast, and O2PPO's β from 0 to 1: speed (area under the curve) against stability (largest drop below the
+offline score).
 
     python experiments/constraint.py
 """
@@ -15,6 +16,7 @@ from experiments.arms import Args
 from experiments.harness import Spec, full, scripts
 
 FACTORS = (0.01, 0.1, 1, 10, 100)
+RATES = (0, 10)  # of the multiplier λ; with 0 it stays what it was at the start
 BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -29,16 +31,16 @@ def threshold_flags(args: Args, spec: Spec, factor: float) -> list[str]:
 
 
 def draw(panel, groups: dict[str, list[Path]]) -> None:
-    """Speed and stability over the settings; every run is a dot, their interquartile means, as in the table, a line."""
-    names = {"area": "area under the curve (speed; higher is better)", "drop": "largest drop (less is better)"}
-    for i, (key, label) in enumerate(names.items()):
+    """Speed and stability of each setting; runs are dots, their interquartile means, as in the table, diamonds."""
+    for i, (key, label) in enumerate({"area": "area (speed)", "drop": "largest drop"}.items()):
         runs = [[analysis.summary(path)[key] for path in paths] for paths in groups.values()]
-        panel.plot([analysis.middle(r) if r else float("nan") for r in runs], color=f"C{i}", label=label)
+        means = [analysis.middle(r) if r else float("nan") for r in runs]
+        panel.plot(means, color=f"C{i}", label=label, marker="D", linestyle="none")
         for x, values in enumerate(runs):
             panel.scatter([x] * len(values), values, color=f"C{i}", s=12, alpha=0.6)
-    panel.set_xticks(range(len(groups)), groups)
+    panel.set_xticks(range(len(groups)), [name.replace(" ×", "\n×") for name in groups], fontsize=7)
     measure = analysis.measure([path for paths in groups.values() for path in paths])
-    panel.set_ylabel(f"{measure}, and points of {measure} that are lost")
+    panel.set_ylabel(f"{measure} (higher is better), and\npoints of it lost (less is better)")
 
 
 def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
@@ -52,10 +54,14 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     for factor in FACTORS:
         flags = threshold_flags(args, base, factor)
         runs[f"τ × {factor:g}"] = base if factor == 1 else base.variant(f"tau{factor:g}", *flags)
+    rate = harness.parsed(args, base).lagrange_lr
+    for factor in RATES:
+        flags = ["--lagrange-lr", str(rate * factor)]
+        runs[f"λ's rate × {factor:g}"] = base.variant(f"lambda{factor:g}", *flags)
     return runs
 
 
 if __name__ == "__main__":
     title = "How much constraint?"
-    caption = "Dots: runs; lines: their interquartile means. What alignment loses counts from the first evaluation on."
+    caption = "Dots: runs; diamonds: their interquartile means. What alignment loses counts from the start on."
     cli.run(lambda: arms.comparison(cli.read(Args, __doc__), "constraint", title, settings, draw=draw, caption=caption))

@@ -141,6 +141,17 @@ def test_the_papers_beta_is_the_run_that_others_share_stages_with():
     assert runs["β 1"] == harness.full(harness.Args(scale="paper"), "o2ppo", 0)
 
 
+@pytest.mark.parametrize("script", ["o2sac", "o2td3"])
+def test_a_multiplier_at_rest_and_one_ten_times_as_fast_differ_from_the_method_in_its_rate_alone(script):
+    args = harness.Args(scale="paper")
+    runs = constraint.settings(args, script, 0)
+    own = vars(harness.parsed(args, runs["τ × 1"]))
+    for name, rate in {"λ's rate × 0": 0.0, "λ's rate × 10": 5e-4}.items():
+        other = vars(harness.parsed(args, runs[name]))
+        assert {key for key in own if own[key] != other[key]} == {"exp_name", "lagrange_lr"}
+        assert other["lagrange_lr"] == pytest.approx(rate)
+
+
 @pytest.mark.parametrize("lines", [2, 12])
 def test_names_of_lines_leave_the_axis_its_own(lines):
     figure, [panel] = analysis.panels(["a title that is as long as a policy's whole name"])
