@@ -109,7 +109,7 @@ def finish(run: Run, policy: dict, agent, best, data, evaluator, start: float | 
 
 def draw_paths(run: Run, policy: dict, agent, data, evaluator) -> None:
     """paths.png: the ways of the evaluation's episodes through the maze, before fine-tuning and after it."""
-    ways = {"offline policy": evaluator.paths(module(policy).cpu().mode, "cpu")}
+    ways = {"before fine-tuning": evaluator.paths(module(policy).cpu().mode, "cpu")}
     ways["after fine-tuning"] = evaluator.paths(copy.deepcopy(agent).cpu().act, "cpu")
     plots.draw(run.dir / "paths.png", plots.paths, ways, data.task.maze, height=5.5)
 

@@ -344,6 +344,6 @@ CURVES = "Lines: interquartile means over seeds, as in the table; bands: their r
 def title_of(args: harness.Args, spec: harness.Spec) -> str:
     """A run's script, and what it starts from: an algorithm, or a policy's file, known by its folder where its own name
     is the one that every run gives it."""
-    start = Path(harness.parsed(args, spec).offline)
+    start = Path(harness.parsed(args, spec).offline).absolute()
     name = start.parent.name if start.name in ("policy.pt", "best.pt") else start.stem
     return f"{Path(spec.script).stem} from {name}"

@@ -52,8 +52,8 @@ def portable(arguments: dict) -> dict:
     return {name: shortened(value) for name, value in arguments.items()}
 
 
-def read(paths: list[Path], out: Path) -> dict[Path, dict[str, dict]]:
-    """What each run is kept as, by its folder in `out`: its args.json and its result.json.
+def read(paths: list[Path], out: Path) -> dict[Path, tuple[dict, dict, list[dict]]]:
+    """What each run is kept as, by its folder in `out`: its arguments, its result and its evaluations.
 
     Raises UserError where one is not finished, or would take the place of another of the same name.
     """
@@ -65,22 +65,25 @@ def read(paths: list[Path], out: Path) -> dict[Path, dict[str, dict]]:
     runs = {}
     for path in paths:
         target = out / path.resolve().name
-        found = {name: read_json(path / f"{name}.json", "leave that run out") for name in ("args", "result")}
-        kept = target / "result.json"
-        if kept.exists() and json.dumps(read_json(kept, "delete its folder")) != json.dumps(found["result"]):
-            raise cli.UserError(f"{target} holds another run than {path}; choose another --out, or delete that folder")
-        runs[target] = found | {"args": portable(found["args"])}
+        args, result = (read_json(path / f"{name}.json", "leave that run out") for name in ("args", "result"))
+        rows, kept = evaluations(path / "progress.csv"), target / "progress.csv"
+        if kept.exists():  # result.json is measured again where the code changed: a run is known by what it trained
+            there = read_json(target / "result.json", "delete its folder")
+            if read_rows(kept) != rows or there.get("seconds") != result.get("seconds"):
+                raise cli.UserError(
+                    f"{target} holds another run than {path}; choose another --out, or delete that folder"
+                )
+        runs[target] = portable(args), result, rows
     return runs
 
 
 def main() -> None:
     args = cli.read(Args, __doc__)
     paths = list({path.resolve(): path for path in map(Path, args.runs)}.values())
-    for path, (target, found) in zip(paths, read(paths, Path(args.out)).items(), strict=True):
+    for target, (arguments, result, rows) in read(paths, Path(args.out)).items():
         make_folder(target, "--out")
-        for name, content in found.items():
+        for name, content in (("args", arguments), ("result", result)):
             write_atomic(target / f"{name}.json", f"{json.dumps(content, indent=1)}\n".encode(), "choose another --out")
-        rows = evaluations(path / "progress.csv")
         analysis.write_csv(target / "progress.csv", dict.fromkeys(name for row in rows for name in row), rows)
     print(f"{len(paths)} runs are kept in {args.out}")
 

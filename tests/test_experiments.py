@@ -476,6 +476,7 @@ def test_a_policy_is_trained_with_the_arguments_of_the_run_that_starts_from_it(s
         ("", "hopper-medium-demo__iql.pt", "iql"),
         ("--offline here.pt", "here.pt", "here"),
         ("--offline runs/mine__0/policy.pt", "policy.pt", "mine__0"),
+        ("--offline best.pt", "best.pt", harness.ROOT.name),
     ],
 )
 def test_a_policy_that_is_there_is_not_trained(flags, name, title):

@@ -92,3 +92,28 @@ def test_no_run_takes_the_place_of_another_of_its_name(tmp_path, run_script):
     code, _, err = run_script(publish, runs[1], "--out", kept)
     assert code == 2 and f"{kept / 'run'} holds another run than {runs[1]}; choose another --out" in err
     assert analysis.summary(kept / "run")["final"] == 60.0
+
+
+def test_a_run_that_was_measured_again_is_the_same_run(tmp_path, run_script):
+    """A finished run that is called again after the code changed trains nothing, and writes its result anew."""
+    run, kept = made_up_run(tmp_path / "run", 50.0, {1_000: 60.0}), tmp_path / "kept"
+    (run / "args.json").write_text("{}")
+    found = analysis.result(run)
+    for seconds_per_evaluation in (1.0, 2.0):
+        again = found | {"seconds_per_evaluation": seconds_per_evaluation}
+        (run / "result.json").write_text(json.dumps(again))
+        code, _, err = run_script(publish, run, "--out", kept)
+        assert code == 0 and analysis.result(kept / "run") == again, err
+    (run / "result.json").write_text(json.dumps(found | {"seconds": {"finetune": 1e6}}))  # another training
+    code, _, err = run_script(publish, run, "--out", kept)
+    assert code == 2 and "holds another run than" in err
+
+
+def test_a_damaged_run_leaves_nothing_of_the_others(tmp_path, run_script):
+    runs = [made_up_run(tmp_path / name, 50.0, {1_000: 60.0}) for name in ("a", "b")]
+    for run in runs:
+        (run / "args.json").write_text("{}")
+    with (runs[1] / "progress.csv").open("a") as file:
+        file.write("finetune\n")
+    code, _, err = run_script(publish, *runs, "--out", tmp_path / "kept")
+    assert code == 2 and "progress.csv is damaged" in err and not (tmp_path / "kept").exists()

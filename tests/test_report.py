@@ -278,10 +278,12 @@ def test_what_an_axis_says_is_no_longer_than_the_axis(script, constraint, tmp_pa
 
 def test_ways_through_a_maze_are_drawn_in_metres():
     figure, way = Figure(), np.array([[0.0, 0.0], [8.0, 0.0]])
-    plots.paths(figure, {"offline policy": [(way, True), (-way, False)], "after fine-tuning": [(way, True)]}, "umaze")
+    plots.paths(
+        figure, {"before fine-tuning": [(way, True), (-way, False)], "after fine-tuning": [(way, True)]}, "umaze"
+    )
     assert [(panel.get_xlabel(), panel.get_ylabel()) for panel in figure.axes] == [("x (m)", "y (m)")] * 2
     titles = [panel.get_title() for panel in figure.axes]
-    assert "policy: 1 of 2 episodes" in titles[0] and "fine-tuning: 1 of 1 episodes" in titles[1]
+    assert "before fine-tuning: 1 of 2 episodes" in titles[0] and "after fine-tuning: 1 of 1 episodes" in titles[1]
 
 
 def test_q_of_alignment_is_not_said_to_be_the_offline_algorithms(tmp_path):
