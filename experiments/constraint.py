@@ -54,10 +54,9 @@ def settings(args: Args, script: str, seed: int) -> dict[str, Spec]:
     for factor in FACTORS:
         flags = threshold_flags(args, base, factor)
         runs[f"τ × {factor:g}"] = base if factor == 1 else base.variant(f"tau{factor:g}", *flags)
-    rate = harness.parsed(args, base).lagrange_lr
-    for factor in RATES:
-        flags = ["--lagrange-lr", str(rate * factor)]
-        runs[f"λ's rate × {factor:g}"] = base.variant(f"lambda{factor:g}", *flags)
+    rate = getattr(harness.parsed(args, base), "lagrange_lr", None)
+    for factor in RATES if rate is not None else ():  # a script of one's own may have no such multiplier
+        runs[f"λ's rate × {factor:g}"] = base.variant(f"lambda{factor:g}", "--lagrange-lr", str(rate * factor))
     return runs
 
 

@@ -152,6 +152,12 @@ def test_a_multiplier_at_rest_and_one_ten_times_as_fast_differ_from_the_method_i
         assert other["lagrange_lr"] == pytest.approx(rate)
 
 
+def test_a_script_without_a_multipliers_rate_is_asked_for_its_threshold_alone(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text((harness.ROOT / "o2td3.py").read_text().replace("lagrange_lr", "dual_rate"))
+    assert list(constraint.settings(harness.Args(), str(mine), 0)) == [f"τ × {x:g}" for x in constraint.FACTORS]
+
+
 @pytest.mark.parametrize("lines", [2, 12])
 def test_names_of_lines_leave_the_axis_its_own(lines):
     figure, [panel] = analysis.panels(["a title that is as long as a policy's whole name"])
