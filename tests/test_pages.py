@@ -95,14 +95,14 @@ def test_equations_are_where_the_page_says(script):
     assert of_page and of_page == of_source
 
 
+README, DEMOS = (ROOT / "README.md").read_text(), (ROOT / "docs" / "demos.md").read_text()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_results_are_the_readmes(script):
-    readme = (ROOT / "README.md").read_text()
+def test_results_are_those_of_the_other_pages(script):
+    pages = DEMOS + README
     figures = re.findall(r"\d+\.\d(?: ± \d+\.\d)?", section(page_of(script), "Results"))
-    assert len(figures) >= 3 and all(re.search(rf"(?<![\d.]){re.escape(x)}(?![\d.])", readme) for x in figures)
-
-
-README = (ROOT / "README.md").read_text()
+    assert len(figures) >= 3 and all(re.search(rf"(?<![\d.]){re.escape(x)}(?![\d.])", pages) for x in figures)
 
 
 def numbers(line: str) -> list[float]:
@@ -110,12 +110,21 @@ def numbers(line: str) -> list[float]:
 
 
 def test_means_of_the_demos_are_those_of_their_seeds():
-    tables = re.findall(r"\| seed \|.*\n\|[-|]+\|\n((?:\| \d .*\n)+)(\| mean .*)", README)
+    tables = re.findall(r"\| seed \|.*\n\|[-|]+\|\n((?:\| \d .*\n)+)(\| mean .*)", DEMOS)
     assert len(tables) == 4
     for seeds, means in tables:
         rows = np.array([numbers(line.split("|", 2)[2]) for line in seeds.splitlines()])
         told = np.array(numbers(means)).reshape(-1, 2)  # of rows that are rounded themselves
         assert np.abs(told - np.stack([rows.mean(0), rows.std(0)], 1)).max() < 0.11
+
+
+def test_the_readmes_table_of_the_demos_is_that_of_their_page():
+    tables = re.findall(r"^`(python o2[^`]*)`.*\n(?:.*\n)*?\| mean ± std \| ([\d.]+).* (\S+ ± \S+) \|\n", DEMOS, re.M)
+    tables += re.findall(
+        r"^\*\*AntMaze\*\*.*?`(python [^`]*)`(?:.*\n)*?\| mean ± std \| (\S+ ± \S+) \| (\S+ ± \S+) \|\n", DEMOS, re.M
+    )
+    told = re.findall(r"^\| `(python \S+ --preset demo[^`]*)` \| .*? \| (.*?) \| (.*?) \|", README, re.M)
+    assert len(told) == 4 and sorted(told) == sorted(tables)
 
 
 NAIVE = {
@@ -133,5 +142,5 @@ def test_what_is_said_of_the_naive_switch_is_in_its_file(script):
     scores = [row["score"] for row in rows]
     changed = [score for score in scores if score != scores[0]]
     told = dict(first=changed[0], low=min(changed), high=max(changed), end=np.mean(scores[-3:]))
-    text = " ".join(README.split())
+    text = " ".join(DEMOS.split())
     assert NAIVE[script].format(**{name: f"{value:.1f}" for name, value in told.items()}) in text
