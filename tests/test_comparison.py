@@ -280,7 +280,7 @@ def published_copy(folder):
 def test_what_is_published_can_be_read(tmp_path):
     path, read = published_copy(tmp_path)
     runs, curves = before = read()
-    assert len(runs) == 48 and len(curves) == 528 and {type(run["seed"]) for run in runs} == {int}
+    assert len(runs) == 51 and len(curves) == 561 and {type(run["seed"]) for run in runs} == {int}
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as a spreadsheet leaves it
     assert read() == before
     runs[0]["regret"] = np.nan  # of returns
