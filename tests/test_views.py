@@ -138,6 +138,16 @@ def test_what_both_flags_mean_is_seen_from_all_of_them(lengths, real):
     assert view["obs"][view["terminations"] == 1, 0].tolist() == [100 * i + lengths[i] - 1 for i in real]
 
 
+def test_a_time_out_that_is_no_terminal_shows_that_terminals_are_real():
+    """Though most of them come after equally many steps, and though one at the limit is no real one."""
+    raw, ends = walk([5, 5, 5, 10, 10, 5]), np.cumsum([5, 5, 5, 10, 10, 5]) - 1
+    raw["terminals"][ends] = raw["timeouts"][ends] = True
+    raw["terminals"][ends[3]] = False
+    view, notes = qlearning_view(raw, 10)
+    assert view["obs"][view["terminations"] == 1, 0].tolist() == [4, 104, 204]  # nothing follows the file's last row
+    assert notes == ["terminals before the time limit of 10 steps that `timeouts` marks, too, taken for real ends: 4"]
+
+
 def drifting(lengths, next_observations):
     """Episodes that begin somewhere and go by small steps, each of which really ends."""
     rng, ends = np.random.default_rng(0), np.cumsum(lengths) - 1
@@ -169,6 +179,14 @@ def test_terminals_that_the_arrays_contradict_are_refused(next_observations, env
             qlearning_view(rows, 1_000)
 
 
+def test_masks_are_refused_where_no_leap_betrays_them(random_raw):
+    """Observations without an order, which next observations alone show."""
+    raw = random_raw(2_000, next_observations=True, timeouts=False)
+    for masks in ({"terminals": ~raw["terminals"]}, {"terminals": np.ones(2_000), "timeouts": raw["terminals"]}):
+        with pytest.raises(UserError, match="a row late, or masks"):
+            qlearning_view(raw | masks, 1_000)
+
+
 def test_ends_in_most_rows_are_no_masks():
     for lengths in ([1] * 100, [1, 1, 1, 2] * 30):
         for next_observations in (True, False):
@@ -197,6 +215,13 @@ def test_an_end_where_all_episodes_begin_is_an_end():
     raw["terminals"][[3, 6, 11]], raw["next_observations"][6] = True, 0  # came home
     view, notes = qlearning_view(raw, 1_000)
     assert view["terminations"].sum() == 3 and not notes
+    lengths = range(3, 23)  # one of so many that leads to the next row would be no end, if they began differently
+    raw, ends = walk(lengths), np.cumsum(lengths) - 1
+    raw["observations"] %= 100
+    raw["next_observations"] = raw["observations"] + 1
+    raw["terminals"][ends], raw["next_observations"][ends[7]] = True, 0
+    view, notes = qlearning_view(raw, 1_000)
+    assert view["terminations"].sum() == 20 and not notes
 
 
 def test_jumps_end_an_episode_and_keep_their_transition():
@@ -231,6 +256,21 @@ def test_jumps_far_from_zero_are_seen(dtype):
     assert len(qlearning_view(raw | far, 1_000)[0]["returns"]) in (38, 39, 40)  # some begin where another one ended
     rounded = far | {"next_observations": far["next_observations"].astype(np.float32)}
     assert qlearning_view(raw | rounded, 1_000)[0]["ordered"]
+
+
+def test_what_float32_rounds_far_from_zero_is_no_jump():
+    """By 3% of a column's spread, which it may as far as `datasets.check` is concerned."""
+    raw = drifting([30, 10, 15, 25] * 10, True)
+    raw |= {key: raw[key] / raw[key].std(0) + 1e6 for key in raw if "observations" in key}
+    raw["next_observations"] = raw["next_observations"].astype(np.float32)
+    view, notes = qlearning_view(raw, 1_000)
+    assert len(view["returns"]) == 40 and not notes
+
+
+def test_jumps_are_seen_everywhere_in_a_long_file():
+    raw = walk([400] * 100)
+    raw["next_observations"] = raw["observations"] + 1
+    assert qlearning_view(raw, 1_000)[0]["returns"].tolist() == [400] * 100
 
 
 @pytest.mark.parametrize("wrong", ["own", "none", "late"])
@@ -270,11 +310,14 @@ def test_rows_that_only_reset_the_environment_are_left_out(next_observations):
     assert notes == ["rows that only reset the environment, left out: 3"] and len(again) == 3
 
 
-def test_rewards_of_zero_alone_make_no_reset():
+@pytest.mark.parametrize("next_observations", [True, False])
+def test_rewards_of_zero_alone_make_no_reset(next_observations):
     raw = walk([4, 3, 5], rewards=np.zeros(12))
     raw["terminals"][[3, 6]] = True
+    if next_observations:
+        raw["next_observations"] = raw["observations"] + 1
     view, notes = qlearning_view(raw, 1_000)
-    assert len(view["obs"]) == 11 and not notes
+    assert len(view["obs"]) == 11 + next_observations and not notes
 
 
 def interleaved(raw, n, environments):
@@ -329,3 +372,5 @@ def test_whole_episodes_lose_nothing():
     assert np.flatnonzero(np.isnan(view["next_actions"]).all(1)).tolist() == [0, 3, 4] and not notes
     raw["terminals"] |= raw["timeouts"]  # terminated, too, and at the limit: an end is an end
     assert qlearning_view(raw, 3, whole=True)[0]["terminations"].tolist() == [1, 0, 0, 1, 1]
+    view, notes = qlearning_view(raw, 2, whole=True)  # longer than the limit of its environment
+    assert view["returns"].tolist() == [1, 3, 1] and not notes
