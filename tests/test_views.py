@@ -179,12 +179,17 @@ def test_terminals_that_the_arrays_contradict_are_refused(next_observations, env
             qlearning_view(rows, 1_000)
 
 
-def test_masks_are_refused_where_no_leap_betrays_them(random_raw):
+def test_wrong_terminals_are_refused_where_no_leap_betrays_them(random_raw):
     """Observations without an order, which next observations alone show."""
     raw = random_raw(2_000, next_observations=True, timeouts=False)
-    for masks in ({"terminals": ~raw["terminals"]}, {"terminals": np.ones(2_000), "timeouts": raw["terminals"]}):
+    ends = raw["terminals"]
+    for wrong in (
+        {"terminals": ~ends},
+        {"terminals": np.ones(2_000), "timeouts": ends},
+        {"terminals": np.append(False, ends[:-1])},
+    ):
         with pytest.raises(UserError, match="a row late, or masks"):
-            qlearning_view(raw | masks, 1_000)
+            qlearning_view(raw | wrong, 1_000)
 
 
 def test_ends_in_most_rows_are_no_masks():
@@ -310,6 +315,16 @@ def test_rows_that_only_reset_the_environment_are_left_out(next_observations):
     assert notes == ["rows that only reset the environment, left out: 3"] and len(again) == 3
 
 
+def test_a_row_that_only_resets_is_no_step_of_an_episode():
+    """Which has as many as the time limit allows, and is not cut a row before its last one."""
+    raw = walk([4, 10, 5])
+    raw["terminals"][3] = raw["timeouts"][13] = True
+    recorded, _ = with_resets(raw, [3, 13])
+    view, notes = qlearning_view(recorded, 10)
+    assert view["returns"].tolist() == [4, 10, 5] and view["episode"].tolist() == [0] * 4 + [1] * 9 + [2] * 4
+    assert notes == ["rows that only reset the environment, left out: 2"]
+
+
 @pytest.mark.parametrize("next_observations", [True, False])
 def test_rewards_of_zero_alone_make_no_reset(next_observations):
     raw = walk([4, 3, 5], rewards=np.zeros(12))
@@ -326,9 +341,11 @@ def interleaved(raw, n, environments):
     return {key: value[order] for key, value in raw.items()}
 
 
-def test_interleaved_rows_are_put_in_order():
-    raw = walk([50, 30, 20, 60, 40])
-    raw["terminals"][[49, 79, 159]] = raw["timeouts"][99] = True
+@pytest.mark.parametrize("lengths", [[50, 30, 20, 60, 40], [5] * 10 + [4] * 25 + [2] * 25])
+def test_interleaved_rows_are_put_in_order(lengths):
+    """Of short episodes, too, so that many a row is an end that nothing follows."""
+    raw, ends = walk(lengths), np.cumsum(lengths) - 1
+    raw["terminals"][ends[[0, 1, *range(3, len(ends) - 1)]]] = raw["timeouts"][ends[2]] = True
     raw["next_observations"] = raw["observations"] + 1
     view, notes = qlearning_view(interleaved(raw, 200, 4), 1_000)
     expected, _ = qlearning_view(raw | {"timeouts": raw["timeouts"]}, 1_000)
