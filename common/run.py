@@ -216,9 +216,10 @@ class Run:
             self.log(stage, step, {f"{stage}/{k}": v for k, v in state["stepper"].means().items()})
         self.logged.save()
         tensors = {name: thing.state_dict() for name, thing in state.items()}
+        rows = sum(row["stage"] == stage for row in self.logged.rows)
         save_tensors(
             self.dir / f"{stage}.pt",
-            {"step": step, "done": done, "state": tensors, "rng": rng_state(), "rows": len(self.logged.rows),
+            {"step": step, "done": done, "state": tensors, "rng": rng_state(), "rows": rows,
              "seconds": self.seconds.get(stage, 0.0), "last_score": self.last_score,
              "last_returns": self.last_returns},
         )  # fmt: skip
@@ -242,8 +243,7 @@ class Run:
             raise UserError(f"{words} ({(str(error).splitlines() or [''])[-1].strip()}); {remedy}") from error
         set_rng_state(saved["rng"])
         if not saved["done"]:
-            others = sum(row["stage"] != stage for row in self.logged.rows)
-            self.logged.cut(stage, saved["rows"] - others)
+            self.logged.cut(stage, saved["rows"])
             tqdm.write(f"{stage}: continuing at step {saved['step']:,}")
         self.seconds[stage], self.last_score = saved["seconds"], saved["last_score"]
         self.last_returns = saved["last_returns"]

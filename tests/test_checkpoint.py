@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import o2sac
 from common import checkpoint, datasets, inert, loop, owner, steps
 from common.cli import Interrupted, UserError
+from common.run import Run
 from tests.test_datasets import Reply
 
 HOLD = "import sys, time\nfrom pathlib import Path\nfrom common.owner import own\n" \
@@ -132,6 +135,149 @@ def test_random_generators_go_on_where_they_were():
     assert drawn[0] == drawn[1]
 
 
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Opens a run of O2SAC in one folder, as another start of its command does."""
+    monkeypatch.setattr("common.run.code_of", lambda *_: {})
+
+    def open_run(**given):
+        opened = Run(o2sac.Args(run_dir=str(tmp_path), **given), "run", None)
+        opened.lock.release()
+        return opened
+
+    return open_run
+
+
+def parts() -> dict:
+    """As much of a stage's state as a checkpoint needs."""
+    return {"net": torch.nn.Linear(1, 1), "stepper": steps.Stepper(None, CPU)}
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_run_goes_on_with_what_it_knew_of_its_last_evaluation(start, done):
+    """What fine-tuning starts from, and what the best policy is held against."""
+    run = start()
+    run.last_score, run.last_returns, run.seconds["align"] = 7.0, [6.0, 8.0], 5.0
+    run.save("align", 3, done, parts())
+    again = start()
+    assert again.restore("align", parts(), CPU) == (3, done)
+    assert (again.last_score, again.last_returns, again.seconds) == (7.0, [6.0, 8.0], {"align": 5.0})
+
+
+def test_a_checkpoint_that_changed_on_the_disk_is_not_trained_on(start):
+    run, state = start(), parts()
+    run.save("align", 3, False, state)
+    path = run.dir / "align.pt"
+    content = path.read_bytes()
+    weight = state["net"].weight.detach().numpy().tobytes()
+    assert content.count(weight) == 1
+    path.write_bytes(content.replace(weight, weight[::-1]))
+    with pytest.raises(UserError, match=r"align.pt is damaged: .* delete it"):
+        start().restore("align", parts(), CPU)
+
+
+def steps_of(run, stage: str, n: int, per_step: int = 1) -> None:
+    """Takes what is left of a stage of `n` steps, each of which is logged and saved."""
+    first, done = run.restore(stage, parts(), CPU)
+    for step in range(first + 1, n + 1) if not done else ():
+        for row in range(per_step):
+            run.log(stage, step, {f"{stage}/q": step + row / 10})
+        run.save(stage, step, step == n, parts())
+
+
+def test_no_row_is_lost_or_doubled_wherever_a_run_is_killed(start, tmp_path, monkeypatch):
+    """Between its rows and its checkpoint, too, which are two files."""
+
+    def whole():
+        run = start()
+        for stage in ("reevaluate", "align"):
+            steps_of(run, stage, 2)
+        return run.logged.rows
+
+    rows, fsync, deaths = whole(), os.fsync, 0
+    for write in range(9):
+        shutil.rmtree(tmp_path / "run")
+        writes = iter(range(100))
+
+        def deadly(file, write=write, writes=writes):
+            if next(writes) == write:
+                raise KeyboardInterrupt
+            fsync(file)
+
+        monkeypatch.setattr(os, "fsync", deadly)
+        try:
+            whole()
+        except KeyboardInterrupt:
+            deaths += 1
+        assert whole() == rows
+    assert deaths == 9  # args.json, then rows and checkpoint of each step
+
+
+def test_a_stage_that_is_made_again_takes_no_row_from_the_next_one(start):
+    """With other code, say, that logs more of them."""
+    run = start()
+    steps_of(run, "reevaluate", 2)
+    for step in (1, 2, 3):
+        run.log("align", step, {"align/q": 1.0})
+    run.save("align", 3, False, parts())
+    (run.dir / "reevaluate.pt").unlink()
+    again = start()
+    steps_of(again, "reevaluate", 2, per_step=4)
+    again.restore("align", parts(), CPU)
+    assert [row["stage"] for row in again.logged.rows] == 8 * ["reevaluate"] + 3 * ["align"]
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(start):
+    run = start()
+    run.save("align", 3, False, parts())
+    half = run.dir / "align.pt.0123456789ab.part"
+    half.write_text("half")
+    start()
+    assert not half.exists() and (run.dir / "align.pt").exists()
+
+
+def test_where_and_how_a_run_is_watched_is_no_other_experiment(start):
+    run = start()
+    run.save("align", 3, False, parts())
+    elsewhere = dict(device="cpu", compile=False, eval_workers=2, checkpoint_seconds=1, capture_video=True, num_seeds=2)
+    for name, value in elsewhere.items():
+        assert getattr(run.args, name) != value
+    assert start(**elsewhere).restore("align", parts(), CPU) == (3, False)
+    with pytest.raises(UserError, match=r"other arguments: --gamma 0.99 \(now 0.9\)"):
+        start(gamma=0.9)
+
+
+def test_time_goes_on_from_start_to_start(tmp_path, monkeypatch):
+    """That of the stage in all, the pace of this start alone, and a checkpoint every so many seconds of either."""
+    now = SimpleNamespace(seconds=50.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    run = Recorder(tmp_path)
+    run.restore, run.seconds, run.args.checkpoint_seconds = lambda *_: (10, False), {"stage": 300.0}, 5
+    stage = loop.Loop(run, "stage", 20, {}, CPU)
+    now.seconds += 1_000  # of whatever comes before the first step
+    for step in stage:
+        now.seconds += 2
+        assert stage.rate == pytest.approx((step - 10) / (2 * (step - 10)))
+    assert run.seconds == {"stage": 320} and run.saved == [(13, False), (16, False), (19, False), (20, True)]
+
+
+def test_the_best_policy_stays_as_it_was_when_it_was_found():
+    net = torch.nn.Linear(2, 1)
+    best = checkpoint.BestPolicy(1.0, net, "offline policy", [1.0], 0.0)
+    before = net.weight.detach().clone()
+    with torch.no_grad():
+        net.weight.add_(1)
+    assert torch.equal(best.weights["weight"], before)
+    assert not best.update(1.0, net, "as good") and best.update(2.0, net, "better", [2.0])
+    again = checkpoint.BestPolicy(3.0, torch.nn.Linear(2, 1), "another")
+    again.load_state_dict(best.state_dict())
+    assert (again.score, again.origin, again.returns) == (2.0, "better", [2.0])
+    assert torch.equal(again.weights["weight"], before + 1)
+
+
 def test_the_last_evaluation_alone_is_the_final_one(tmp_path):
     """It has --final-episodes; and what each of them returned goes to the rule that keeps the best."""
     run, asked, offered, logged = Recorder(tmp_path), [], [], []
@@ -178,6 +324,17 @@ def test_a_signal_in_a_stage_saves_at_the_end_of_the_step(tmp_path, number):
             if step == 3:
                 os.kill(os.getpid(), number)
     assert run.saved == [(3, False)] and signal.getsignal(number) == before
+
+
+def test_what_nohup_ignores_ends_no_stage(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = Recorder(tmp_path)
+        for _ in loop.Loop(run, "stage", 3, {}, CPU):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert run.saved == [(3, True)] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_between_stages_a_signal_stops_at_once(tmp_path):

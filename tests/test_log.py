@@ -15,6 +15,7 @@ import o2sac
 from common import cli
 from common.errors import UserError
 from common.log import Log
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.program import TensorBoard
 
 from offline import cql
@@ -70,6 +71,18 @@ def test_tensorboard_shows_every_point_of_every_stage_in_the_runs_order(tmp_path
         logged = [(row["step"], row[name]) for row in log.rows if name in row]
         assert [point for tag in tags for point in curves["run"][tag]] == logged
     assert curves["run"]["1_reevaluate/q"] == [(10 * i, 2.5 * i) for i in range(13)]
+
+
+def test_tensorboard_shows_a_run_that_goes_on_from_its_beginning_and_nothing_twice(tmp_path):
+    for steps in ((1, 2, 3), (4, 5)):
+        log = Log(tmp_path, o2sac.Args())
+        for step in steps:
+            log.add("align", step, {"align/q": step / 2})
+        log.save()
+        (tmp_path / "align.pt").touch()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("2_align/q")] == [(i, i / 2) for i in range(1, 6)]
 
 
 def test_what_is_logged_is_a_number_however_it_comes(tmp_path):
