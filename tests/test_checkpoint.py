@@ -264,6 +264,16 @@ def test_time_goes_on_from_start_to_start(tmp_path, monkeypatch):
     assert run.seconds == {"stage": 320} and run.saved == [(13, False), (16, False), (19, False), (20, True)]
 
 
+@pytest.mark.parametrize(("start", "logged"), [(0, [0, 4, 8, 10]), (4, [4, 8, 10]), (5, [8, 10])])
+def test_the_critic_is_measured_before_every_so_many_steps_and_at_the_end(start, logged, tmp_path):
+    run, taken, found = Recorder(tmp_path), [], []
+    run.restore, run.args.probe_every = lambda *_: (start, False), 4
+    run.log = lambda stage, step, scalars: found.append((step, scalars))
+    for step in loop.Loop(run, "stage", 10, {}, CPU, lambda: len(taken)):
+        taken.append(step)
+    assert found == [(step, step - start) for step in logged]  # after so many steps of this start
+
+
 def test_the_best_policy_stays_as_it_was_when_it_was_found():
     net = torch.nn.Linear(2, 1)
     best = checkpoint.BestPolicy(1.0, net, "offline policy", [1.0], 0.0)

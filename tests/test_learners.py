@@ -192,3 +192,27 @@ def test_a_probe_asks_for_the_lowest_q_at_the_policys_own_actions(script):
     q = critic64(agent.critic, held_out.obs, held_out.actions)
     lowest = q.view(3, 2, B).min(1).values.mean(0) if script is off2on else q.min(0).values
     torch.testing.assert_close(probe.q(held_out.obs, held_out.actions).double(), lowest, rtol=1e-4, atol=1e-4)
+
+
+def test_an_offline_policy_depends_on_its_seed_alone_and_has_its_last_score(tmp_path, data, monkeypatch):
+    """Whatever was drawn before; that score is the evaluation's of --final-episodes."""
+    examples, asked = data.obs[:: len(data) // 16][:16].clone(), []
+
+    def scalars(self, policy, device, final=False):
+        asked.append(final)
+        return {"score": float(len(asked))}
+
+    monkeypatch.setattr("common.evaluation.Evaluator.scalars", scalars)
+    policies = []
+    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
+        torch.rand(len(policies))
+        flags = dict(steps=4, eval_every=2, batch_size=8, hidden=(8,), seed=seed, compile=False, device="cpu")
+        args = cli.complete(bc.Args(**flags, run_dir=str(tmp_path / folder), env_id="hopper-medium-demo"))
+        policies.append(torch.load(bc.train(args, copy.copy(data)), weights_only=True))
+    first, again, other = (policy["actor"]["net.0.weight"] for policy in policies)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert [policy["score"] for policy in policies] == [2, 4, 6] and asked == [False, True] * 3
+    assert torch.equal(policies[0]["examples"]["obs"], examples)  # as the environment shows them
+    again = bc.train(args, fresh := copy.copy(data))  # a finished run trains nothing, and standardises the data
+    assert asked == [False, True] * 3 and torch.load(again, weights_only=True)["seed"] == 4
+    torch.testing.assert_close(fresh.obs, (data.obs - policies[2]["state_mean"]) / policies[2]["state_std"])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ import o2ppo
 import o2sac
 import o2td3
 from benchmarks import protocol
-from common import cli, plateau, stages, steps, timing
+from common import cli, loop, plateau, stages, steps, timing
 from common.plateau import CHANGE, LOOKS, SHORTEST, Plateau
 from common.run import Run
 from tests.conftest import TINY
+from tests.test_checkpoint import Recorder
 
 
 def end(curve) -> int | None:
@@ -190,6 +192,19 @@ def test_a_stage_ends_at_its_plateau_whether_interrupted_or_not(short, data, tmp
     typed, number = reevaluated([*short, "--reevaluate-steps", str(n)], data, tmp_path / "typed")
     assert typed.auto == {} and "plateau" not in number["state"]
     assert all(same(number["state"][part], checkpoint["state"][part]) for part in ("agent", "critic_optimizer"))
+
+
+def test_where_a_stage_rests_it_is_evaluated_for_the_last_time(tmp_path):
+    run, asked, looks = Recorder(tmp_path), [], iter(range(1, 9))
+    run.log = lambda stage, step, scalars: asked.append((step, "align/score" in scalars))
+    rule = SimpleNamespace(scalar="probe/x", add=lambda value: value == 3)
+    ended = loop.train(
+        run, "align", lambda: lambda: {"q": torch.zeros(())}, 100, {}, device=torch.device("cpu"), log_every=4,
+        evaluate=lambda last: asked.append(last) or {"score": 7.0}, evaluate_every=5,
+        probe=lambda: {"probe/x": next(looks)}, plateau=rule,
+    )  # fmt: skip
+    assert asked == [(0, False), (4, False), False, (5, True), True, (8, True)]
+    assert ended == 8 and run.saved == [(8, True)]
 
 
 def test_a_run_says_how_its_stages_ended(short, run_script, tmp_path):

@@ -68,6 +68,16 @@ def test_held_out_episodes_are_whole_and_not_trained_on():
     assert data.hold_out(0, 256)[0] is data
 
 
+def test_of_few_episodes_one_is_held_out_and_of_one_none(data):
+    few, one = data.rows(data.episode < 5), data.rows(data.episode == 0)
+    rest, held_out = few.hold_out(0.001, 30)
+    assert len(rest.episode.unique()) == 4 and len(held_out.episode.unique()) == 1 and len(held_out) == 30
+    assert data.returns.isfinite().all()  # what is left has returns of its own
+    rest, held_out = one.hold_out(0.3, 7)
+    assert rest is one and len(held_out) == 7
+    assert few.best_episodes(0.001).episode.unique().tolist() == [int(data.returns[:5].argmax())]
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(-1000, 3000), min_size=8, max_size=8), st.sampled_from([0.0, 0.5, 1.0, 3.0]))
 def test_margin_is_welchs_statistic(returns, margin):

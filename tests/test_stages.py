@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -164,6 +166,31 @@ def test_schedules_reach_a_step_as_tensors():
     stages.Schedules({"x": lambda step: 1 / step}, torch.device("cpu"))  # the first step is 1
     with pytest.raises(UserError, match="the schedule x has to be a function of the step"):
         stages.Schedules({"x": 3.0}, torch.device("cpu"))
+
+
+def test_a_stage_is_evaluated_logged_and_probed_as_its_arguments_say(data, monkeypatch):
+    """And the returns of its last evaluation are known to what compares policies start by start."""
+    asked = []
+
+    def train(run, name, make_step, steps, state, *, evaluate, **more):
+        asked.append(dict(name=name, steps=steps, state=set(state), **more))
+        return asked[-1] | {"found": evaluate and evaluate(True)}
+
+    monkeypatch.setattr(stages.loop, "train", train)
+    agent = SimpleNamespace(act="act")
+    evaluator = SimpleNamespace(scalars=lambda *given: {"score": given}, last=np.array([3.0, 11.0]))
+    run = SimpleNamespace(
+        args=o2sac.Args(reevaluate_steps=70, align_steps=80, align_eval_every=9, log_every=4), auto={}
+    )
+    for stage in (o2sac.REEVALUATE, o2sac.ALIGN):
+        run.last_returns = []
+        stages.train(run, stage, data, agent, {"critic_optimizer": 1}, "probe", evaluator)
+        aligns = stage is o2sac.ALIGN
+        assert asked[-1].items() >= dict(
+            name=stage.name, steps=80 if aligns else 70, state={"agent", "critic_optimizer"}, log_every=4,
+            probe="probe", evaluate_every=9 if aligns else 0, plateau=None,
+        ).items()  # fmt: skip
+        assert run.last_returns == ([3.0, 11.0] if aligns else []) and run.auto == {}
 
 
 def test_a_copy_runs_for_several_seeds(mymethod, run_script, tmp_path, monkeypatch):
