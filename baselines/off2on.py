@@ -330,8 +330,9 @@ def main() -> None:
     args, run, data = report.start_run(Args, offline)
     device = data.obs.device
 
-    others = [offline.trained(member, data) for member in seeds(args)[1:]]
-    policy, evaluator = offline.policy(args, run, data, alone=False)
+    files = [offline.file_of(member, data) for member in seeds(args)[1:]]
+    others = [offline.read(args, file, data) for file in files]
+    policy, evaluator = offline.policy(args, run, data, files)
     seed_everything(args.seed)
     agent = Agent(args, policy, *others).to(device)
     policy |= agent.actor.exported()  # all of them as one

@@ -162,9 +162,11 @@ class Run:
         if differ := other_arguments(self.args, old):
             words = f"{self.dir} holds a run with other arguments: {differ}"
             raise UserError(f"{words}; {afresh}, or delete that folder")
-        sources = {"data": ("on other data", Path(self.args.dataset_path).name or self.args.env_id),
-                   "offline": ("from another policy", getattr(self.args, "offline", ""))}  # fmt: skip
-        for what, (other, name) in sources.items():
+        sources = [("data", "on other data", Path(self.args.dataset_path).name or self.args.env_id),
+                   ("offline", "from another policy", getattr(self.args, "offline", ""))]  # fmt: skip
+        beside, here = was.get("offline_others", {}), now.get("offline_others", {})
+        sources += [("offline_others", "from another policy", path) for path in here if beside.get(path) != here[path]]
+        for what, other, name in sources:
             if was.get(what, now.get(what)) != now.get(what, was.get(what)):
                 words = f"{name} is not what it was; {afresh}, or delete that folder"
                 raise UserError(f"{self.dir} holds a run {other}: {words}")
@@ -193,9 +195,12 @@ class Run:
             self.old_args = old
         write_atomic(self.dir / "args.json", json.dumps(kept, indent=2).encode())
 
-    def starts_from(self, policy: Path) -> None:
-        """Note the content of the policy that the run starts from. Raises UserError where it was another one."""
+    def starts_from(self, policy: Path, *others: Path) -> None:
+        """Note the content of the policy that the run starts from, and of `others` beside it. Raises UserError where
+        one of them was another."""
         self.made_with["offline"] = sha256(policy)
+        if others:
+            self.made_with["offline_others"] = {path.parent.name: sha256(path) for path in others}
         self._keep_args()
 
     def log(self, stage: str, step: int, scalars: dict[str, float]) -> None:

@@ -15,6 +15,7 @@ import offline
 
 from baselines import aca, awac, cal_ql, iql, off2on, pex, rlpd, wsrl
 from common import cli, datasets, policies, regime, report, tasks
+from common.checkpoint import save_tensors
 from common.evaluation import Evaluator
 from common.identity import ROOT
 from common.run import FREE_ARGS, Run, run_name
@@ -105,6 +106,17 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, run_script, tmp
     moments = {key: value for key, value in whole.items() if "optimizer/exp_avg_sq" in key}
     still = [key for key, moment in moments.items() if not (moment > 0).any() and "multiplier" not in key]
     assert moments and not still
+
+
+def test_off2on_goes_on_with_the_members_that_it_began_with(run_script, tmp_path):
+    flags = command(off2on, tmp_path)
+    assert run_script(off2on, *flags)[0] == 0
+    [member] = tmp_path.glob("*__1000/policy.pt")
+    content = torch.load(member, weights_only=True)
+    content["steps"] += 1  # as of one that was trained anew
+    save_tensors(member, content)
+    code, _, err = run_script(off2on, *flags)
+    assert code == 2 and f"a run from another policy: {member.parent.name} is not what it was; " in err
 
 
 def test_what_a_run_is_said_to_start_from_is_what_plays(script, run_script, tmp_path, monkeypatch):

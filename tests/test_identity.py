@@ -148,6 +148,20 @@ def test_another_policy_under_the_same_name_is_refused(begin, tmp_path):
         again.starts_from(policy)
 
 
+def test_each_of_several_policies_is_known(begin, tmp_path):
+    """The ones beside the first by their folders; a run that was made before they were noted goes on."""
+    files = [tmp_path / name / "policy.pt" for name in ("cql__0", "cql__1000", "cql__2000")]
+    for path in files:
+        path.parent.mkdir()
+        path.write_text("weights")
+    begin(offline="cql").starts_from(files[0])
+    begin(offline="cql").starts_from(*files)
+    begin(offline="cql").starts_from(*files)
+    files[2].write_text("others")
+    with pytest.raises(UserError, match="from another policy: cql__2000 is not what it was"):
+        begin(offline="cql").starts_from(*files)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"made_with": 3}', '{"seed": 0'])
 def test_damaged_arguments_are_named(begin, tmp_path, text):
     begin()
