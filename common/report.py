@@ -12,12 +12,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import agreement, cli, datasets, envs, plots, seeds, steps, timing
+from common import agreement, cli, datasets, envs, plots, seeds, steps, tasks, timing
 from common.checkpoint import write_atomic
 from common.log import read_rows
 from common.policies import description_of, module, save_online
 from common.run import Run, read_json, run_name, script_name
-from common.stages import check, idle, stages_of
+from common.stages import check, declared, idle, stages_of
+from common.usage import flag
 
 DAY = 24 * 3600
 
@@ -81,10 +82,21 @@ def estimate(run: Run, seconds: dict[str, float]) -> None:
     most = "at most " * any(stage.auto(run.args) and stage.number(run.args) for stage in stages_of(run.args))
     print(f"run: {run.dir}\nestimated time: {most}{duration(total)} ({parts}), less what is done already")
     if total > DAY:
-        print(
-            f"WARNING: that is {total / DAY:.1f} days on this device. --preset quick takes about an hour on 2 cores, "
-            "--preset demo some minutes."
-        )
+        print(f"WARNING: that is {total / DAY:.1f} days on this device. {shorter(run.args, seconds)}.")
+
+
+def shorter(args, seconds: dict[str, float]) -> str:
+    """What takes less time: a shorter preset, where the longest stage goes by it, and fewer steps of that stage."""
+    longest = max(seconds, key=seconds.get)
+    name = next((stage.steps for stage in stages_of(args) if stage.name == longest), "offline_steps")
+    script, task = declared(args), tasks.resolve(args.env_id, args.dataset_path)
+    usual = type(args)(**cli.chosen(script.PRESETS, script.FAMILIES, args.preset, task))
+    fewer = f"fewer {flag(name, 0)[0]} take less"
+    if getattr(args, name) != getattr(usual, name) or "demo" not in script.PRESETS:  # what is typed wins over a preset
+        return fewer
+    presets = {"none": "--preset quick takes about an hour on 2 cores, --preset demo some minutes",
+               "quick": f"--preset demo takes some minutes on 2 cores, and {fewer}"}  # fmt: skip
+    return presets.get(args.preset, fewer)
 
 
 def finish(run: Run, policy: dict, agent, best, data, evaluator, start: float | None = None) -> None:

@@ -114,6 +114,32 @@ def test_records_name_what_was_used(run_script, tmp_path, monkeypatch):
     assert policy["origin"] == "online, step 90" and policy["data"] == result["data"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "longest", "words"),
+    [
+        ("", "finetune", "--preset quick takes about an hour on 2 cores, --preset demo some minutes"),
+        ("--preset quick", "align", "--preset demo takes some minutes on 2 cores, and fewer --align-steps take less"),
+        (
+            "--preset quick",
+            "offline",
+            "--preset demo takes some minutes on 2 cores, and fewer --offline-steps take less",
+        ),
+        ("--preset demo", "finetune", "fewer --online-steps take less"),
+        ("--online-steps 9000000", "finetune", "fewer --online-steps take less"),  # nor does a preset change these
+        (
+            "--online-steps 9000000",
+            "align",
+            "--preset quick takes about an hour on 2 cores, --preset demo some minutes",
+        ),
+    ],
+)
+def test_what_takes_less_than_days_is_what_this_run_can_do(flags, longest, words, capsys):
+    args = cli.parse(o2td3.Args, o2td3.PRESETS, o2td3.FAMILIES, ["--env-id", "hopper-medium-v2", *flags.split()])
+    run = SimpleNamespace(args=args, dir="runs/mine")
+    report.estimate(run, {"offline": 60.0, "align": 60.0, "finetune": 60.0} | {longest: 2.0 * report.DAY})
+    assert capsys.readouterr().out.endswith(f"WARNING: that is 2.0 days on this device. {words}.\n")
+
+
 @pytest.mark.parametrize("script", [o2sac, o2ppo])
 def test_a_runs_name_tells_where_it_started(script, tmp_path):
     def name(path):
