@@ -22,6 +22,7 @@ from common.identity import changed, code_of, fingerprint, script_of, versions
 from common.log import Log, score_of
 from common.owner import own
 from common.stages import ablations_of
+from common.usage import unlike
 
 # What may differ between two starts of the same run without making it another experiment.
 FREE_ARGS = {
@@ -110,7 +111,7 @@ def other_arguments(args, old: dict) -> str:
         if Path(new).suffix and Path(new).name == Path(before).name:
             was[name] = now[name]
     differ = [name for name in now if name not in FREE_ARGS and was[name] != now[name]]
-    return ", ".join(f"--{name.replace('_', '-')} {was[name]} (now {now[name]})" for name in differ)
+    return ", ".join(unlike(name, was[name], "now", now[name]) for name in differ)
 
 
 class Run:

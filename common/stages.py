@@ -32,6 +32,7 @@ from common import bounds, cli, loop, tasks
 from common.errors import UserError
 from common.identity import ROOT
 from common.plateau import LOOKS, Plateau
+from common.usage import flag
 
 KINDS = ("squashed_gaussian", "gaussian", "deterministic")  # of policies, see common/policies.py
 REMEDY = "see the foot of o2sac.py, and docs/extend.md"
@@ -179,12 +180,12 @@ def idle(args) -> list[str]:
 
     for name, value in vars(args).items():
         if value not in (usual[name], constants.get(name)) and (reason := why(name)):
-            found.setdefault(reason, []).append(f"--{name.replace('_', '-')}")
+            found.setdefault(reason, []).append(flag(name, value)[0])
     said = [f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing {words}" for words, flags in found.items()]
     whole, starts, warmup = (getattr(args, name, 0) for name in ("online_steps", "learning_starts", "warmup_steps"))
-    for flag, n in (("--learning-starts", starts), ("--warmup-steps", warmup)):
+    for typed, n in (("--learning-starts", starts), ("--warmup-steps", warmup)):
         if n and n >= whole:
-            said.append(f"{flag} {n} leaves nothing of --online-steps {whole}: the policy stays as it is")
+            said.append(f"{typed} {n} leaves nothing of --online-steps {whole}: the policy stays as it is")
     if 0 < warmup <= starts < whole:
         flags = f"--warmup-steps {warmup} ends before the first update, after --learning-starts {starts}"
         said.append(f"{flags}: at no step the critics alone learn")

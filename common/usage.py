@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import shlex
 import textwrap
 from typing import Annotated, get_type_hints
 
@@ -33,12 +34,18 @@ def flag(name: str, value) -> list[str]:
     name = {"go_on": "continue"}.get(name, name).replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return [f"--{name}", *map(str, value if isinstance(value, tuple | list) else [value])]
 
 
 def shown(name: str, value) -> str:
-    """The value alone as it is typed; of what is on or off that is the whole argument."""
-    return " ".join(flag(name, value)[0 if isinstance(value, bool) else 1 :])
+    """The value alone as it is typed; of what is on or off, or without any, that is the whole argument."""
+    words = flag(name, value)
+    return shlex.join(words[1:] or words)
+
+
+def unlike(name: str, value, where: str, other) -> str:
+    """An argument as it is typed, and in brackets what it is instead somewhere: "--align (now --no-align)"."""
+    return f"{shlex.join(flag(name, value))} ({where} {shown(name, other)})"
 
 
 def of_families(families: dict[str, dict]) -> str:

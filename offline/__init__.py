@@ -20,6 +20,7 @@ from common.run import plain
 from common.stages import declared, find, load
 from common.steps import seconds_per_step
 from common.transfer import transfer
+from common.usage import unlike
 
 import torch
 
@@ -160,11 +161,11 @@ def other_losses(args, found: dict) -> str:
     """In words, which arguments of both, of the loss and the like, were others for what a script goes on with."""
     known = found.get("learner", {}).get("args", {}) if goes_on(args) else {}
     if known and found["algorithm"] in ALGORITHMS:  # what there was no argument for then was as it usually is
-        known = vars(algorithm(found["algorithm"]).Args()) | known
+        known = plain(algorithm(found["algorithm"]).Args()) | known
     shared = {field.name for kind in (cli.OnlineArgs, PretrainArgs) for field in dataclasses.fields(kind)}
     names = [field.name for field in dataclasses.fields(args) if field.name not in shared and field.name in known]
-    differ = [name for name in names if known[name] != getattr(args, name)]
-    said = [f"--{name.replace('_', '-')} {known[name]} (here {getattr(args, name)})" for name in differ]
+    here = plain(args)
+    said = [unlike(name, known[name], "here", here[name]) for name in names if known[name] != here[name]]
     return f"; learned with {', '.join(said)}" if said else ""
 
 

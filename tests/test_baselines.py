@@ -219,6 +219,10 @@ def test_what_was_learned_otherwise_is_said():
         "; learned with --expectile 0.7 (here 0.9)"
     )
     assert offline.other_losses(parsed(pex, *flags), left) == "; learned with --beta 3.0 (here 10.0)"
+    mine = {"algorithm": "mine", "learner": {"args": {"lagrange": True, "calibrate_online": False}}}
+    assert offline.other_losses(parsed(cal_ql, *flags), mine) == (
+        "; learned with --no-calibrate-online (here --calibrate-online), --lagrange (here --no-lagrange)"
+    )
     assert offline.other_losses(parsed(o2td3, *flags), left) == ""  # which takes the policy alone
     older = left | {"algorithm": "awac"}  # from before there was the argument
     found = offline.other_losses(parsed(awac, *flags, "--weights", "softmax"), older)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,16 @@ def test_an_argument_that_came_later_was_at_its_default(begin, tmp_path):
     with pytest.raises(UserError, match=r"other arguments: --holdout 0.01 \(now 0.2\);"):
         begin(holdout=0.2)
     begin()
+
+
+def test_other_arguments_are_said_as_they_are_typed(begin):
+    begin(track=False, deterministic=True, dataset_path="data/hopper-medium-v2.hdf5", hidden=(64, 32))
+    words = (
+        "--dataset-path data/hopper-medium-v2.hdf5 (now ''), --deterministic (now --no-deterministic), "
+        "--hidden 64 32 (now None);"
+    )
+    with pytest.raises(UserError, match=re.escape(f"other arguments: {words}")):
+        begin()
 
 
 def test_a_folder_in_which_nothing_was_saved_holds_no_run(begin, tmp_path, capsys):

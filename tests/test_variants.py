@@ -256,6 +256,9 @@ def test_what_changes_nothing_is_said(monkeypatch):
     logs = "--log-every changes nothing without --reevaluate or --align"
     assert logs in idle("o2sac", "--no-align --no-reevaluate --log-every 7")
     assert not idle("o2sac", "--no-align --log-every 7")
+    assert idle("o2td3", "--no-reevaluate --no-critic-layer-norm") == [
+        "--no-critic-layer-norm changes nothing without --reevaluate or --critic-init random"
+    ]
     found = idle("o2td3", "--no-reevaluate --reevaluate-steps auto --preset demo")
     assert found == ["--reevaluate-steps changes nothing with --no-reevaluate"]
     assert idle("o2sac", "--no-reevaluate --critics 3 --part-episodes 3 --reference-window 5 --no-constrain "
