@@ -266,7 +266,7 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except UserError as error:
-            sys.exit(_fail(f"error: {error}", 2))
+            sys.exit(_fail(f"{error.before}error: {error}", 2))
         except (Interrupted, KeyboardInterrupt) as stop:
             words = str(stop) or "nothing was being trained at the moment; the same command goes on from what is saved"
             sys.exit(_fail(f"stopped: {words}", 130))

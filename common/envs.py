@@ -60,25 +60,31 @@ class Sound(gym.Wrapper):
     """An environment that is asked and answers as Gymnasium has it: what networks, buffers and checkpoints count on.
 
     It has an action of its own, which it may change in place, and answers with numbers: a reward or a success that is
-    an array of one of them is taken for it. Raises UserError where it does not, and for numbers that are not finite,
-    which training would else be blamed for.
+    an array of one of them is taken for it. Raises UserError where it does not, where its code fails, and for numbers
+    that are not finite, which training would else be blamed for.
     """
 
     def reset(self, **kwargs):
         self.seed, self.steps = kwargs.get("seed"), 0
         try:
-            found = self.env.reset(**kwargs)
-        except (ValueError, OverflowError):  # NumPy's older generators take 32 bits
-            if self.seed is None or self.seed < 1 << 32:
-                raise
-            found = self.env.reset(**kwargs | {"seed": int(np.random.SeedSequence(self.seed).generate_state(1)[0])})
+            try:
+                found = self.env.reset(**kwargs)
+            except (ValueError, OverflowError):  # NumPy's older generators take 32 bits
+                if self.seed is None or self.seed < 1 << 32:
+                    raise
+                found = self.env.reset(**kwargs | {"seed": int(np.random.SeedSequence(self.seed).generate_state(1)[0])})
+        except Exception as error:
+            raise self.failure(error) from error
         if not isinstance(found, tuple) or len(found) != 2:
             raise self.fault("returns no pair of an observation and a dictionary")
         return self.sound(found[0]), found[1]
 
     def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(np.array(action))
         self.steps += 1
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(np.array(action))
+        except Exception as error:
+            raise self.failure(error) from error
         if not isinstance(info, dict):
             raise self.fault(f"returns {info!r:.80} as its info, which has to be a dictionary")
         if said := [key for key in ("success", "is_success") if key in info]:
@@ -106,6 +112,14 @@ class Sound(gym.Wrapper):
         except (TypeError, ValueError, RuntimeError):  # the last: of a tensor
             raise self.fault(f"returns {value!r:.80} as {name}, which has to be one number") from None
 
+    def failure(self, error: Exception) -> UserError:
+        """What its own code raised, with the traceback from there on."""
+        if isinstance(error, UserError):
+            return error
+        found, here = self.fault(f"cannot be played ({reason_of(error)})"), error.__traceback__
+        found.before = "".join(traceback.format_exception(type(error), error, here.tb_next or here))
+        return found
+
     def fault(self, what: str) -> UserError:
         where = f"step {self.steps:,} of" if self.steps else "the reset of"
         return UserError(f"{self.spec.id} {what}, in {where} the episode with the seed {self.seed}; mend it there")
@@ -127,14 +141,18 @@ def blamed(name: str, what: str):
     except UserError:
         raise
     except Exception as error:  # environments fail in many ways: a missing package or file, wrong arguments, their code
-        not_theirs = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), Path(__file__).parent
-        frames = traceback.extract_tb(error.__traceback__)
-        frames = [x for x in frames if not any(Path(x.filename).is_relative_to(folder) for folder in not_theirs)]
-        place = f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
         missing = isinstance(error, (ImportError, gym.error.DependencyNotInstalled))
         remedy = "install what it needs" if missing else "mend it, or register it with what it needs"
-        raise UserError(f"{name} {what} ({reason}); {remedy}") from error
+        raise UserError(f"{name} {what} ({reason_of(error)}); {remedy}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What an environment raised, and the line of the user's own code that did, if any."""
+    not_theirs = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), Path(__file__).parent
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [x for x in frames if not any(Path(x.filename).is_relative_to(folder) for folder in not_theirs)]
+    place = f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 def unscaled_env(task: Task, evaluation: bool = False, **kwargs) -> gym.Env:

@@ -2,7 +2,10 @@
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one sentence that names the remedy."""
+    """Something the user can mend. The message is one sentence that names the remedy; `before` it stands what shows
+    where, the traceback of code that is the user's own."""
+
+    before = ""
 
 
 class Interrupted(Exception):

@@ -1,7 +1,9 @@
 """Environments that do not answer as Gymnasium has it: taken where that is harmless, else named before any training."""
 
 import functools
+import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -108,8 +110,43 @@ def test_what_is_no_answer_is_named_before_anything_is_trained(answer, words):
     ],
 )
 def test_what_fails_is_named_with_its_place(kwargs, words):
-    with pytest.raises(UserError, match=rf"^Point-v0 cannot be played \({words}.*; mend it"):
+    with pytest.raises(UserError, match=rf"^Point-v0 cannot be played \({words}.*; mend it") as error:
         agreement.repeats(task_of(**kwargs))
+    assert error.value.before.startswith("Traceback")
+
+
+def falls(after: int):
+    """A step that fails once there were as many."""
+    taken = []
+
+    def answer(*found):
+        taken.append(found)
+        return {}[len(taken)] if len(taken) > after else found
+
+    return answer
+
+
+def test_what_fails_in_training_is_shown_as_the_environments(run_script):
+    """Its traceback from its own code on, and one sentence; the same from another process."""
+    episodes = envs.Episodes(envs.make_env(task_of(answer=falls(11))), 2)
+    for _ in range(11):
+        episodes.step(np.zeros(2, np.float32))
+    with pytest.raises(UserError) as found:
+        episodes.step(np.zeros(2, np.float32))
+    error = pickle.loads(pickle.dumps(found.value))
+    place = f"line {falls.__code__.co_firstlineno + 6}"
+
+    def main():
+        raise error
+
+    code, _, err = run_script(SimpleNamespace(main=main, __file__="mine.py"))
+    first, *lines, last = err.splitlines()
+    assert code == 2 and first.startswith("Traceback") and lines[-1] == "KeyError: 12"
+    assert f'test_contract.py", {place}, in answer' in err and "envs.py" not in err
+    assert last == (
+        f"error: Point-v0 cannot be played (KeyError: 12, test_contract.py {place}), in step 3 of the episode with the "
+        "seed 2000007; mend it there"
+    )
 
 
 def test_one_number_in_an_array_and_no_word_of_a_success_are_taken():
