@@ -4,11 +4,9 @@ import contextlib
 import logging
 import math
 import sys
-import sysconfig
 import traceback
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import gymnasium as gym
 import mujoco
@@ -17,6 +15,7 @@ import torch
 
 from common import spaces
 from common.cli import UserError
+from common.errors import reason_of
 from common.physics import as_d4rl
 from common.tasks import Task
 
@@ -144,15 +143,6 @@ def blamed(name: str, what: str):
         missing = isinstance(error, (ImportError, gym.error.DependencyNotInstalled))
         remedy = "install what it needs" if missing else "mend it, or register it with what it needs"
         raise UserError(f"{name} {what} ({reason_of(error)}); {remedy}") from error
-
-
-def reason_of(error: Exception) -> str:
-    """What an environment raised, and the line of the user's own code that did, if any."""
-    not_theirs = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), Path(__file__).parent
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = [x for x in frames if not any(Path(x.filename).is_relative_to(folder) for folder in not_theirs)]
-    place = f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
 def unscaled_env(task: Task, evaluation: bool = False, **kwargs) -> gym.Env:

@@ -17,7 +17,7 @@ from pathlib import Path
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
-from common.errors import UserError
+from common.errors import UserError, reason_of
 from common.specs import in_minari, in_words, minari_dataset, stored_spec
 
 SHIPPED = Path(__file__).parent.parent / "datasets"
@@ -286,12 +286,15 @@ def registrar(env_id: str) -> Path | None:
     file = Path(name).expanduser().resolve() if name.endswith(".py") else None
     if file and "." in file.stem:
         raise UserError(f"--env-id {env_id}: Python imports no file with a dot in its name; rename {file.name}")
+    if file and not file.is_file():
+        raise UserError(f"--env-id {env_id}: there is no file {file}; see to its name")
     if file and str(file.parent) not in sys.path:  # which evaluation's processes share, and so find it by its name
         sys.path.append(str(file.parent))
     try:
         module = importlib.import_module(file.stem if file else name)
     except (Exception, SystemExit) as error:  # it is the user's own code, and may do anything
-        raise UserError(f"--env-id {env_id}: {name} cannot be imported ({error})") from error
+        remedy = "install what it needs" if isinstance(error, ImportError) else "mend it there"
+        raise UserError(f"--env-id {env_id}: {name} cannot be imported ({reason_of(error)}); {remedy}") from error
     if getattr(module, "__file__", None) is None:  # a folder, or one of Python's own
         return None
     found = Path(module.__file__).resolve()

@@ -260,12 +260,15 @@ def test_a_task_that_cannot_be_told_from_another_module_is_refused(tmp_path, mon
     (tmp_path / "json.py").write_text("")
     with pytest.raises(UserError, match=r"a module json is there already \(.*\); rename your file"):
         tasks.registrar(f"{tmp_path}/json.py:Mine-v0")
-    with pytest.raises(UserError, match=r"absent.py cannot be imported \(No module named 'absent'\)"):
+    with pytest.raises(UserError, match=r"absent.py:Mine-v0: there is no file .*absent.py; see to its name"):
         tasks.registrar(f"{tmp_path}/absent.py:Mine-v0")
     (tmp_path / "leaves.py").write_text("raise SystemExit('no display')\n")
+    (tmp_path / "divides.py").write_text("n = 0\nm = 1 / n\n")
     (tmp_path / "folder_alone").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    for env_id, words in {"leaves.py:Mine-v0": r"cannot be imported \(no display\)",
+    for env_id, words in {"leaves.py:Mine-v0": r"cannot be imported \(SystemExit: no display, leaves.py line 1\); mend",
+                          "divides.py:Mine-v0": r"\(ZeroDivisionError: division by zero, divides.py line 2\); mend",
+                          "no_such:Mine-v0": r"\(ModuleNotFoundError: No module named 'no_such'\); install",
                           "my.task.py:Id": "rename my.task.py"}.items():  # fmt: skip
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UserError, match=words):

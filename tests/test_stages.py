@@ -50,7 +50,8 @@ def test_what_a_copy_lacks_is_named(tmp_path):
         stages.online(str(path))
     path = tmp_path / "broken.py"
     path.write_text("import nothing_of_that_name\n")
-    with pytest.raises(UserError, match="broken.py cannot be imported: ModuleNotFoundError"):
+    words = "broken.py cannot be imported: ModuleNotFoundError: .*, broken.py line 1; install what it needs"
+    with pytest.raises(UserError, match=words):
         stages.online(str(path))
     with pytest.raises(UserError, match="there is no script nowhere: neither .*baselines/nowhere.py, nor nowhere.py"):
         stages.online("nowhere")
