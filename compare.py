@@ -46,7 +46,7 @@ def finished(folders: tuple[str, ...]) -> list[Path]:
     args = [path / "args.json" for path in lacking if (path / "args.json").is_file()]
     unfinished = any("offline" in read_json(path, "delete that folder") for path in args)
     if len(lacking) == len(paths) or unfinished:
-        raise cli.UserError(words)
+        raise cli.UserError(f"{words}; finish it with the command that began it, or leave it out")
     if lacking:
         print(f"left out: {words}")
     return [path for path in paths if path not in lacking]

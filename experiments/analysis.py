@@ -319,10 +319,13 @@ def draw_points(panel, groups: dict[str, list], what: str, names: Iterable[str] 
             continue
         length = min(len(values) for _, values in curves)
         steps, values = curves[0][0][1:length], np.stack([values[:length] for _, values in curves])
-        look = style(index[name])
-        panel.plot(steps, list(map(middle, values[:, 1:].T)), label=name, linewidth=1.5, **look)
-        panel.fill_between(steps, values[:, 1:].min(0), values[:, 1:].max(0), color=look["color"], alpha=0.12,
-                           linewidth=0)  # fmt: skip
+        look, low, high = style(index[name]), values[:, 1:].min(0), values[:, 1:].max(0)
+        alone = len(steps) == 1  # a dot, and its range as a bar: a line and a band of one point show nothing
+        dot = {"marker": "o", "markersize": 4} if alone else {}
+        panel.plot(steps, list(map(middle, values[:, 1:].T)), label=name, linewidth=1.5, **dot | look)
+        if alone:
+            panel.vlines(steps, low, high, color=look["color"], alpha=0.3, linewidth=3)
+        panel.fill_between(steps, low, high, color=look["color"], alpha=0.12, linewidth=0)
         panel.axhline(middle(values[:, 0]), color=look["color"], linestyle=":", linewidth=1)
     panel.locator_params(axis="x", nbins=5)
     panel.xaxis.set_major_formatter("{x:,.0f}")

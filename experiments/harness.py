@@ -242,7 +242,8 @@ def check_done(args: Args, done: list[Spec]) -> None:
         path, differ = next(iter(others.items()))
         example = f"{path.name}: {', '.join(differ[:5])} changed since"
         remedy = "choose another --run-dir, or take them as they are with --continue"
-        raise cli.UserError(f"{len(others)} finished runs are of other code ({example}); {remedy}")
+        of_all = "1 finished run is" if len(others) == 1 else f"{len(others)} finished runs are"
+        raise cli.UserError(f"{of_all} of other code ({example}); {remedy}")
 
 
 def check_data(args: Args, done: list[Spec], data: datasets.Dataset | None) -> None:

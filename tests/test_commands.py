@@ -182,7 +182,7 @@ def test_two_sets_of_runs_are_compared(run_script, tmp_path, monkeypatch):
     assert code == 0 and f"left out: {left}: no finished run" in out, err
     (left / "args.json").write_text('{"offline": "iql"}')  # a run that has not ended: others are no fair sample without
     code, _, err = run_script(compare, *mine, "--against", *theirs, left)
-    assert code == 2 and f"{left}: no finished run" in err
+    assert code == 2 and f"{left}: no finished run (there is no result.json); finish it with the command" in err
 
 
 def test_runs_that_do_not_belong_together_are_not_averaged(run_script, tmp_path):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 from rliable import metrics
 
 import offline
@@ -168,6 +169,20 @@ def test_names_of_lines_leave_the_axis_its_own(lines):
     analysis.legend(panel)
     figure.canvas.draw()
     assert panel.get_legend().get_window_extent().y1 < panel.xaxis.label.get_window_extent().y0
+
+
+def test_runs_of_one_evaluation_are_seen():
+    """A dot, and the range of the seeds as a bar; what has more is a line."""
+    _, [one, two] = analysis.panels(["one", "two"])
+    steps, values = np.array([0.0, 2_048, 4_096]), np.array([[1.0, 2, 3], [1, 4, 5]])
+    for panel, n in ((one, 2), (two, 3)):
+        analysis.draw_points(panel, {"mine": [(steps[:n], row[:n]) for row in values]}, "score")
+    line, _ = one.get_lines()  # the second: the offline policies'
+    [bar] = [found for found in one.collections if isinstance(found, LineCollection)]
+    assert line.get_marker() == "o" and line.get_xydata().tolist() == [[2_048, 3]]
+    assert bar.get_segments()[0].tolist() == [[2_048, 2], [2_048, 4]]
+    assert two.get_lines()[0].get_marker() == "None"
+    assert not any(isinstance(found, LineCollection) for found in two.collections)
 
 
 def test_long_numbers_of_steps_are_easy_to_read():
