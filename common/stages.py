@@ -207,7 +207,7 @@ def load(path: Path, needed: tuple[str, ...], remedy: str) -> ModuleType:
     try:
         script = imported(path)
     except (Exception, SystemExit) as error:  # it is the user's own code
-        remedy = "install what it needs" if isinstance(error, ImportError) else "mend it there"
+        remedy = "install what it needs or mend what it imports" if isinstance(error, ImportError) else "mend it there"
         raise UserError(f"{path} cannot be imported: {reason_of(error)}; {remedy}") from error
     require(script, needed, remedy)
     return script

@@ -293,7 +293,7 @@ def registrar(env_id: str) -> Path | None:
     try:
         module = importlib.import_module(file.stem if file else name)
     except (Exception, SystemExit) as error:  # it is the user's own code, and may do anything
-        remedy = "install what it needs" if isinstance(error, ImportError) else "mend it there"
+        remedy = "install what it needs or mend what it imports" if isinstance(error, ImportError) else "mend it there"
         raise UserError(f"--env-id {env_id}: {name} cannot be imported ({reason_of(error)}); {remedy}") from error
     if getattr(module, "__file__", None) is None:  # a folder, or one of Python's own
         return None
