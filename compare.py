@@ -46,6 +46,8 @@ def finished(folders: tuple[str, ...]) -> list[Path]:
     args = [path / "args.json" for path in lacking if (path / "args.json").is_file()]
     unfinished = any("offline" in read_json(path, "delete that folder") for path in args)
     if len(lacking) == len(paths) or unfinished:
+        if absent := [str(path) for path in lacking if not path.exists()]:
+            raise cli.UserError(f"there is no folder {', '.join(absent)}; see to its name")
         raise cli.UserError(f"{words}; finish it with the command that began it, or leave it out")
     if lacking:
         print(f"left out: {words}")

@@ -332,7 +332,7 @@ def main() -> None:
 
     files = [offline.file_of(member, data) for member in seeds(args)[1:]]
     others = [offline.read(args, file, data) for file in files]
-    policy, evaluator = offline.policy(args, run, data, files)
+    policy, evaluator = offline.policy(args, run, data, *files, alone=False)
     seed_everything(args.seed)
     agent = Agent(args, policy, *others).to(device)
     policy |= agent.actor.exported()  # all of them as one

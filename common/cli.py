@@ -19,7 +19,7 @@ import tyro
 
 from common import bounds, tasks, usage
 from common.bounds import above, at_least, between, finite, only_with
-from common.errors import Interrupted, UserError
+from common.errors import Interrupted, UserError, is_out_of_memory
 from common.identity import script_of
 
 Args = TypeVar("Args")
@@ -278,7 +278,7 @@ def run(main: Callable[[], None]) -> None:
         except torch.cuda.OutOfMemoryError as error:
             sys.exit(_fail(f"error: the GPU has too little free memory ({error}); use --device cpu or a free GPU", 2))
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # what PyTorch says
+            if not is_out_of_memory(error):
                 raise
             remedy = "ask for smaller batches or networks, fewer steps or less data"
             sys.exit(_fail(f"error: this machine has too little memory ({error}); {remedy}", 2))

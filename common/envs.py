@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import sys
-import traceback
 import warnings
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ import torch
 
 from common import spaces
 from common.cli import UserError
-from common.errors import reason_of
+from common.errors import is_out_of_memory, reason_of, remedy_of, traceback_of
 from common.physics import as_d4rl
 from common.tasks import Task
 
@@ -111,17 +110,17 @@ class Sound(gym.Wrapper):
         except (TypeError, ValueError, RuntimeError):  # the last: of a tensor
             raise self.fault(f"returns {value!r:.80} as {name}, which has to be one number") from None
 
-    def failure(self, error: Exception) -> UserError:
-        """What its own code raised, with the traceback from there on."""
-        if isinstance(error, UserError):
+    def failure(self, error: Exception) -> Exception:
+        """What its own code raised, with the traceback from there on; what is not its fault stays what it is."""
+        if isinstance(error, (UserError, torch.cuda.OutOfMemoryError)) or is_out_of_memory(error):
             return error
-        found, here = self.fault(f"cannot be played ({reason_of(error)})"), error.__traceback__
-        found.before = "".join(traceback.format_exception(type(error), error, here.tb_next or here))
+        found = self.fault(f"cannot be played ({reason_of(error)})", remedy_of(error))
+        found.before = traceback_of(error)
         return found
 
-    def fault(self, what: str) -> UserError:
+    def fault(self, what: str, remedy: str = "mend it there") -> UserError:
         where = f"step {self.steps:,} of" if self.steps else "the reset of"
-        return UserError(f"{self.spec.id} {what}, in {where} the episode with the seed {self.seed}; mend it there")
+        return UserError(f"{self.spec.id} {what}, in {where} the episode with the seed {self.seed}; {remedy}")
 
 
 class Within(gym.ActionWrapper):
@@ -140,8 +139,7 @@ def blamed(name: str, what: str):
     except UserError:
         raise
     except Exception as error:  # environments fail in many ways: a missing package or file, wrong arguments, their code
-        missing = isinstance(error, (ImportError, gym.error.DependencyNotInstalled))
-        remedy = "install what it needs" if missing else "mend it, or register it with what it needs"
+        remedy = remedy_of(error, "mend it, or register it with what it needs")
         raise UserError(f"{name} {what} ({reason_of(error)}); {remedy}") from error
 
 
@@ -313,6 +311,8 @@ def record_video(task: Task, mean, std, policy, device, folder) -> None:
             obs, _, terminated, truncated, _ = env.step(action)
             done = terminated or truncated
         env.close()
+    except UserError:
+        raise
     except Exception as error:  # rendering depends on the machine's graphics stack and fails in many ways
         raise UserError(
             f"filming failed ({error}), everything else is done and saved; try the environment "

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common import agreement, cli, datasets, envs, plots, seeds, steps, tasks, timing
+from common import agreement, cli, datasets, envs, plots, seeds, steps, timing
 from common.checkpoint import write_atomic
 from common.log import read_rows
 from common.policies import description_of, module, save_online
@@ -86,17 +86,13 @@ def estimate(run: Run, seconds: dict[str, float]) -> None:
 
 
 def shorter(args, seconds: dict[str, float]) -> str:
-    """What takes less time: a shorter preset, where the longest stage goes by it, and fewer steps of that stage."""
-    longest = max(seconds, key=seconds.get)
-    name = next((stage.steps for stage in stages_of(args) if stage.name == longest), "offline_steps")
-    script, task = declared(args), tasks.resolve(args.env_id, args.dataset_path)
-    usual = type(args)(**cli.chosen(script.PRESETS, script.FAMILIES, args.preset, task))
-    fewer = f"fewer {flag(name, 0)[0]} take less"
-    if getattr(args, name) != getattr(usual, name) or "demo" not in script.PRESETS:  # what is typed wins over a preset
-        return fewer
-    presets = {"none": "--preset quick takes about an hour on 2 cores, --preset demo some minutes",
-               "quick": f"--preset demo takes some minutes on 2 cores, and {fewer}"}  # fmt: skip
-    return presets.get(args.preset, fewer)
+    """What takes less time: presets shorter than the run's own, and fewer steps of its longest stage."""
+    steps_of = {stage.name: stage.steps for stage in stages_of(args)} | {"offline": "offline_steps"}
+    longest = max(steps_of.keys() & seconds.keys(), key=seconds.get)
+    presets = {"none": None, "quick": "takes about an hour on 2 cores", "demo": "takes some minutes"}
+    behind = list(presets)[list(presets).index(args.preset) + 1 :]
+    known = [f"--preset {name} {presets[name]}" for name in behind if name in declared(args).PRESETS]
+    return ", ".join([*known, f"fewer {flag(steps_of[longest], 0)[0]} take less"])
 
 
 def finish(run: Run, policy: dict, agent, best, data, evaluator, start: float | None = None) -> None:

@@ -163,12 +163,15 @@ class Run:
         if differ := other_arguments(self.args, old):
             words = f"{self.dir} holds a run with other arguments: {differ}"
             raise UserError(f"{words}; {afresh}, or delete that folder")
-        sources = [("data", "on other data", Path(self.args.dataset_path).name or self.args.env_id),
-                   ("offline", "from another policy", getattr(self.args, "offline", ""))]  # fmt: skip
-        beside, here = was.get("offline_others", {}), now.get("offline_others", {})
-        sources += [("offline_others", "from another policy", path) for path in here if beside.get(path) != here[path]]
-        for what, other, name in sources:
-            if was.get(what, now.get(what)) != now.get(what, was.get(what)):
+        sources = [(was.get("data"), now.get("data"), "on other data",
+                    Path(self.args.dataset_path).name or self.args.env_id),
+                   (was.get("offline"), now.get("offline"), "from another policy",
+                    getattr(self.args, "offline", ""))]  # fmt: skip
+        members = was.get("offline_others", {})
+        sources += [(members.get(name), content, "from another policy", name)
+                    for name, content in now.get("offline_others", {}).items()]  # fmt: skip
+        for before, after, other, name in sources:
+            if None not in (before, after) and before != after:
                 words = f"{name} is not what it was; {afresh}, or delete that folder"
                 raise UserError(f"{self.dir} holds a run {other}: {words}")
         notes = [
@@ -222,10 +225,10 @@ class Run:
             self.log(stage, step, {f"{stage}/{k}": v for k, v in state["stepper"].means().items()})
         self.logged.save()
         tensors = {name: thing.state_dict() for name, thing in state.items()}
-        rows = sum(row["stage"] == stage for row in self.logged.rows)
+        own_rows = sum(row["stage"] == stage for row in self.logged.rows)
         save_tensors(
             self.dir / f"{stage}.pt",
-            {"step": step, "done": done, "state": tensors, "rng": rng_state(), "rows": rows,
+            {"step": step, "done": done, "state": tensors, "rng": rng_state(), "own_rows": own_rows,
              "seconds": self.seconds.get(stage, 0.0), "last_score": self.last_score,
              "last_returns": self.last_returns},
         )  # fmt: skip
@@ -249,7 +252,8 @@ class Run:
             raise UserError(f"{words} ({(str(error).splitlines() or [''])[-1].strip()}); {remedy}") from error
         set_rng_state(saved["rng"])
         if not saved["done"]:
-            self.logged.cut(stage, saved["rows"])
+            others = sum(row["stage"] != stage for row in self.logged.rows)  # older checkpoints count them, too
+            self.logged.cut(stage, saved.get("own_rows", saved.get("rows", 0) - others))
             tqdm.write(f"{stage}: continuing at step {saved['step']:,}")
         self.seconds[stage], self.last_score = saved["seconds"], saved["last_score"]
         self.last_returns = saved["last_returns"]

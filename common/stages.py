@@ -29,7 +29,7 @@ from types import ModuleType
 import torch
 
 from common import bounds, cli, loop, tasks
-from common.errors import UserError, reason_of
+from common.errors import UserError, reason_of, remedy_of
 from common.identity import ROOT
 from common.plateau import LOOKS, Plateau
 from common.usage import flag
@@ -207,8 +207,7 @@ def load(path: Path, needed: tuple[str, ...], remedy: str) -> ModuleType:
     try:
         script = imported(path)
     except (Exception, SystemExit) as error:  # it is the user's own code
-        remedy = "install what it needs or mend what it imports" if isinstance(error, ImportError) else "mend it there"
-        raise UserError(f"{path} cannot be imported: {reason_of(error)}; {remedy}") from error
+        raise UserError(f"{path} cannot be imported: {reason_of(error)}; {remedy_of(error)}") from error
     require(script, needed, remedy)
     return script
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
-from common.errors import UserError, reason_of
+from common.errors import UserError, reason_of, remedy_of
 from common.specs import in_minari, in_words, minari_dataset, stored_spec
 
 SHIPPED = Path(__file__).parent.parent / "datasets"
@@ -293,8 +293,10 @@ def registrar(env_id: str) -> Path | None:
     try:
         module = importlib.import_module(file.stem if file else name)
     except (Exception, SystemExit) as error:  # it is the user's own code, and may do anything
-        remedy = "install what it needs or mend what it imports" if isinstance(error, ImportError) else "mend it there"
-        raise UserError(f"--env-id {env_id}: {name} cannot be imported ({reason_of(error)}); {remedy}") from error
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            raise UserError(f"--env-id {env_id}: there is no module {name}; see to its name, or install it") from None
+        words = f"--env-id {env_id}: {name} cannot be imported ({reason_of(error)})"
+        raise UserError(f"{words}; {remedy_of(error)}") from error
     if getattr(module, "__file__", None) is None:  # a folder, or one of Python's own
         return None
     found = Path(module.__file__).resolve()

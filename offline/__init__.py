@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -225,15 +224,15 @@ def check_critic(args, found: dict) -> None:
         raise cli.UserError(f"{other} ({words}); {remedy}")
 
 
-def policy(args, run, data: Dataset, others: Sequence[Path] | None = None) -> tuple[dict, Evaluator]:
+def policy(args, run, data: Dataset, *others: Path, alone: bool = True) -> tuple[dict, Evaluator]:
     """The policy that `--offline` names, as one of the script's kind, and an evaluator. Standardises `data`.
 
     An algorithm that was not trained yet is trained first; a policy of another kind is handed on by `transfer`, once.
     Its `score` is what the evaluator measures, and is printed beside the one in its file. `others`: the files from
-    which the run starts as well; None: it starts from this policy alone, which is compared with the data then.
+    which the run starts as well. Where it is `alone` it is compared with the data.
     """
     path, handed_on = file_of(args, data), run.dir / "offline.pt"
-    run.starts_from(path, *(others or ()))
+    run.starts_from(path, *others)
     found = checked(args, our_policy(handed_on, data) if handed_on.exists() else read(args, path, data))
     data.standardise(found["state_mean"], found["state_std"], found.get("clip", math.inf))  # as the policy was trained
     data.transform_rewards(args.reward_scale, args.reward_shift)
@@ -251,7 +250,7 @@ def policy(args, run, data: Dataset, others: Sequence[Path] | None = None) -> tu
         save_policy(handed_on, **found)
     elif (stage := run.dir / "transfer.pt").exists():  # was done in an earlier start
         run.seconds["transfer"] = torch.load(stage, "cpu", weights_only=True)["seconds"]
-    if others is None:  # of the policy that goes online, and so the same when a run goes on
+    if alone:  # of the policy that goes online, and so the same when a run goes on
         regime.announce(run, data, evaluator, player(found).mode)
     found["progress"] = path.parent / "progress.csv"
     run.last_score, run.last_returns = found["score"], evaluator.last.tolist()

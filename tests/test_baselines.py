@@ -15,7 +15,6 @@ import offline
 
 from baselines import aca, awac, cal_ql, iql, off2on, pex, rlpd, wsrl
 from common import cli, datasets, policies, regime, report, tasks
-from common.checkpoint import save_tensors
 from common.evaluation import Evaluator
 from common.identity import ROOT
 from common.run import FREE_ARGS, Run, run_name
@@ -108,15 +107,17 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(script, run_script, tmp
     assert moments and not still
 
 
-def test_off2on_goes_on_with_the_members_that_it_began_with(run_script, tmp_path):
-    flags = command(off2on, tmp_path)
-    assert run_script(off2on, *flags)[0] == 0
-    [member] = tmp_path.glob("*__1000/policy.pt")
-    content = torch.load(member, weights_only=True)
-    content["steps"] += 1  # as of one that was trained anew
-    save_tensors(member, content)
-    code, _, err = run_script(off2on, *flags)
-    assert code == 2 and f"a run from another policy: {member.parent.name} is not what it was; " in err
+def test_off2on_notes_every_policy_that_it_starts_from(run_script, tmp_path, monkeypatch):
+    """By which a later start knows whether one of them was trained anew (tests/test_identity.py)."""
+
+    def noted(run, *files):
+        assert all(path.is_file() for path in files)
+        raise cli.UserError(" ".join(path.parent.name for path in files))
+
+    monkeypatch.setattr(Run, "starts_from", noted)
+    code, _, err = run_script(off2on, *command(off2on, tmp_path))
+    seeds = [int(name.split("__")[2]) for name in err.removeprefix("error: ").split()]
+    assert code == 2 and len(seeds) > 1 and seeds == [seeds[0] + 1_000 * i for i in range(len(seeds))]
 
 
 def test_what_a_run_is_said_to_start_from_is_what_plays(script, run_script, tmp_path, monkeypatch):

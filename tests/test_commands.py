@@ -176,7 +176,7 @@ def test_two_sets_of_runs_are_compared(run_script, tmp_path, monkeypatch):
     code, _, err = run_script(compare, *mine, "--against", other)
     assert code == 2 and "no dataset has runs of both: some-data here, other-data there" in err
     code, _, err = run_script(compare, *mine, "--against", tmp_path / "nowhere")
-    assert code == 2 and "no finished run" in err
+    assert code == 2 and f"there is no folder {tmp_path / 'nowhere'}; see to its name" in err
     (left := tmp_path / "d__o2sac__iql__0-2").mkdir()  # what --num-seeds leaves beside its runs
     code, out, err = run_script(compare, *mine, "--against", *theirs, left, "--out", out_file)
     assert code == 0 and f"left out: {left}: no finished run" in out, err

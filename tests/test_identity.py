@@ -268,7 +268,7 @@ def test_a_task_that_cannot_be_told_from_another_module_is_refused(tmp_path, mon
     monkeypatch.syspath_prepend(tmp_path)
     for env_id, words in {"leaves.py:Mine-v0": r"cannot be imported \(SystemExit: no display, leaves.py line 1\); mend",
                           "divides.py:Mine-v0": r"\(ZeroDivisionError: division by zero, divides.py line 2\); mend",
-                          "no_such:Mine-v0": r"\(ModuleNotFoundError: No module named 'no_such'\); install",
+                          "no_such:Mine-v0": r"there is no module no_such; see to its name, or install it",
                           "my.task.py:Id": "rename my.task.py"}.items():  # fmt: skip
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UserError, match=words):

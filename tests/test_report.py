@@ -117,27 +117,28 @@ def test_records_name_what_was_used(run_script, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "longest", "words"),
     [
-        ("", "finetune", "--preset quick takes about an hour on 2 cores, --preset demo some minutes"),
-        ("--preset quick", "align", "--preset demo takes some minutes on 2 cores, and fewer --align-steps take less"),
         (
-            "--preset quick",
-            "offline",
-            "--preset demo takes some minutes on 2 cores, and fewer --offline-steps take less",
+            "",
+            "finetune",
+            "--preset quick takes about an hour on 2 cores, --preset demo takes some minutes, fewer "
+            "--online-steps take less",
         ),
+        ("--preset quick", "align", "--preset demo takes some minutes, fewer --align-steps take less"),
+        ("--preset quick", "offline", "--preset demo takes some minutes, fewer --offline-steps take less"),
         ("--preset demo", "finetune", "fewer --online-steps take less"),
-        ("--online-steps 9000000", "finetune", "fewer --online-steps take less"),  # nor does a preset change these
-        (
-            "--online-steps 9000000",
-            "align",
-            "--preset quick takes about an hour on 2 cores, --preset demo some minutes",
-        ),
-    ],
+    ],  # fmt: skip
 )
 def test_what_takes_less_than_days_is_what_this_run_can_do(flags, longest, words, capsys):
     args = cli.parse(o2td3.Args, o2td3.PRESETS, o2td3.FAMILIES, ["--env-id", "hopper-medium-v2", *flags.split()])
     run = SimpleNamespace(args=args, dir="runs/mine")
     report.estimate(run, {"offline": 60.0, "align": 60.0, "finetune": 60.0} | {longest: 2.0 * report.DAY})
     assert capsys.readouterr().out.endswith(f"WARNING: that is 2.0 days on this device. {words}.\n")
+
+
+def test_no_preset_is_recommended_that_a_copy_has_not(monkeypatch):
+    monkeypatch.setattr(o2td3, "PRESETS", {"demo": {}})
+    args = cli.parse(o2td3.Args, o2td3.PRESETS, o2td3.FAMILIES, ["--env-id", "hopper-medium-v2"])
+    assert report.shorter(args, {"align": 1.0}) == "--preset demo takes some minutes, fewer --align-steps take less"
 
 
 @pytest.mark.parametrize("script", [o2sac, o2ppo])
