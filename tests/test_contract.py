@@ -116,6 +116,22 @@ def test_what_fails_is_named_with_its_place(kwargs, words):
     assert error.value.before.startswith("Traceback") == theirs and "gymnasium" not in error.value.before
 
 
+def raises(error: BaseException):
+    def answer(*_):
+        raise error
+
+    return answer
+
+
+def test_what_is_missing_or_not_the_environments_keeps_its_remedy():
+    with pytest.raises(UserError, match=r"ModuleNotFoundError: no goggles, .*; install what it needs or mend"):
+        agreement.repeats(task_of(answer=raises(ModuleNotFoundError("no goggles"))))
+    env = envs.make_env(task_of(answer=raises(MemoryError())))
+    env.reset(seed=0)
+    with pytest.raises(MemoryError):  # see `cli.run`
+        env.step(np.zeros(2, np.float32))
+
+
 def falls(after: int):
     """A step that fails once there were as many."""
     taken = []
