@@ -138,7 +138,9 @@ def test_unknown_name():
 
 def test_an_environment_needs_data():
     assert "--dataset-path" in refused(env_id="Humanoid-v5")
-    assert "cannot be imported" in refused(env_id="no_such_module:Some-v0", dataset_path="x.hdf5")
+    assert "there is no module no_such_module; see to its name" in refused(
+        env_id="no_such_module:Some-v0", dataset_path="x.hdf5"
+    )
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "FrozenLake-v1"])
