@@ -23,6 +23,7 @@ from common import cli, pretrain, stages
 from common.bounds import at_least, between
 from common.report import duration
 from common.run import run_name
+from common.usage import flag_of
 from offline import algorithm, algorithm_args
 
 import torch
@@ -66,9 +67,9 @@ def command_line(args: Args) -> list[str]:
     name = f"{Path(args.script).stem}-{args.fraction:g}"
     flags = ["--exp-name", name, "--compile" if args.compile else "--no-compile"]
     for name in ("env_id", "dataset_path", "offline", "seed", "num_seeds", "device", "run_dir"):
-        flags += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+        flags += [flag_of(name), str(getattr(args, name))]
     for name, steps in budgets.items():
-        flags += ["--" + name.replace("_", "-"), str(max(1, round(steps * args.fraction)))]
+        flags += [flag_of(name), str(max(1, round(steps * args.fraction)))]
     return flags
 
 

@@ -12,7 +12,7 @@ from typing import get_type_hints
 import tyro
 
 from common.errors import UserError
-from common.usage import flag
+from common.usage import flag, flag_of
 
 
 @dataclass(frozen=True)
@@ -93,4 +93,4 @@ def check(args) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, str | None) and not inside.holds(number):
                 words = "be finite and " * math.isinf(number) + inside.words
-                raise UserError(f"--{name.replace('_', '-')} is {number}, but has to {words}")
+                raise UserError(f"{flag_of(name)} is {number}, but has to {words}")

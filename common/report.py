@@ -18,7 +18,7 @@ from common.log import read_rows
 from common.policies import description_of, module, save_online
 from common.run import Run, read_json, run_name, script_name
 from common.stages import check, declared, idle, stages_of
-from common.usage import flag
+from common.usage import flag_of
 
 DAY = 24 * 3600
 
@@ -92,7 +92,7 @@ def shorter(args, seconds: dict[str, float]) -> str:
     presets = {"none": None, "quick": "takes about an hour on 2 cores", "demo": "takes some minutes"}
     behind = list(presets)[list(presets).index(args.preset) + 1 :]
     known = [f"--preset {name} {presets[name]}" for name in behind if name in declared(args).PRESETS]
-    return ", ".join([*known, f"fewer {flag(steps_of[longest], 0)[0]} take less"])
+    return ", ".join([*known, f"fewer {flag_of(steps_of[longest])} take less"])
 
 
 def finish(run: Run, policy: dict, agent, best, data, evaluator, start: float | None = None) -> None:

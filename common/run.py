@@ -163,16 +163,15 @@ class Run:
         if differ := other_arguments(self.args, old):
             words = f"{self.dir} holds a run with other arguments: {differ}"
             raise UserError(f"{words}; {afresh}, or delete that folder")
-        sources = [(was.get("data"), now.get("data"), "on other data",
-                    Path(self.args.dataset_path).name or self.args.env_id),
-                   (was.get("offline"), now.get("offline"), "from another policy",
-                    getattr(self.args, "offline", ""))]  # fmt: skip
-        members = was.get("offline_others", {})
-        sources += [(members.get(name), content, "from another policy", name)
-                    for name, content in now.get("offline_others", {}).items()]  # fmt: skip
-        for before, after, other, name in sources:
-            if None not in (before, after) and before != after:
-                words = f"{name} is not what it was; {afresh}, or delete that folder"
+        names = {"data": Path(self.args.dataset_path).name or self.args.env_id,
+                 "offline": getattr(self.args, "offline", "")}  # fmt: skip
+        before, here = (
+            {what: made.get(what) for what in names} | made.get("offline_others", {}) for made in (was, now)
+        )
+        for what, content in here.items():
+            if None not in (content, before.get(what)) and content != before[what]:
+                other = "on other data" if what == "data" else "from another policy"
+                words = f"{names.get(what, what)} is not what it was; {afresh}, or delete that folder"
                 raise UserError(f"{self.dir} holds a run {other}: {words}")
         notes = [
             f"this run was begun with {name} {was['versions'].get(name)}, and this is {version}"

@@ -32,7 +32,7 @@ from common import bounds, cli, loop, tasks
 from common.errors import UserError, reason_of, remedy_of
 from common.identity import ROOT
 from common.plateau import LOOKS, Plateau
-from common.usage import flag
+from common.usage import flag, flag_of
 
 KINDS = ("squashed_gaussian", "gaussian", "deterministic")  # of policies, see common/policies.py
 REMEDY = "see the foot of o2sac.py, and docs/extend.md"
@@ -84,7 +84,7 @@ class Stage:
         chosen = cli.chosen(script.PRESETS, script.FAMILIES, args.preset, task).get(self.steps, "auto")
         found = chosen if chosen != "auto" else getattr(type(args), self.steps)
         if found == "auto":
-            raise UserError(f"--{self.steps.replace('_', '-')} is auto in the script too: its limit has to stand there")
+            raise UserError(f"{flag_of(self.steps)} is auto in the script too: its limit has to stand there")
         return found
 
     def owns(self, argument: str) -> bool:

@@ -29,12 +29,17 @@ def described(args_class: type) -> dict[str, tuple[str, str]]:
     return found
 
 
+def flag_of(name: str) -> str:
+    """An argument's name as it is typed: "--align-steps"."""
+    return "--" + {"go_on": "continue"}.get(name, name).replace("_", "-")
+
+
 def flag(name: str, value) -> list[str]:
     """An argument as it is typed, word by word."""
-    name = {"go_on": "continue"}.get(name, name).replace("_", "-")
+    typed = flag_of(name)
     if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", *map(str, value if isinstance(value, tuple | list) else [value])]
+        return [typed if value else f"--no-{typed[2:]}"]
+    return [typed, *map(str, value if isinstance(value, tuple | list) else [value])]
 
 
 def shown(name: str, value) -> str:

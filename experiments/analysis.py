@@ -325,7 +325,8 @@ def draw_points(panel, groups: dict[str, list], what: str, names: Iterable[str] 
         panel.plot(steps, list(map(middle, values[:, 1:].T)), label=name, linewidth=1.5, **dot | look)
         if alone:
             panel.vlines(steps, low, high, color=look["color"], alpha=0.3, linewidth=3)
-        panel.fill_between(steps, low, high, color=look["color"], alpha=0.12, linewidth=0)
+        else:
+            panel.fill_between(steps, low, high, color=look["color"], alpha=0.12, linewidth=0)
         panel.axhline(middle(values[:, 0]), color=look["color"], linestyle=":", linewidth=1)
     panel.locator_params(axis="x", nbins=5)
     panel.xaxis.set_major_formatter("{x:,.0f}")

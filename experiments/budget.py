@@ -17,6 +17,7 @@ from common import cli
 from common.bounds import above, at_least, between
 from common.probe import STATES
 from common.report import duration
+from common.usage import flag_of
 from experiments import analysis, harness, rollouts, truth
 from experiments.harness import Spec, full, scripts
 
@@ -56,7 +57,7 @@ def settings(args: Args, script: str, seed: int) -> dict[str, dict[str, Spec]]:
     shares = args.budgets or ((0.01, 0.04, 0.2) if args.scale == "paper" else (0.1, 0.25, 2.0))
     for stage in scripts.online(script).STAGES:
         if stage.name in MEASURES:
-            chosen, flag, before = harness.parsed(args, own), f"--{stage.steps.replace('_', '-')}", tuple(runs)
+            chosen, flag, before = harness.parsed(args, own), flag_of(stage.steps), tuple(runs)
             if stage.auto(chosen):
                 raise cli.UserError(f"auto is a row of this experiment; leave {flag} auto out of --run-flags")
             n = stage.limit(chosen)

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 import offline
 from common import cli
 from common.bounds import at_least
+from common.usage import flag_of
 from experiments import analysis, harness
 from experiments.harness import Spec
 
@@ -282,7 +283,7 @@ def published(args: Args, files: dict[str, tuple[str, ...]]) -> list[list[dict]]
     if not folder.is_dir():
         raise cli.UserError(f'there is no folder {args.published}; choose another --published, or none with ""')
     if own := [flag for flag in ("offline_steps", "run_flags", "dataset_path") if getattr(args, flag)]:
-        words = f"--{own[0].replace('_', '-')} makes other runs than those in {args.published}"
+        words = f"{flag_of(own[0])} makes other runs than those in {args.published}"
         if folder.resolve() == (harness.ROOT / args.out).resolve():
             raise cli.UserError(f"{words}; choose another --out")
         print(f"note: {words}, which are left out")

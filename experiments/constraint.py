@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs from anywhere
 
 from common import cli
+from common.usage import flag_of
 from experiments import analysis, arms, harness
 from experiments.arms import Args
 from experiments.harness import Spec, full, scripts
@@ -26,7 +27,7 @@ def threshold_flags(args: Args, spec: Spec, factor: float) -> list[str]:
     ends = [name for name in vars(chosen) if name.endswith(("_threshold_start", "_threshold_end"))]
     if len(ends) != 2:
         raise cli.UserError(f"{spec.script} has no arguments …_threshold_start and …_threshold_end, nor --beta-start")
-    values = [(f"--{name.replace('_', '-')}", str(getattr(chosen, name) * factor)) for name in ends]
+    values = [(flag_of(name), str(getattr(chosen, name) * factor)) for name in ends]
     return [word for flag in values for word in flag]
 
 

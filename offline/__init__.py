@@ -19,7 +19,7 @@ from common.run import plain
 from common.stages import declared, find, load
 from common.steps import seconds_per_step
 from common.transfer import transfer
-from common.usage import unlike
+from common.usage import flag_of, unlike
 
 import torch
 
@@ -46,7 +46,7 @@ def idle(args) -> list[str]:
         names, kind = ("trust_checkpoint",), f"--offline {args.offline} is an algorithm"
     else:
         names, kind = ("offline_steps",), f"--offline {args.offline} is a policy"
-    flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+    flags = [flag_of(name) for name in names if getattr(args, name)]
     return [f"{', '.join(flags)} change{'s' * (len(flags) == 1)} nothing, for {kind}"] if flags else []
 
 
@@ -64,7 +64,7 @@ def algorithm_args(args):
     chosen |= {key: getattr(args, key) for key in SHARED} | changes
     parts = [Path(args.offline).stem]
     known = {field.name for field in dataclasses.fields(script.Args)}
-    if lacking := [f"--{name.replace('_', '-')}" for name in changes if name not in known]:
+    if lacking := [flag_of(name) for name in changes if name not in known]:
         words = f"{args.exp_name} starts from another algorithm: {args.offline} has no {', '.join(lacking)}"
         raise cli.UserError(f"{words}; leave --offline out")
     if changes:  # a run of its own
@@ -152,7 +152,7 @@ def other_values(args, found: dict) -> str:
     known = found.get("learner", {}).get("args", {})  # of a file without these nobody knows
     theirs = vars(algorithm_args(args)[1]) if is_algorithm(args.offline) else known
     differ = [name for name in VALUED if hasattr(args, name) and theirs.get(name) not in (None, getattr(args, name))]
-    flags = [(f"--{name.replace('_', '-')}", f"{theirs[name]:g}", f"{getattr(args, name):g}") for name in differ]
+    flags = [(flag_of(name), f"{theirs[name]:g}", f"{getattr(args, name):g}") for name in differ]
     return ", ".join(f"{flag} {there} (here {here})" for flag, there, here in flags)
 
 

@@ -126,7 +126,7 @@ def test_records_name_what_was_used(run_script, tmp_path, monkeypatch):
         ("--preset quick", "align", "--preset demo takes some minutes, fewer --align-steps take less"),
         ("--preset quick", "offline", "--preset demo takes some minutes, fewer --offline-steps take less"),
         ("--preset demo", "finetune", "fewer --online-steps take less"),
-    ],  # fmt: skip
+    ],
 )
 def test_what_takes_less_than_days_is_what_this_run_can_do(flags, longest, words, capsys):
     args = cli.parse(o2td3.Args, o2td3.PRESETS, o2td3.FAMILIES, ["--env-id", "hopper-medium-v2", *flags.split()])
