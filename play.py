@@ -61,7 +61,8 @@ def read(args: Args) -> tuple[dict, tasks.Task]:
             raise cli.UserError("a module registers it")
         task = tasks.limited(tasks.resolve(policy["env_id"]), args.max_episode_steps)
     except cli.UserError as error:
-        raise cli.UserError(f"{path} was trained on {policy['env_id']}; give --env-id, and --dataset-path") from error
+        words = f"{path} was trained on {policy['env_id']}; give --env-id, and --dataset-path"
+        raise cli.UserError(words, error.before) from error
     if task.simulator != policy["simulator"]:
         raise cli.UserError(f"{path} belongs to {policy['simulator']}; give --env-id, and --dataset-path")
     return policy, task

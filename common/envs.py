@@ -112,15 +112,13 @@ class Sound(gym.Wrapper):
 
     def failure(self, error: Exception) -> Exception:
         """What its own code raised, with the traceback from there on; what is not its fault stays what it is."""
-        if isinstance(error, (UserError, torch.cuda.OutOfMemoryError)) or is_out_of_memory(error):
+        if is_not_theirs(error):
             return error
-        found = self.fault(f"cannot be played ({reason_of(error)})", remedy_of(error))
-        found.before = traceback_of(error)
-        return found
+        return self.fault(f"cannot be played ({reason_of(error)})", remedy_of(error), traceback_of(error))
 
-    def fault(self, what: str, remedy: str = "mend it there") -> UserError:
+    def fault(self, what: str, remedy: str = "mend it there", before: str = "") -> UserError:
         where = f"step {self.steps:,} of" if self.steps else "the reset of"
-        return UserError(f"{self.spec.id} {what}, in {where} the episode with the seed {self.seed}; {remedy}")
+        return UserError(f"{self.spec.id} {what}, in {where} the episode with the seed {self.seed}; {remedy}", before)
 
 
 class Within(gym.ActionWrapper):
@@ -131,16 +129,21 @@ class Within(gym.ActionWrapper):
         return np.clip(action, space.low, space.high).astype(space.dtype)
 
 
+def is_not_theirs(error: Exception) -> bool:
+    """Whether what was raised is no environment's fault: it is said already, or memory is short."""
+    return isinstance(error, (UserError, torch.cuda.OutOfMemoryError)) or is_out_of_memory(error)
+
+
 @contextlib.contextmanager
 def blamed(name: str, what: str):
     """Turn what the environment `name` raises meanwhile, of any kind, into a UserError that says where it did."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # environments fail in many ways: a missing package or file, wrong arguments, their code
+        if is_not_theirs(error):
+            raise
         remedy = remedy_of(error, "mend it, or register it with what it needs")
-        raise UserError(f"{name} {what} ({reason_of(error)}); {remedy}") from error
+        raise UserError(f"{name} {what} ({reason_of(error)}); {remedy}", traceback_of(error)) from error
 
 
 def unscaled_env(task: Task, evaluation: bool = False, **kwargs) -> gym.Env:
@@ -311,9 +314,9 @@ def record_video(task: Task, mean, std, policy, device, folder) -> None:
             obs, _, terminated, truncated, _ = env.step(action)
             done = terminated or truncated
         env.close()
-    except UserError:
-        raise
     except Exception as error:  # rendering depends on the machine's graphics stack and fails in many ways
+        if is_not_theirs(error):
+            raise
         raise UserError(
             f"filming failed ({error}), everything else is done and saved; try the environment "
             "variable MUJOCO_GL=egl, osmesa or glfw"

@@ -13,7 +13,9 @@ class UserError(Exception):
     """Something the user can mend. The message is one sentence that names the remedy; `before` it stands what shows
     where, the traceback of code that is the user's own."""
 
-    before = ""
+    def __init__(self, message: str, before: str = ""):
+        super().__init__(message)
+        self.before = before
 
 
 class Interrupted(Exception):
@@ -46,6 +48,6 @@ def remedy_of(error: BaseException, otherwise: str = "mend it there") -> str:
     return "install what it needs or mend what it imports" if missing else otherwise
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Of the machine, as Python says it or PyTorch."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

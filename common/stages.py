@@ -29,7 +29,7 @@ from types import ModuleType
 import torch
 
 from common import bounds, cli, loop, tasks
-from common.errors import UserError, reason_of, remedy_of
+from common.errors import UserError, is_out_of_memory, reason_of, remedy_of
 from common.identity import ROOT
 from common.plateau import LOOKS, Plateau
 from common.usage import flag, flag_of
@@ -207,6 +207,8 @@ def load(path: Path, needed: tuple[str, ...], remedy: str) -> ModuleType:
     try:
         script = imported(path)
     except (Exception, SystemExit) as error:  # it is the user's own code
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path} cannot be imported: {reason_of(error)}; {remedy_of(error)}") from error
     require(script, needed, remedy)
     return script

@@ -17,7 +17,7 @@ from pathlib import Path
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
-from common.errors import UserError, reason_of, remedy_of
+from common.errors import UserError, is_out_of_memory, reason_of, remedy_of
 from common.specs import in_minari, in_words, minari_dataset, stored_spec
 
 SHIPPED = Path(__file__).parent.parent / "datasets"
@@ -295,6 +295,8 @@ def registrar(env_id: str) -> Path | None:
     except (Exception, SystemExit) as error:  # it is the user's own code, and may do anything
         if isinstance(error, ModuleNotFoundError) and error.name == name:
             raise UserError(f"--env-id {env_id}: there is no module {name}; see to its name, or install it") from None
+        if is_out_of_memory(error):
+            raise
         words = f"--env-id {env_id}: {name} cannot be imported ({reason_of(error)})"
         raise UserError(f"{words}; {remedy_of(error)}") from error
     if getattr(module, "__file__", None) is None:  # a folder, or one of Python's own

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import play
 from common import agreement, envs, evaluation, spaces, specs, tasks
 from common.cli import UserError
 
@@ -117,7 +119,7 @@ def test_what_fails_is_named_with_its_place(kwargs, words):
 
 
 def raises(error: BaseException):
-    def answer(*_):
+    def answer(*_, **__):
         raise error
 
     return answer
@@ -130,6 +132,34 @@ def test_what_is_missing_or_not_the_environments_keeps_its_remedy():
     env.reset(seed=0)
     with pytest.raises(MemoryError):  # see `cli.run`
         env.step(np.zeros(2, np.float32))
+    with pytest.raises(MemoryError):  # where it is made as well
+        envs.make_env(task_of(lambda **_: raises(MemoryError())()))
+
+
+def test_memory_that_is_short_while_an_episode_is_filmed_is_called_so(monkeypatch):
+    monkeypatch.setattr(envs, "make_env", raises(MemoryError()))
+    with pytest.raises(MemoryError):
+        envs.record_video(task_of(), None, None, None, "cpu", "nowhere")
+
+
+def test_what_fails_where_it_is_made_is_shown_as_the_environments(run_script, monkeypatch):
+    """By all that plays, also where a policy's own task is not made out."""
+    policy = tasks.SHIPPED / "policies" / "hopper-medium-demo__iql.pt"
+    monkeypatch.setitem(gym.registry, "Short-v0", replace(task_of(lambda: {}[3]).spec, id="Short-v0"))
+
+    def shown(*flags):
+        code, _, err = run_script(play, policy, *flags)
+        first, *lines, last = err.splitlines()
+        assert code == 2 and first.startswith("Traceback") and lines[-1] == "KeyError: 3"
+        assert "test_contract.py" in lines[0] and "envs.py" not in err
+        return last
+
+    told = shown("--env-id", "Short-v0", "--dataset-path", "mine.hdf5")
+    words = r"\(KeyError: 3, test_contract.py line \d+\); mend it, or register it with what it needs"
+    assert re.fullmatch(f"error: Short-v0 cannot be made here {words}", told)
+    made = tasks.Task("gymnasium", "Short-v0", "mine", "Short-v0", gym.spec("Short-v0"))
+    monkeypatch.setattr(tasks, "resolve", lambda env_id: envs.observed(made))
+    assert shown() == f"error: {policy} was trained on {tasks.DEMO}; give --env-id, and --dataset-path"
 
 
 def falls(after: int):

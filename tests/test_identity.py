@@ -273,6 +273,9 @@ def test_a_task_that_cannot_be_told_from_another_module_is_refused(tmp_path, mon
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UserError, match=words):
             tasks.registrar(env_id)
+    (tmp_path / "large.py").write_text("raise MemoryError\n")
+    with pytest.raises(MemoryError):  # see `cli.run`
+        tasks.registrar("large.py:Mine-v0")
     assert tasks.registrar("folder_alone:Id") is tasks.registrar("sys:Id") is None
 
 

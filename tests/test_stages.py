@@ -53,6 +53,9 @@ def test_what_a_copy_lacks_is_named(tmp_path):
     words = "broken.py cannot be imported: ModuleNotFoundError: .*, broken.py line 1; install what it needs"
     with pytest.raises(UserError, match=words):
         stages.online(str(path))
+    path.write_text("raise MemoryError\n")
+    with pytest.raises(MemoryError):  # see `cli.run`
+        stages.online(str(path))
     with pytest.raises(UserError, match="there is no script nowhere: neither .*baselines/nowhere.py, nor nowhere.py"):
         stages.online("nowhere")
 
