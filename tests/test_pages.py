@@ -95,14 +95,45 @@ def test_equations_are_where_the_page_says(script):
     assert of_page and of_page == of_source
 
 
-README, DEMOS = (ROOT / "README.md").read_text(), (ROOT / "docs" / "demos.md").read_text()
+README, DEMOS, EXPERIMENTS = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/demos.md", "docs/experiments.md")
+)
+_, *PARTS = re.split(r"^(?=`python o2|\*\*AntMaze)", DEMOS, flags=re.M)  # one a demo, each with one table
+MINUTES = {
+    name.lower(): f"{int(minutes) + int(seconds) / 60:.1f}"
+    for name, minutes, seconds in re.findall(r"(O2\w+)'s\s(?:demo took )?(\d+) min (\d+) s", DEMOS)
+}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_results_are_those_of_the_other_pages(script):
-    pages = DEMOS + README
-    figures = re.findall(r"\d+\.\d(?: ± \d+\.\d)?", section(page_of(script), "Results"))
-    assert len(figures) >= 3 and all(re.search(rf"(?<![\d.]){re.escape(x)}(?![\d.])", pages) for x in figures)
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """The rows of each table, a dictionary of their cells by column."""
+    found = []
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        found.append([dict(zip(head, row, strict=True)) for row in rows])
+    return found
+
+
+def demo_of(part: str) -> dict[str, str]:
+    """What docs/demos.md says of one demo, as the README's table has it."""
+    text = " ".join(part.split())
+    command = re.search(r"`(python [^`]*)`", text)[1]
+    ((*_, mean),) = tables(part)
+    assert mean["seed"] == "mean ± std"
+    (offline,) = (value for name, value in mean.items() if name.endswith("offline"))
+    switches = re.findall(
+        r"naive switch, `(python [^`]*)` \(seed 0\), .*?ends at (\d+\.\d) ?\(mean of the last three", text
+    )
+    assert [name.split(" --no-")[0] for name, _ in switches] in ([], [command.split(" --num-")[0]])
+    trained = re.search(r"trains (\w+) for", text)
+    return {
+        "": f"`{command}`",
+        "from": f"{trained[1]}, trained first" if trained else re.search(r"from the (\S+) policy", text)[1],
+        "offline": offline.removesuffix(" ± 0.0"),
+        "at the end, five seeds": [*mean.values()][-1],
+        "naive switch, seed 0": switches[0][1] if switches else "–",
+        "minutes a seed": "–" if "--env-id" in command else MINUTES[command.split()[1].removesuffix(".py")],
+    }
 
 
 def numbers(line: str) -> list[float]:
@@ -119,12 +150,77 @@ def test_means_of_the_demos_are_those_of_their_seeds():
 
 
 def test_the_readmes_table_of_the_demos_is_that_of_their_page():
-    tables = re.findall(r"^`(python o2[^`]*)`.*\n(?:.*\n)*?\| mean ± std \| ([\d.]+).* (\S+ ± \S+) \|\n", DEMOS, re.M)
-    tables += re.findall(
-        r"^\*\*AntMaze\*\*.*?`(python [^`]*)`(?:.*\n)*?\| mean ± std \| (\S+ ± \S+) \| (\S+ ± \S+) \|\n", DEMOS, re.M
-    )
-    told = re.findall(r"^\| `(python \S+ --preset demo[^`]*)` \| .*? \| (.*?) \| (.*?) \|", README, re.M)
-    assert len(told) == 4 and sorted(told) == sorted(tables)
+    (told,) = tables(section(README, "The demos"))
+    assert len(told) == 4 and sorted(told, key=str) == sorted(map(demo_of, PARTS), key=str)
+
+
+def test_what_the_readme_says_below_that_table_is_on_that_page():
+    for words in (
+        r"two seeds(?: of AntMaze)? side by side took (\d+) minutes",
+        r"a million(?: steps|, in bfloat16,) come to (\d+\.\d)",
+    ):
+        (told,), (found,) = (
+            re.findall(words, " ".join(text.split()), re.I) for text in (section(README, "The demos"), DEMOS)
+        )
+        assert told == found
+
+
+def test_what_the_demos_start_from_is_what_their_presets_do():
+    for part in PARTS:
+        demo = demo_of(part)
+        script, *words = demo[""].strip("`").split()[1:]
+        script = {f"{script.__name__}.py": script for script in SCRIPTS}[script]
+        args = cli.parse(script.Args, script.PRESETS, script.FAMILIES, words)
+        ships = (ROOT / "datasets" / "policies" / f"{args.env_id}__{args.offline}.pt").exists()
+        assert demo["from"] == args.offline.upper().replace("_", "+") + ("" if ships else ", trained first")
+
+
+def test_what_is_said_above_the_seeds_of_a_demo_is_of_them():
+    """The mean at the end, and how many seeds end above what."""
+    for part in PARTS:
+        demo, rows = demo_of(part), [numbers(line.split("|", 2)[2]) for line in re.findall(r"^\| \d .*", part, re.M)]
+        words = " ".join(part.split("| seed |")[0].split())
+        end, offline = demo["at the end, five seeds"], float(demo["offline"].split()[0])
+        bar, above = re.search(
+            r"(?:above (\d+|the offline policy)|Better at the end than at the start) on (\d) of 5 seeds", words
+        ).groups()
+        bars = [row[0] if bar is None else offline if bar == "the offline policy" else float(bar) for row in rows]
+        assert len(rows) == 5 and sum(row[-1] > bar for row, bar in zip(rows, bars, strict=True)) == int(above)
+        assert f": {end} at the end" in words or bar is None
+
+
+# Of the pages' figures that are no demo's: how they are told, and which row has them, of which section
+OTHERS = {
+    "o2sac": [("comes to {} on hopper]", "## Beside AWAC, IQL, PEX and ACA", "O2SAC from ACA's"),
+              ("where ACA has {}.", "## Beside AWAC, IQL, PEX and ACA", "ACA")],
+    "o2td3": [("to {} on three seeds", "## What is each step of the method worth?", "no constrain"),
+              ("(experiments.md#on-another-robot), to {}.", "### On another robot", "no constrain")],
+    "o2ppo": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_results_are_those_of_the_other_pages(script):
+    """Each at the place that it is of, and no figure beside them."""
+    name, text = script.__name__, " ".join(section(page_of(script), "Results").split())
+    demos = [demo_of(part) for part in PARTS]
+    (demo,) = (demo for demo in demos if f"python {name}.py" in demo[""] and "--env-id" not in demo[""])
+    naive = re.search(rf"naive switch, `(python {name}\.py [^`]*)`", " ".join(DEMOS.split()))[1]
+    end, switched = demo["at the end, five seeds"], demo["naive switch, seed 0"]
+    said = [f"The policy to start from scores {demo['offline']}.", f"| {demo['']} | {end}, five seeds"]
+    said.append(f"| `{naive}` | {switched}, one seed")
+    if name == "o2td3":
+        said[-1] += f", of {re.search('mean of the last three: ([^)]*)', ' '.join(DEMOS.split()))[1]}"
+    if name == "o2ppo":
+        (maze,) = (demo for demo in demos if "antmaze" in demo[""])
+        offline, last = (float(maze[key].split()[0]) for key in ("offline", "at the end, five seeds"))
+        said.append(f"come from {offline:.0f}% to {last:.0f}% of the episodes")
+    for words, heading, row in OTHERS[name]:
+        part = re.search(rf"^{re.escape(heading)}\n(.*?)(?=^##|\Z)", EXPERIMENTS, re.M | re.S)[1]
+        (*_, found) = (cells for table in tables(part) for cells in table if next(iter(cells.values())) == row)
+        said.append(words.format(found["final"].split()[0]))  # of the last table, which is O2TD3's
+    assert not [words for words in said if words not in text]
+    assert sorted(re.findall(r"\d+\.\d", text)) == sorted(re.findall(r"\d+\.\d", " ".join(said)))
 
 
 NAIVE = {
