@@ -1,5 +1,9 @@
 """Superior, inferior or comparable: the policy that a run starts from against its data."""
 
+import copy
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -31,9 +35,21 @@ def test_compare_is_welchs_test():
     assert min(found.values()) > 50
 
 
+@pytest.mark.parametrize(("n", "m", "spread"), [(8, 8, 3), (12, 40, 10)])
+def test_students_quantile_is_that_of_few_episodes(n, m, spread):
+    rng = np.random.default_rng(1)
+    policy, data = (x - x.mean() for x in (rng.normal(0, 3, n), rng.normal(0, spread, m)))
+    freedom = stats.ttest_ind(policy, data, equal_var=False).df
+    assert freedom > 10
+    bar = stats.t.ppf(0.95, freedom) * np.sqrt(policy.var(ddof=1) / n + data.var(ddof=1) / m)
+    for share, words in ((1.01, ("superior", "inferior")), (0.99, ("comparable", "comparable"))):
+        found = tuple(regime.compare(policy + sign * (5 + share * bar), data, 5.0) for sign in (1, -1))
+        assert found == words
+
+
 class Run:
-    def __init__(self, episodes):
-        self.args, self.regime = type("Args", (), {"regime_episodes": episodes}), None
+    def __init__(self, episodes, eval_episodes=10):
+        self.args, self.regime = SimpleNamespace(regime_episodes=episodes, eval_episodes=eval_episodes), None
 
 
 class Evaluator:
@@ -57,9 +73,23 @@ def test_announced(data, capsys):
     assert run.regime["data_error"] == pytest.approx(5 / 3**0.5) and run.regime["episodes"] == 50
     out = capsys.readouterr().out
     assert "regime: superior; mean score of the policy 75.0 ± 0.7 (50 episodes), of the data 50.0 ± 2.9 (3)" in out
-    none = Run(0)
-    regime.announce(none, data, None, None)
-    assert none.regime is None and capsys.readouterr().out == ""
+    regime.announce(Run(50), data, Evaluator(0, 2000), [400, 600])
+    assert "regime: inferior; " in (out := capsys.readouterr().out) and ": the data are better than the policy" in out
+
+
+def test_where_nothing_can_be_told_nothing_is_said(data, capsys):
+    """Of no episodes and of one, which has no standard error; of data whose episodes are lost, or too few."""
+    alone, lost = copy.copy(data), dataclasses.replace(data, ordered=False)
+    alone.returns = data.returns[:2]
+    for episodes, of in ((0, data), (1, data), (50, alone), (50, lost)):
+        regime.announce(run := Run(episodes), of, None, None)
+        assert run.regime is None and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("evaluated", "played"), [(4, 20), (10, 50), (30, 50)])
+def test_five_evaluations_episodes_are_played_and_50_at_most(data, evaluated, played):
+    regime.announce(run := Run(None, evaluated), data, Evaluator(0, 2000), [400, 600])
+    assert run.regime["episodes"] == played
 
 
 def test_a_maze_counts_one_success_an_episode(data):
@@ -74,6 +104,8 @@ def test_where_returns_are_on_no_scale(data):
     data.task = datasets.replace(data.task, references=None)
     data.returns = torch.tensor([200.0, 200, 200, 200])
     evaluator, run = Evaluator(0, 100), Run(50)
-    for policy, want in ((211, "superior"), (209, "comparable"), (189, "inferior")):
-        regime.announce(run, data, evaluator, [policy])
-        assert run.regime["regime"] == want and run.regime["margin"] == 10
+    for sign, words in ((1, ("superior", "comparable", "inferior")), (-1, ("inferior", "comparable", "superior"))):
+        for policy, want in zip((211, 209, 189), words, strict=True):
+            regime.announce(run, data, evaluator, [sign * policy])
+            assert run.regime["regime"] == want and run.regime["margin"] == 10
+        data.returns = -data.returns  # as of tasks that cost
