@@ -292,8 +292,8 @@ def check(raw: dict, task: Task, path, whole: bool) -> None:
                 f"repair these rows, or {remedy}"
             )
     for i in range(obs_dim if obs.dtype.itemsize > 2 and obs.dtype != np.float32 else 0):
-        std, offset = obs[:, i].std(dtype=np.float64), abs(obs[:, i].mean(dtype=np.float64))
-        lost = np.spacing(np.float32(offset)) / 2
+        std, offset = obs[:, i].std(dtype=np.float64), obs[:, i].mean(dtype=np.float64)
+        lost = np.spacing(np.float32(abs(offset))) / 2
         if std > 1e-3 and lost > 0.05 * std:
             raise UserError(
                 f"{path}: column {i} of observations varies by {std:.4g} about {offset:.4g}, which float32 rounds to "

@@ -725,6 +725,8 @@ def test_prioritised_rows_are_those_of_the_running_sum(data):
     assert torch.equal(buffer.find(mass), want)
     (obs, *_), drawn = buffer.sample(256)
     assert (flat[drawn] > 0).all() and torch.equal(obs, buffer.table[drawn, :S])
+    even = replay.PrioritisedBuffer(data, 0, 1.0)
+    assert torch.equal(even.sample(n)[1], torch.arange(n))  # one of each n-th of the sum
     small = replay.PrioritisedBuffer(data.head(6), 0, 1.0)
     small.update(torch.arange(6), column([1, 0.5, 3, 0.001, 2, 1.499]))
     assert buffer.find(buffer.sums.sum()[None]).item() == n + 499  # where rounding leaves nothing of the last row

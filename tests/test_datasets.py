@@ -77,7 +77,8 @@ def test_columns_of_one_number(hdf5, random_raw):
 
 def test_actions_of_plus_minus_one_keep_their_bits(hdf5, random_raw):
     actions = random_raw()["actions"]
-    data = datasets.load("hopper-medium-v2", str(hdf5(timeouts=np.zeros(2_000, bool))))
+    actions[0] = 1e-12  # of which nothing would be left beside 1
+    data = datasets.load("hopper-medium-v2", str(hdf5(actions=actions, timeouts=np.zeros(2_000, bool))))
     assert torch.equal(data.actions, torch.as_tensor(actions[:-1]))
     actions[::7, 1], actions[3::7, 0] = 1.00006, -1.00004  # rounded in another precision: these are ±1
     clipped = datasets.load("hopper-medium-v2", str(hdf5("x.hdf5", actions=actions, timeouts=np.zeros(2_000, bool))))
@@ -184,6 +185,33 @@ def test_download(tmp_path, monkeypatch, hdf5):
     assert (tmp_path / "new" / "file.hdf5").read_bytes() == content
 
 
+def test_a_server_that_names_no_length_is_believed(tmp_path, monkeypatch):
+    reply = Reply(b"whole", 0)
+    reply.headers.clear()
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: reply)
+    datasets.download("http://server/file", tmp_path / "file.hdf5")
+    assert (tmp_path / "file.hdf5").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize(("named", "folder"), [(None, ".d4rl/datasets"), ("", ".d4rl/datasets"), ("~/mine", "mine")])
+def test_files_are_looked_for_where_d4rl_has_them_and_downloaded_once(named, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
+    if named is not None:
+        monkeypatch.setenv("D4RL_DATASET_DIR", named)
+    asked = []
+
+    def download(url, path):
+        asked.append(url)
+        path.parent.mkdir(parents=True)
+        path.touch()
+
+    monkeypatch.setattr(datasets, "download", download)
+    for _ in range(2):
+        assert datasets.find_file("hopper-medium-v2") == tmp_path / folder / "hopper_medium-v2.hdf5"
+    assert asked == [tasks.d4rl_url("hopper-medium-v2")]
+
+
 def test_short_download_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: Reply(b"half", 8))
     with pytest.raises(UserError, match="4 of 8 bytes"):
@@ -233,11 +261,19 @@ def test_an_offset_that_float32_takes_is_none(hdf5):
         ({"rewards": np.full(2_000, np.inf)}, "NaN or infinite rewards"),
         ({"rewards": np.full(2_000, 1e39)}, "beyond float32's range (first in row 0)"),
         ({"observations": np.full((2_000, 11), -1e39)}, "beyond float32's range"),
-        ({"observations": offset(1.7e9)}, "column 4 of observations varies by 577.3 about 1.7e+09"),
+        (
+            {"observations": offset(1.7e9)},
+            "column 4 of observations varies by 577.3 about 1.7e+09, which float32 rounds to multiples of 128;",
+        ),
+        ({"observations": offset(-1.7e9)}, "column 4 of observations varies by 577.3 about -1.7e+09, which float32"),
         ({"observations": offset(1.7e9).astype(np.int64)}, "subtract the offset, in the data and in the environment"),
         ({"observations": np.zeros((2_000, 17))}, "has 11 and 3 dimensions"),
         ({"actions": np.zeros((2_000, 6))}, "has 11 and 3 dimensions"),
         ({"actions": np.full((2_000, 3), 1.5)}, "actions from 1.5 to 1.5, but D4RL's hopper takes -1 to 1"),
+        (
+            {"actions": np.where(np.eye(2_000, 3, -1), [1, -1.005, 1], 0.5)},
+            "actions from -1.005 to 0.5, but D4RL's hopper takes",
+        ),
         (
             {"terminals": np.zeros(1_999, bool)},
             "terminals has the shape (1999,), but needs one number for each",
@@ -277,10 +313,23 @@ def test_rows_that_are_no_numbers_are_removed_as_is_said(hdf5, random_raw):
         assert (data.obs == before).all(1).sum() == 1
 
 
+def test_rows_that_are_no_numbers_go_with_their_episodes_where_those_are_stored_whole(random_raw):
+    raw = random_raw()
+    raw["rewards"][[7, 9]] = np.nan
+    with pytest.raises(UserError, match=r"first in row 7\); repair these rows, or leave out their episodes$"):
+        datasets.check(raw, tasks.resolve(tasks.DEMO), "mine", whole=True)
+
+
+def test_states_that_nobody_learns_from_may_be_nan(hdf5):
+    states = {"infos/qpos": np.full((2_000, 6), np.nan), "infos/qvel": np.zeros((2_000, 6))}
+    first, data = (datasets.load("hopper-medium-v2", str(hdf5(**more))) for more in ({}, states))
+    assert torch.equal(data.table, first.table) and np.isnan(data.states[:, :6]).all()
+
+
 def test_next_observations_that_nobody_needs_may_be_nan(hdf5, random_raw):
     raw = random_raw(2_000, next_observations=True)
     first = datasets.load("hopper-medium-v2", str(hdf5(**raw)))
-    raw["next_observations"][raw["terminals"] | raw["timeouts"]] = np.nan
+    raw["next_observations"][raw["terminals"] | raw["timeouts"], 4:] = np.nan  # in a part of them is enough
     data = datasets.load("hopper-medium-v2", str(hdf5(**raw)))
     alive = first.terminations == 0
     assert data.table.isfinite().all() and torch.equal(data.table[alive], first.table[alive])

@@ -48,6 +48,20 @@ def test_probe_of_a_known_critic():
     q_data = -(held_out.actions - 0.1).square().sum(-1).numpy()
     assert found["probe/q_data"] == pytest.approx(q_data.mean(), rel=1e-5)
     assert found["probe/q_data_low"] == pytest.approx(np.quantile(q_data, 0.1), rel=1e-5)
+    assert found["probe/q_data_high"] == pytest.approx(np.quantile(q_data, 0.9), rel=1e-5)
+
+
+def test_noise_is_always_the_same_and_draws_nothing_from_a_run():
+    before = torch.get_rng_state()
+    first, again = (probe.fixed_noise(torch.zeros(4, 3)) for _ in range(2))
+    assert first.shape == (32, 4, 3) and torch.equal(first, again) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_drift_is_a_root_mean_square_over_states_and_dimensions():
+    held_out, acts = SimpleNamespace(obs=torch.zeros(2, 1), actions=None), torch.tensor([[0.3, 0, 0], [0, 0, 0.9]])
+    anchor = torch.full((2, 3), 0.1)
+    found = probe.Probe(held_out, lambda *_: torch.zeros(2), lambda _: acts + 0.1, anchor, acts[None], acts.T[:1])()
+    assert found["probe/drift"] == pytest.approx(((0.3**2 + 0.9**2) / 6) ** 0.5)
 
 
 def test_what_is_worth_as_much_does_not_beat_the_anchor():

@@ -6,6 +6,7 @@ import re
 import signal
 from itertools import starmap
 from types import SimpleNamespace
+from typing import Annotated
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import offline
 import o2sac
 import o2td3
 from baselines import rlpd
-from common import cli, policies, report, stages
+from common import bounds, cli, policies, report, stages
 from common.replay import ReplayBuffer
 from tests.conftest import TINY
 from tests.reference import A, Recorder, S
@@ -270,6 +271,11 @@ def test_what_changes_nothing_is_said(monkeypatch):
         "--per-dimension changes nothing without --constrain",
         "--reference-window changes nothing without --reference adaptive",
     ]  # fmt: skip
+    # of what it needs one is enough, whichever
+    either = Annotated[float, bounds.only_with(align_constrain=True, constrain=True)]
+    monkeypatch.setitem(stages.online("o2sac").Args.__annotations__, "lagrange_init", either)
+    align = "--align-constrain changes nothing with --no-align"
+    assert idle("o2sac", "--lagrange-init 9 --align-constrain --no-align") == [align]
     # nor does what needs an argument that changes nothing
     assert idle("o2ppo", "--no-reevaluate --value-init fqe --critic-hidden 8") == [
         "--value-init, --critic-hidden change nothing without --reevaluate"
