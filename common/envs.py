@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import sys
 import warnings
 from dataclasses import replace
@@ -22,6 +21,8 @@ warnings.filterwarnings("ignore", message=".*is out of date.*")  # v4 is meant: 
 logging.getLogger("absl").setLevel(logging.ERROR)
 # MuJoCo's own warnings go to stderr as ever, but for those that call Gymnasium's model files old, one for every model
 mujoco.set_mju_user_warning(lambda text: "deprecated" in text or print(f"MuJoCo: {text}", file=sys.stderr))
+
+LARGEST = float(np.finfo(np.float32).max)  # in which everything is learned
 
 
 class ZeroForces(gym.ObservationWrapper):
@@ -79,6 +80,12 @@ class Sound(gym.Wrapper):
 
     def step(self, action):
         self.steps += 1
+        if not np.isfinite(action).all():  # what comes of it is not the environment's fault
+            raise UserError(
+                f"the policy gives {action[~np.isfinite(action)][0]} as an action, in step {self.steps:,} of the "
+                f"episode with the seed {self.seed}; look at the losses in TensorBoard, and try a smaller learning "
+                "rate, or another policy"
+            )
         try:
             obs, reward, terminated, truncated, info = self.env.step(np.array(action))
         except Exception as error:
@@ -90,7 +97,7 @@ class Sound(gym.Wrapper):
                 key: np.nan if info[key] is None else self.number(info[key], f"info[{key!r}]") for key in said
             }
         reward = self.number(reward, "the reward")
-        if not math.isfinite(reward):
+        if not abs(reward) <= LARGEST:  # NaN is not, either
             raise self.fault(f"pays the reward {reward}")
         return self.sound(obs), reward, bool(terminated), bool(truncated), info
 
@@ -98,10 +105,8 @@ class Sound(gym.Wrapper):
         obs, shape = np.asarray(obs), self.env.observation_space.shape
         if obs.shape != shape:
             raise self.fault(f"shows an observation of the shape {obs.shape}, where its space has {shape}")
-        if not np.isfinite(obs).all():
-            raise self.fault(
-                f"shows {obs[~np.isfinite(obs)][0]} as number {np.isfinite(obs).argmin()} of its observation"
-            )
+        if not (sound := np.abs(obs) <= LARGEST).all():
+            raise self.fault(f"shows {obs[~sound][0]} as number {sound.argmin()} of its observation")
         return obs
 
     def number(self, value, name: str) -> float:
@@ -282,10 +287,11 @@ class VectorEpisodes:
         )  # fmt: skip
 
     def outcomes(self) -> dict[str, float]:
-        """The means of `outcome` over the episodes that ended since the last call and their number; nothing where none
-        did."""
+        """The means of `outcome` over the episodes that ended since the last call, each over those that have it, and
+        their number; nothing where none did."""
         ended, self.ended = self.ended, []
-        means = {name: float(np.mean([outcome[name] for outcome in ended])) for name in (ended[0] if ended else {})}
+        names = dict.fromkeys(name for outcome in ended for name in outcome)  # not each may say whether it succeeded
+        means = {name: float(np.mean([outcome[name] for outcome in ended if name in outcome])) for name in names}
         return means | ({"charts/episodes": len(ended)} if ended else {})
 
     def state_dict(self) -> dict:

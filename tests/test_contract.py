@@ -87,6 +87,7 @@ def changed(**changes):
         (changed(reward=np.ones(2)), r"returns array\(\[1., 1.\]\) as the reward"),
         (changed(reward=torch.ones(2)), r"returns tensor\(\[1., 1.\]\) as the reward, which has to be one number"),
         (changed(reward=float("nan")), "pays the reward nan"),
+        (changed(reward=-1e39), r"pays the reward -1e\+39"),
         (changed(info=None), "returns None as its info, which has to be a dictionary"),
         (changed(info={"success": "no"}), r"returns 'no' as info\['success'\]"),
         (
@@ -95,6 +96,7 @@ def changed(**changes):
         ),
         (changed(obs=np.zeros(3)), r"shows an observation of the shape \(3,\), where its space has \(2,\)"),
         (changed(obs=np.array([0, np.inf])), "shows inf as number 1 of its observation"),
+        (changed(obs=np.array([0, -1e39])), r"shows -1e\+39 as number 1 of its observation"),
     ],
 )
 def test_what_is_no_answer_is_named_before_anything_is_trained(answer, words):
@@ -213,6 +215,14 @@ def test_a_reward_that_is_no_number_is_the_environments_fault_in_training_too():
     env.unwrapped.answer = changed(reward=float("nan"))
     with pytest.raises(UserError, match="pays the reward nan, in step 2 of the episode with the seed 2000006"):
         episodes.step(np.zeros(2, np.float32))
+
+
+def test_actions_that_are_no_numbers_are_not_the_environments_fault():
+    env = envs.make_env(task_of(low=-2, high=2))
+    env.reset(seed=3)
+    env.step(np.zeros(2, np.float32))
+    with pytest.raises(UserError, match="^the policy gives nan as an action, in step 2 .* seed 3; .* learning rate"):
+        env.step(np.array([0, np.nan], np.float32))
 
 
 def test_arguments_without_a_name_are_the_same_in_every_process():

@@ -274,6 +274,10 @@ def test_an_episode_is_a_success_that_had_one(monkeypatch):
         side_by_side.step(np.array([[1.0], [0.0]]))
     assert side_by_side.outcomes() == outcome | {"charts/episodic_success": 0.5, "charts/episodes": 2}
     assert side_by_side.outcomes() == {}
+    for order, rate in ((1, 1.0), (-1, 0.0)):  # where one alone says whether it succeeded
+        for _ in range(3):
+            side_by_side.step(np.array([[-1.0], [rate]])[::order])
+        assert side_by_side.outcomes() == outcome | {"charts/episodic_success": rate, "charts/episodes": 2}
 
 
 @pytest.mark.parametrize(("mode", "start"), [("half", 0), ("all", 1_999), ("none", 0)])
