@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib
 import math
+import os
 from pathlib import Path
 
 import h5py
@@ -62,10 +63,11 @@ def present(file: h5py.File, names: tuple[str, ...]) -> list:
     """What the file has of these names. Raises UserError where one is a link that leads nowhere."""
     for name in names:
         link = file.get(name, getlink=True) if name in file else None
-        if isinstance(link, h5py.ExternalLink) and file.get(name) is None:
+        if isinstance(link, h5py.ExternalLink | h5py.SoftLink) and file.get(name) is None:
+            there = f"{link.path} in {link.filename}" if isinstance(link, h5py.ExternalLink) else link.path
             raise UserError(
-                f"{file.filename}: {name} leads to {link.path} in {link.filename}, where nothing can be opened; put "
-                "that file there, or the array itself into this one"
+                f"{file.filename}: {name} leads to {there}, where nothing can be opened; put that there, or the array "
+                "itself in the place of the link"
             )
     return [file[name] for name in names if name in file]
 
@@ -144,9 +146,25 @@ def check_declared(path: Path, found: dict[str, list]) -> None:
         raise UserError(f"{path} holds {rows} rows; it takes 2 or more to make a transition")
 
 
+def parts_of(path: Path, name: str, array: h5py.Dataset) -> list[Path]:
+    """The other files that a virtual array is put together from. Raises UserError where one is not there, of which HDF5
+    would read zeros."""
+    folders, found = (path.parent, Path(os.environ.get("HDF5_VDS_PREFIX", "."))), {}
+    for part in array.virtual_sources() if array.is_virtual else ():
+        files = [folder / part.file_name for folder in folders] if part.file_name != "." else [path]
+        if not (there := [file for file in files if file.is_file()]):
+            raise UserError(
+                f"{path}: {name} is put together from {part.file_name}, which is not there; put that file beside this "
+                "one, or the array itself into it"
+            )
+        found[there[0]] = True
+    return list(found)
+
+
 def check_stored(path: Path, name: str, array: h5py.Dataset) -> None:
     """Refuse what cannot be unpacked here, and a small file that unpacks to gigabytes. Raises UserError."""
     declared, stored = array.size * array.dtype.itemsize, array.id.get_storage_size()
+    stored += sum(part.stat().st_size for part in parts_of(path, name, array))
     if declared > max(100 * stored, 1 << 26):
         much = f"{path}: {name} declares {declared / 1e9:.1f} GB, but the file holds {stored / 1e3:,.0f} kB of that"
         chunks = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks or (), strict=False))

@@ -392,6 +392,35 @@ def test_a_link_to_what_is_not_there(hdf5):
     with h5py.File(path.with_name("gone.hdf5"), "w") as file:
         file["r"] = np.zeros(2_000)
     assert len(datasets.load("hopper-medium-v2", str(path)))
+    with h5py.File(path, "a") as file:
+        del file["rewards"]
+        file["rewards"] = h5py.SoftLink("/r")
+    message = refused(env_id="hopper-medium-v2", dataset_path=str(path))
+    assert "rewards leads to /r, where nothing can be opened" in message and "copy it" not in message
+
+
+def test_an_array_that_is_put_together_from_other_files(hdf5):
+    """HDF5 reads zeros of those that are not there. The array itself takes no room, however large it is."""
+    path = hdf5(rewards=None)
+    whole = h5py.VirtualLayout((2_000,), "f4")
+    for i, name in enumerate(("first.hdf5", "second.hdf5")):
+        whole[1_000 * i : 1_000 * (i + 1)] = h5py.VirtualSource(name, "r", (1_000,))
+        with h5py.File(path.with_name(name), "w") as file:
+            file["r"] = np.full(1_000, 3.0 + i)
+    with h5py.File(path, "a") as file:
+        file.create_virtual_dataset("rewards", whole)
+    assert datasets.load("hopper-medium-v2", str(path)).rewards.unique().tolist() == [3, 4]
+    path.with_name("second.hdf5").unlink()
+    assert "rewards is put together from second.hdf5, which is not there" in refused(
+        env_id="hopper-medium-v2", dataset_path=str(path)
+    )
+    path, many = path.with_name("large.hdf5"), 2 << 20
+    whole = h5py.VirtualLayout((9, many), "f4")
+    with h5py.File(path, "w") as file:
+        file["row"] = np.zeros(many, "f4")
+        for i in range(9):
+            whole[i] = h5py.VirtualSource(file["row"])
+        formats.check_stored(path, "rows", file.create_virtual_dataset("rows", whole))
 
 
 def test_a_filter_that_hdf5_lacks(hdf5, monkeypatch):
