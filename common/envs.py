@@ -186,6 +186,7 @@ def observed(task: Task) -> Task:
     Raises UserError."""
     env = unscaled_env(task)
     env.close()
+    check_evaluation(task, env)
     low, high = env.action_space.low, env.action_space.high
     if not is_unit(low, high):
         task = replace(task, action_range=(tuple(low.tolist()), tuple(high.tolist())))
@@ -195,6 +196,26 @@ def observed(task: Task) -> Task:
     order = ", ".join(f"{key} ({size})" for key, size in found.items())
     left_out = "" if "achieved_goal" in env.keys or "desired_goal" not in env.keys else "; achieved_goal is in there"
     return replace(task, keys=env.keys, notes=(*task.notes, f"observations are {order}, in this order{left_out}"))
+
+
+def check_evaluation(task: Task, env: gym.Env) -> None:
+    """Refuse a dataset whose evaluation environment takes or shows other than `env`. Raises UserError."""
+    if not task.eval_spec:
+        return
+    other = unscaled_env(task, evaluation=True)
+    other.close()
+    bounds = [(space.low.tolist(), space.high.tolist()) for space in (env.action_space, other.action_space)]
+    if bounds[0] != bounds[1] or parts_of(env) != parts_of(other):
+        raise UserError(
+            f"{task.env_id} is to be scored in {task.eval_spec.id}, its evaluation environment, whose actions or "
+            f"observations are not those of {task.spec.id}; create the dataset again with another eval_env=…"
+        )
+
+
+def parts_of(env: gym.Env) -> dict[str, int]:
+    """How many numbers each part of an environment's observations has."""
+    space = (env.env if isinstance(env, spaces.Flat) else env).observation_space
+    return spaces.sizes(space, tuple(space) if isinstance(space, gym.spaces.Dict) else ())
 
 
 def make_env(task: Task, mean=None, std=None, evaluation: bool = False, **kwargs) -> gym.Env:

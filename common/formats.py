@@ -191,7 +191,14 @@ def read_minari(env_id: str, keys: tuple[str, ...] = (), arrives: bool = False) 
     `keys`: the parts of observations that are dictionaries, in the order in which they are joined. `arrives`: episodes
     are over at their first reward.
     """
-    episodes = [episode for episode in minari_dataset(env_id).iterate_episodes() if len(episode)]
+    dataset = minari_dataset(env_id)
+    try:
+        episodes = [episode for episode in dataset.iterate_episodes() if len(episode)]
+    except Exception as error:  # a damaged file fails in as many ways as there are bytes
+        raise UserError(
+            f"the Minari dataset {env_id} cannot be read ({error}); remove it with `minari delete {env_id}`, and "
+            "download or create it again"
+        ) from error
     if arrives:
         episodes = [until_arrival(episode) for episode in episodes]
     if not episodes:

@@ -96,6 +96,22 @@ def test_the_evaluation_environment(store):
     assert trained_in.step(np.zeros(3))[1] < 2
 
 
+def test_an_evaluation_environment_of_another_kind_is_refused(store):
+    wide = gym.wrappers.RescaleAction(gym.make("Hopper-v5"), -2.0, 2.0)
+    for name, other in (("walker", gym.make("Walker2d-v5")), ("longer", gym.make("HalfCheetah-v5")), ("wide", wide)):
+        store(f"toy/{name}-v0", gym.make("Hopper-v5"), eval_env=other)
+        with pytest.raises(UserError, match="evaluation environment, whose .* not those of Hopper-v5; create"):
+            datasets.load(f"toy/{name}-v0")
+
+
+def test_a_dataset_that_is_not_whole(store, tmp_path):
+    store("toy/cut-v0", gym.make("Hopper-v5"))
+    [file] = tmp_path.rglob("*.hdf5")
+    file.write_bytes(file.read_bytes()[:20_000])
+    with pytest.raises(UserError, match="cannot be read .*truncated file.*; remove it with `minari delete toy/cut-v0`"):
+        datasets.load("toy/cut-v0")
+
+
 def test_a_hand_of_minaris_is_not_d4rls(store):
     store("D4RL/pen/human-v9", gym.make("Hopper-v5"), episodes=1)
     data = datasets.load("D4RL/pen/human-v9")
