@@ -15,7 +15,7 @@ from typing import Annotated
 from common import cli, datasets, envs, evaluation, policies, tasks
 from common.bounds import at_least
 from common.foreign import load_policy
-from common.inert import read_tensors
+from common.inert import absent, read_tensors
 
 import numpy as np
 import tyro
@@ -52,7 +52,7 @@ def read(args: Args) -> tuple[dict, tasks.Task]:
     if args.dataset_path or args.normalize_from:
         raise cli.UserError("--dataset-path and --normalize-from need --env-id, which says where it is played; add it")
     if not path.is_file():
-        raise cli.UserError(f"there is no file {path}")
+        raise cli.UserError(absent(path))
     if path.suffix in (".onnx", ".zip") or not policies.is_ours(read_tensors(path, "cpu")):
         raise cli.UserError(f"{path} does not say where it is played; give the dataset of its task with --env-id")
     policy = policies.read(path)

@@ -186,10 +186,13 @@ def parse(
     if asks:
         without = args_class(**chosen({}, families, "none", task))
         show_help(args_class, defaults, without, without.constants(task), families)
-    args = tyro.cli(args_class, args=argv, default=defaults)
-    # Behind an equals sign and in quotes the shell leaves ~, the home folder, as it is
+    return complete(at_home(tyro.cli(args_class, args=argv, default=defaults)))
+
+
+def at_home(args: Args) -> Args:
+    """`args` with the home folder in the place of ~, which the shell leaves behind an equals sign and in quotes."""
     paths = {name: value for name, value in vars(args).items() if isinstance(value, str) and value.startswith("~")}
-    return complete(dataclasses.replace(args, **{name: os.path.expanduser(value) for name, value in paths.items()}))
+    return dataclasses.replace(args, **{name: os.path.expanduser(value) for name, value in paths.items()})
 
 
 def chosen(presets: dict[str, dict], families: dict[str, dict], preset: str, task: tasks.Task) -> dict:
@@ -217,7 +220,7 @@ def show_help(args_class: type, defaults, without, constants: dict, families: di
 
 def read(args_class: type[Args], description: str | None) -> Args:
     """The command line of a script that starts others, its numbers checked. Raises UserError."""
-    args = tyro.cli(args_class, description=description)
+    args = at_home(tyro.cli(args_class, description=description))
     bounds.check(args)
     return args
 

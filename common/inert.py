@@ -58,16 +58,23 @@ def opened(file) -> zipfile.ZipFile:
     return archive
 
 
+def absent(path: Path) -> str:
+    """What to say of a file that is not there."""
+    return f"{path} is a folder; name the file in it, as policy.pt" if path.is_dir() else f"there is no file {path}"
+
+
 def read_tensors(path: Path, device, content: bytes | None = None) -> object:
     """What PyTorch wrote to a file, or to a part of it with this `content`. Raises UserError.
 
     It is `torch.load`, which executes nothing: what is no tensor, number, string or container becomes an `Inert`.
     """
     if not path.is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(absent(path))
     if content is None:
         verify(path)
     content = path.read_bytes() if content is None else content
+    if not content:
+        raise UserError(f"{path} is empty; copy it again")
     try:
         with opened(io.BytesIO(content)) as archive:
             pickles = [archive.read(part) for part in archive.infolist() if part.filename.lower().endswith("data.pkl")]

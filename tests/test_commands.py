@@ -45,6 +45,9 @@ def test_play_gives_the_score_of_fresh_starts_with_its_error(run_script):
 def test_play_says_what_it_needs(run_script, tmp_path):
     code, _, err = run_script(play, tmp_path / "none.pt")
     assert code == 2 and "there is no file" in err
+    for script in (play, export):
+        code, _, err = run_script(script, tmp_path)
+        assert code == 2 and f"{tmp_path} is a folder; name the file in it, as policy.pt" in err
     (tmp_path / "policy.onnx").touch()
     code, _, err = run_script(play, tmp_path / "policy.onnx")
     assert code == 2 and "does not say where it is played" in err and "--env-id" in err
@@ -102,6 +105,12 @@ def test_an_exported_policy_acts_as_it_did(kind, ranged, hidden):
         obs = torch.randn(n, 11)
         [actions] = session.run(None, {"obs": obs.numpy()})
         np.testing.assert_allclose(actions, policy.act(obs).numpy(), atol=1e-5)
+
+
+def test_home_is_found_behind_an_equals_sign(run_script, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = run_script(export, SHIPPED / "hopper-medium-demo__iql.pt", "--out=~/iql.onnx")
+    assert code == 0 and (tmp_path / "iql.onnx").is_file(), err
 
 
 def test_an_exported_policy_is_taken_back(run_script, tmp_path):

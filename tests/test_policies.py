@@ -191,7 +191,9 @@ def test_a_file_that_is_not_what_it_says_is_refused(what, saved):
 
 def test_a_file_that_is_none_is_refused(tmp_path):
     torch.save({"actor": {}}, tmp_path / "other.pt")
-    for name, words in (("none.pt", "no file"), ("other.pt", "no policy of this project")):
+    (tmp_path / "empty.pt").touch()
+    wrong = {"none.pt": "no file", "other.pt": "no policy of this project", "": "is a folder", "empty.pt": "is empty"}
+    for name, words in wrong.items():
         with pytest.raises(UserError, match=words):
             policies.read(tmp_path / name)
 

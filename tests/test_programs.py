@@ -30,11 +30,9 @@ def onnx_nodes(net: nn.Sequential, real=np.float32):
     return nodes, weights
 
 
-def onnx_file(
-    nodes, weights=(), path="policy.onnx", batch="n", kind=TensorProto.FLOAT, obs=S, outputs=("act",), **more
-):
+def onnx_file(nodes, weights=(), path="policy.onnx", kind=TensorProto.FLOAT, shape=("n", S), outputs=("act",), **more):
     graph = helper.make_graph(
-        nodes, "policy", [helper.make_tensor_value_info("obs", kind, [batch, obs])],
+        nodes, "policy", [helper.make_tensor_value_info("obs", kind, shape)],
         [helper.make_tensor_value_info(name, kind, None) for name in outputs], list(weights),
     )  # fmt: skip
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
@@ -52,7 +50,7 @@ def net():
 def test_onnx_plays_its_own_actions(batch, real, net, raw_data):
     """Also in double precision, and with one observation at a time, as d3rlpy exports it, or any other fixed number."""
     kind = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE}[real]
-    path = onnx_file(*onnx_nodes(net, real), batch=batch, kind=kind)
+    path = onnx_file(*onnx_nodes(net, real), shape=(batch, S), kind=kind)
     policy = load_policy(path, raw_data)
     close(acts(policy, raw_data), net(raw_data.obs[:60]))
     assert acts(policy, raw_data).dtype == torch.float32 and policy["kind"] == "function"
@@ -172,8 +170,8 @@ def test_onnx_that_branches_is_run_if_it_is_trusted(net, raw_data):
 
 
 @pytest.mark.parametrize(("make", "words"), [
-    (lambda: onnx_file(*onnx_nodes(network(17, 8, 6)), obs=17), ("17 dimensions",)),
-    (lambda: onnx_file(*onnx_nodes(network(17, 8, 6)), obs="s"), ("does not take an observation",)),
+    (lambda: onnx_file(*onnx_nodes(network(17, 8, 6)), shape=("n", 17)), ("17 dimensions",)),
+    (lambda: onnx_file(*onnx_nodes(network(17, 8, 6)), shape=("n", "s")), ("does not take an observation",)),
     (lambda: onnx_file(*onnx_nodes(network(S, 8, 6))), ("shape (1, 6)",)),
     (lambda: onnx_file([helper.make_node("Gemm", ["obs", "w"], ["act"], transB=1)],
                        [numpy_helper.from_array(np.full((A, S), np.nan, np.float32), "w")]), ("NaN",)),
@@ -181,6 +179,8 @@ def test_onnx_that_branches_is_run_if_it_is_trusted(net, raw_data):
     (lambda: Path("policy.onnx").write_text("hello") and "policy.onnx", ("no whole ONNX file",)),
     (lambda: os.truncate(onnx_file(*onnx_nodes(network(S, 99, A))), 900) or "policy.onnx", ("ONNX",)),
     (lambda: onnx_file([helper.make_node("Tanh", ["nothing"], ["act"])]), ("ONNX",)),
+    (lambda: onnx_file([helper.make_node("Tanh", ["obs"], ["act"])], shape=[S]), (f"shape (batch, {S})",)),
+    (lambda: onnx_file([helper.make_node("Tanh", ["obs"], ["act"])], outputs=()), ("has no output",)),
 ])  # fmt: skip
 def test_onnx_that_does_not_fit_is_refused(make, words, raw_data):
     refused(make(), raw_data, *words)

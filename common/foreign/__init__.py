@@ -15,7 +15,7 @@ from common.foreign.build import View, raw_view
 from common.foreign.corl import best_view, corl
 from common.foreign.programs import onnx, torchscript
 from common.foreign.sb3 import stable_baselines, vecnormalize
-from common.inert import read_tensors
+from common.inert import absent, read_tensors
 
 HELP = (
     "give --offline the name of a file in offline/, a policy.pt of this project, a checkpoint of CORL, a policy in "
@@ -44,7 +44,7 @@ def load_policy(path: str | Path, data, trust: bool = False, normalize_from: str
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; {HELP}")
+        raise UserError(absent(path) if path.is_dir() else f"there is no checkpoint {path}; {HELP}")
     if path.suffix == ".d3":
         raise UserError(f"{path} {D3RLPY}")
     view = view_named(normalize_from, data)

@@ -140,10 +140,17 @@ def onnx(path: Path, data, view: View, trust: bool) -> dict:
     except Exception as error:
         raise UserError(f"{path} is no ONNX model that can be run ({str(error)[:200]}); export it again") from error
     check_inputs(path, [x.name for x in session.get_inputs()])
-    [source], target = session.get_inputs(), session.get_outputs()[0]
+    [source], targets = session.get_inputs(), session.get_outputs()
+    if not targets:
+        raise UserError(f"{path} has no output, which the action would be; export it again")
     types = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
     if source.type not in types:
         raise UserError(f"{path} takes {source.type}, no real numbers; export it again")
+    if len(source.shape or (1, 1)) != 2:  # None: of any shape
+        raise UserError(
+            f"{path} takes an array of {len(source.shape)} dimensions, not observations one below the other; export it "
+            f"with an input of the shape (batch, {data.obs.shape[1]})"
+        )
     if source.shape and isinstance(source.shape[-1], int) and source.shape[-1] != data.obs.shape[1]:
         raise misfit(path, data, f"takes observations of {source.shape[-1]} dimensions")
 
@@ -154,7 +161,7 @@ def onnx(path: Path, data, view: View, trust: bool) -> dict:
         n = fixed or len(x)
         parts = [x[i : i + n] for i in range(0, len(x), n)]
         full = [np.resize(part, (n, x.shape[1])) for part in parts]  # the last one filled up with its own rows
-        actions = [first_of(path, session.run([target.name], {source.name: part}), obs) for part in full]
+        actions = [first_of(path, session.run([targets[0].name], {source.name: part}), obs) for part in full]
         return torch.cat([action[: len(part)] for action, part in zip(actions, parts, strict=True)])
 
     return program(path, data, call, view)
