@@ -727,6 +727,12 @@ def test_prioritised_rows_are_those_of_the_running_sum(data):
     assert (flat[drawn] > 0).all() and torch.equal(obs, buffer.table[drawn, :S])
     even = replay.PrioritisedBuffer(data, 0, 1.0)
     assert torch.equal(even.sample(n)[1], torch.arange(n))  # one of each n-th of the sum
+    assert even.find(column([0, 1, 255, 256, 512])).tolist() == [0, 1, 255, 256, 512]  # what it reaches, it passes next
+    both = replay.PrioritisedBuffer(data.head(6), 6, 1.0)
+    for i in range(6):
+        both.add(data.obs[i], data.actions[i], 0.0, data.obs[i], False)
+    (of_data, *_), (of_play, *_) = both.either(99)
+    assert not torch.equal(of_data, of_play)  # which are drawn apart
     small = replay.PrioritisedBuffer(data.head(6), 0, 1.0)
     small.update(torch.arange(6), column([1, 0.5, 3, 0.001, 2, 1.499]))
     assert buffer.find(buffer.sums.sum()[None]).item() == n + 499  # where rounding leaves nothing of the last row

@@ -1,6 +1,10 @@
 """What stands around every script's losses: rates of learning, Polyak factors, starts, bounds, how its Q is asked."""
 
 import copy
+import math
+import subprocess
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +15,7 @@ import o2ppo
 import o2sac
 import o2td3
 from baselines import aca, awac, cal_ql, iql, off2on, pex, rlpd, wsrl
-from common import cli, replay
+from common import cli, owner, replay
 from common.probe import fixed_noise
 from offline import awac as offline_awac
 from offline import bc, cql, dt, rebrac, sac_ml, td3_bc
@@ -19,6 +23,7 @@ from offline import cal_ql as offline_cal_ql
 from offline import iql as offline_iql
 from tests.reference import A, B, S, critic64, density64
 from tests.test_baselines_losses import BUFFERS, agent_of
+from tests.test_checkpoint import HOLD
 
 # of everything that learns: the argument that holds its rate, and what of the agent moves with it
 LEARN = {
@@ -216,3 +221,38 @@ def test_an_offline_policy_depends_on_its_seed_alone_and_has_its_last_score(tmp_
     again = bc.train(args, fresh := copy.copy(data))  # a finished run trains nothing, and standardises the data
     assert asked == [False, True] * 3 and torch.load(again, weights_only=True)["seed"] == 4
     torch.testing.assert_close(fresh.obs, (data.obs - policies[2]["state_mean"]) / policies[2]["state_std"])
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_data_are_what_an_offline_algorithms_arguments_make_of_them(standardise, tmp_path, data, monkeypatch):
+    """And the policy's file says how it saw them. The same for a run that was finished before."""
+    monkeypatch.setattr("common.evaluation.Evaluator.scalars", lambda *_: {"score": 0.0})
+    flags = dict(steps=1, batch_size=8, hidden=(8,), compile=False, device="cpu", standardise=standardise)
+    flags |= dict(clip_observations=0.5, reward_scale=2.0, reward_shift=1.0, env_id="hopper-medium-demo")
+    mean, std = data.obs.mean(0), data.obs.std(0, correction=0) + 1e-3
+    obs = ((data.obs - mean) / std).clamp(-0.5, 0.5) if standardise else data.obs
+    for _ in range(2):
+        path = bc.train(cli.complete(bc.Args(**flags, run_dir=str(tmp_path))), found := copy.copy(data))
+        torch.testing.assert_close(found.obs, obs)
+        torch.testing.assert_close(found.rewards, 2 * data.rewards + 1)
+        assert found.task.clip == (0.5 if standardise else math.inf)
+    policy = torch.load(path, weights_only=True)
+    assert policy.get("clip", math.inf) == found.task.clip
+    torch.testing.assert_close(policy["state_mean"], mean if standardise else torch.zeros(S))
+    torch.testing.assert_close(policy["state_std"], std if standardise else torch.ones(S))
+
+
+def test_who_needs_a_policy_that_another_process_trains_waits_for_it(tmp_path, data, monkeypatch, capsys):
+    monkeypatch.setattr("common.evaluation.Evaluator.scalars", lambda *_: {"score": 0.0})
+    flags = dict(steps=1, batch_size=8, hidden=(8,), compile=False, device="cpu", env_id="hopper-medium-demo")
+    args = cli.complete(bc.Args(**flags, run_dir=str(tmp_path)))
+    lock = bc.train(args, copy.copy(data)).parent / ".lock"
+    with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        threading.Timer(0.5, other.kill).start()
+        bc.train(args, copy.copy(data))
+    said = capsys.readouterr().out
+    assert f"another process is at work in {lock.parent}: waiting for it" in said and "is finished already" in said
+    held = owner.own(lock, "busy")
+    held.release()
+    assert not held.is_locked  # it was given back

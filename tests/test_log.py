@@ -87,11 +87,15 @@ def test_tensorboard_shows_a_run_that_goes_on_from_its_beginning_and_nothing_twi
 
 def test_what_is_logged_is_a_number_however_it_comes(tmp_path):
     log = Log(tmp_path, o2sac.Args())
-    log.add("finetune", 1, {"a": torch.tensor(0.5), "b": np.float32(0.25), "c": True, "d": torch.ones(1), "e": 7})
+    scalars = {"a": torch.tensor(0.5), "b": np.float32(0.25), "c": True, "d": torch.ones(1), "e": 7, "f": 1e22}
+    log.add("finetune", 1, scalars)
     log.save()
     (tmp_path / "finetune.pt").touch()
-    (row,) = Log(tmp_path, o2sac.Args()).rows
-    assert row == {"stage": "finetune", "step": 1, "a": 0.5, "b": 0.25, "c": 1.0, "d": 1.0, "e": 7}
+    text, again = (tmp_path / "progress.csv").read_text(), Log(tmp_path, o2sac.Args())
+    (row,) = again.rows
+    assert row == {"stage": "finetune", "step": 1, "a": 0.5, "b": 0.25, "c": 1.0, "d": 1.0, "e": 7, "f": 1e22}
+    again.save()
+    assert (tmp_path / "progress.csv").read_text() == text  # by a run that goes on, too
     for wrong in (torch.ones(2), "high", None, [1.0]):
         with pytest.raises(UserError, match="^mine has to be one number to be logged"):
             log.add("finetune", 2, {"mine": wrong})
