@@ -197,6 +197,12 @@ def test_returns_to_go():
     # cut off: what follows is unknown, which 1 / (1 - γ) = 2 rows feel
     close(follow([1, 2, 3, 7], [0, 0, 0, 1], [0, 0, 0, 1], gamma=0.5), [2.75, -torch.inf, -torch.inf, 7])
     close(follow([1, 2, 3, 7], [0, 0, 0, 1], [0, 0, 0, 1], gamma=0.5, to_end=True), [2.75, 3.5, 3, 7])
+    # in an episode of fewer rows all of them feel it, and none of the episode before
+    close(follow([1, 7], [0, 1], [0, 1], gamma=0.5), [-torch.inf, 7])
+    close(follow([7, 1], [1, 0], [0, 1], gamma=0.5), [7, -torch.inf])
+    # without discounting nothing is ever far enough, and going on to fail has no end
+    close(follow([1, 2, 3, 7], [0, 0, 0, 1], [0, 0, 0, 1], gamma=1.0), [-torch.inf, -torch.inf, -torch.inf, 7])
+    close(follow(*sparse, failure=-5.0, gamma=1.0), [-torch.inf, -torch.inf, -torch.inf, -5, 0, 5])
 
 
 def test_the_hand_is_calibrated_in_all_of_its_short_episodes():

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,6 +137,15 @@ def test_random_generators_go_on_where_they_were():
     state = checkpoint.rng_state()
     drawn = [(torch.rand(3).tolist(), random.random()) for _ in range(2) if checkpoint.set_rng_state(state) is None]
     assert drawn[0] == drawn[1]
+
+
+def test_a_seed_is_that_of_every_generator():
+    def draw(seed):
+        checkpoint.seed_everything(seed)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    first, again, other = draw(3), draw(3), draw(4)
+    assert first == again and not set(first) & set(other)
 
 
 CPU = torch.device("cpu")

@@ -101,6 +101,25 @@ def test_what_is_logged_is_a_number_however_it_comes(tmp_path):
             log.add("finetune", 2, {"mine": wrong})
 
 
+@pytest.mark.parametrize("line", ["align,5,1.0,2.0", "align,5", "align,five,1.0"])
+def test_a_log_that_is_damaged_is_named(line, tmp_path):
+    (tmp_path / "progress.csv").write_text(f"stage,step,align/q\nalign,4,1.0\n{line}\n")
+    with pytest.raises(UserError, match="progress.csv is damaged; delete the folder, and the command .* again"):
+        Log(tmp_path, o2sac.Args())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_ends_a_run_and_names_the_checkpoint_before_it(value, tmp_path):
+    log = Log(tmp_path, o2sac.Args())
+    words = f"^losses/q became {value} in stage 'align' before step 3; "
+    with pytest.raises(UserError, match=f"{words}there is no checkpoint of this stage"):
+        log.add("align", 3, {"losses/q": value})
+    (tmp_path / "align.pt").touch()
+    with pytest.raises(UserError, match=f"{words}the last checkpoint is {tmp_path / 'align.pt'}"):
+        log.add("align", 3, {"losses/q": torch.tensor(value)})
+    assert log.rows == []
+
+
 def test_rows_belong_to_a_stage_of_the_script(tmp_path):
     """Of others there is no checkpoint, so that a run which goes on would lose them."""
     log = Log(tmp_path, o2sac.Args())
