@@ -237,6 +237,29 @@ def test_what_was_added_last_is_drawn_too(data):
         assert set(buffer.sample(200)[2].tolist()) == set(range(i + 1))
 
 
+def test_no_row_of_millions_is_left_out(data):
+    """As single-precision numbers would: 2^24 of them lie between 0 and 1."""
+
+    class Rows:
+        device = torch.device("cpu")
+
+        def __getitem__(self, rows):
+            return rows
+
+    buffer = replay.ReplayBuffer(data, 1, "none")
+    buffer.table = Rows()
+    buffer.size.fill_(1 << 26)
+    assert set((buffer.rows(400) % 4).tolist()) == {0, 1, 2, 3}
+
+
+def test_returns_stand_beside_rewards_in_both_halves_of_a_batch(data):
+    buffer = replay.EpisodeBuffer(data, 3, "half", data.rewards)
+    buffer.add(data.obs[0], data.actions[0], 7.0, data.obs[0], True)
+    buffer.end_episode(lambda rewards, terminations: rewards)
+    _, _, rewards, _, _, returns = buffer.sample(20)
+    assert torch.equal(returns, rewards) and (returns[:10] == 7).all() and not (returns[10:] == 7).any()
+
+
 def test_a_restored_buffer_draws_the_same(data):
     """Of Cal-QL's the rows of ended episodes alone; of Off2On's a new row still gets the highest priority so far."""
     makers = (lambda: replay.EpisodeBuffer(data, 9, "none", data.rewards), lambda: replay.PrioritisedBuffer(data, 9, 2))

@@ -212,8 +212,8 @@ def test_final_evaluations_have_the_others_episodes_and_more_and_successes_are_c
 
 
 def test_the_best_policy_moves_on_what_is_more_than_chance():
-    def offered(returns, margin, starting=(0, 0, 1, 0)):
-        best = BestPolicy(25.0, torch.nn.Linear(1, 1), "first", starting, margin)
+    def offered(returns, margin, starting=(0, 0, 1, 0), score=25.0):
+        best = BestPolicy(score, torch.nn.Linear(1, 1), "first", starting, margin)
         return best.update(100 * float(np.mean(returns)), torch.nn.Linear(1, 1), "second", returns)
 
     # gains 0, 1, 0, 0: mean 0.25 and standard error 0.25
@@ -228,4 +228,5 @@ def test_the_best_policy_moves_on_what_is_more_than_chance():
     policy.weight.data.add_(1.0)
     assert torch.equal(best.weights["weight"], kept) and again.update(100.0, policy, "second", [1, 1, 1, 1])
     # start by start: what was played from more starts is judged on those of both
+    assert offered([0.5, 0.5, 1, 0.5], 2.0, (0, 0, 1, 0, 1, 1, 1, 1, 1), 600 / 9)  # a lower score, of harder ones
     assert offered([1, 1, 1, 1], 2.0, (0, 0, 1, 0, 1, 1, 1, 1, 1)) and not offered([0, 0, 1, 0, 1, 1, 1], 2.0)
