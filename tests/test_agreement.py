@@ -67,6 +67,20 @@ def test_own_states_are_taken_only_where_they_are_the_rows(monkeypatch):
     np.testing.assert_array_equal(seen[1], 0)
 
 
+@pytest.mark.parametrize(("place", "off", "x"), [(1, 5e-7, 5), (1, 5e-6, 0), (7, 5e-6, 5), (7, 5e-5, 0)])
+def test_a_state_is_the_rows_where_it_shows_the_rows_observation(place, off, x):
+    """To a millionth, of what is large to a millionth of it; x is not observed, and else that of the root."""
+    task = tasks.resolve(tasks.DEMO)
+    env = envs.make_env(task)
+    env.reset(seed=0)
+    state = np.concatenate([env.unwrapped.data.qpos, env.unwrapped.data.qvel])
+    state[[0, 7]] = 5, 9
+    env.unwrapped.set_state(state[:6], state[6:])
+    obs = np.float32(env.unwrapped._get_obs())
+    state[place] += off
+    assert agreement.set_state(env, task, obs, state) and env.unwrapped.data.qpos[0] == x
+
+
 def demo() -> datasets.Dataset:
     return datasets.load(tasks.DEMO)
 
