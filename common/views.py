@@ -103,18 +103,24 @@ def qlearning_view(
 def false_ends(raw: dict, terminals: np.ndarray, timeouts: np.ndarray, follows: np.ndarray) -> np.ndarray:
     """Terminal rows that lead to the next row, where nine of ten terminal rows do not, (N,).
 
-    Raises UserError where most do and episodes end elsewhere. Leading to the next row alone proves nothing: a reset may
-    be a row of its own, or what `next_observations` shows at every end.
+    Raises UserError where most do and episodes end elsewhere, by either flag. Leading to the next row alone proves
+    nothing: a reset may be a row of its own, or what `next_observations` shows at every end.
     """
     ends = terminals & ~timeouts
     ends[-1] = False
     going = ends & follows
     late = (~follows & ~(terminals | timeouts)).sum() > ends.sum() / 2
     masks = ends.mean() > 0.5 and (~follows & (~terminals | timeouts)).any()
-    if (going.sum() > 0.8 * ends.sum() and (late or masks)) or leaps_elsewhere(raw["observations"], ends):
+    going_on = going.sum() > 0.8 * ends.sum() and (late or masks)
+    wrong = {
+        "terminals": going_on or leaps_elsewhere(raw["observations"], ends, follows),
+        "timeouts": leaps_elsewhere(raw["observations"], timeouts, follows),
+    }
+    if any(wrong.values()):
+        name, ended = ("terminals", "really ended") if wrong["terminals"] else ("timeouts", "was cut off")
         raise UserError(
-            "`terminals` marks rows after which the episode goes on: these flags are a row late, or masks (1 = goes "
-            "on); write 1 in the last row of each episode that really ended, and 0 in all others"
+            f"`{name}` marks rows after which the episode goes on: these flags are a row late, or masks (1 = goes on); "
+            f"write 1 in the last row of each episode that {ended}, and 0 in all others"
         )
     firsts = raw["observations"][np.roll(ends, 1)]
     if not going.any() or going.sum() > 0.1 * ends.sum() or len(np.unique(firsts, axis=0)) < len(firsts):
@@ -123,11 +129,12 @@ def false_ends(raw: dict, terminals: np.ndarray, timeouts: np.ndarray, follows: 
     return going
 
 
-def leaps_elsewhere(obs: np.ndarray, ends: np.ndarray) -> bool:
+def leaps_elsewhere(obs: np.ndarray, ends: np.ndarray, follows: np.ndarray) -> bool:
     """Whether observations (N, S) leap, as they do from one episode to another, elsewhere than after most of `ends`.
 
     Elsewhere: a row before; or, where most rows are ends, after the others. In the latter case the observations after
-    ends have to differ, too: episodes of one step may all begin alike.
+    ends have to differ, too: episodes of one step may all begin alike. All rows are such episodes where next
+    observations are not the next rows'.
     """
     scale = obs[:: max(1, len(obs) // 10_000)].std(0, dtype=np.float64) + 1e-3
 
@@ -135,12 +142,13 @@ def leaps_elsewhere(obs: np.ndarray, ends: np.ndarray) -> bool:
         some = slice(None, None, max(1, len(rows) // 10_000))
         return np.median(np.abs((obs[rows[some]].astype(np.float64) - obs[others[some]]) / scale).mean(1))
 
-    rows, others = np.flatnonzero(ends), np.flatnonzero(~ends[:-1])
-    if len(rows) < 10 or not len(others):
+    rows, others = np.flatnonzero(ends[:-1]), np.flatnonzero(~ends[:-1])  # those that a row comes after
+    if len(rows) < 10 or (not len(others) and follows.mean() < 0.5):
         return False
     after = leap(rows, rows + 1)
     if len(rows) > len(others):
-        return min(leap(others, others + 1), leap(rows + 1, np.roll(rows, len(rows) // 2) + 1)) > 5 * after
+        elsewhere = [leap(others, others + 1)] if len(others) else []
+        return min([leap(rows + 1, np.roll(rows, len(rows) // 2) + 1), *elsewhere]) > 5 * after
     return leap(rows[rows > 0] - 1, rows[rows > 0]) > 5 * max(after, leap(others, others + 1))
 
 

@@ -168,6 +168,7 @@ def test_terminals_that_the_arrays_contradict_are_refused(next_observations, env
     timeouts = np.arange(800) % 80 == 79
     for wrong in (
         {"terminals": ~ends},
+        {"terminals": np.ones(800, bool)},
         {"terminals": np.append(False, ends[:-1])},
         {"terminals": np.ones(800, bool), "timeouts": timeouts},
         {"terminals": np.append(False, (ends & ~timeouts)[:-1]), "timeouts": timeouts},
@@ -175,8 +176,12 @@ def test_terminals_that_the_arrays_contradict_are_refused(next_observations, env
         rows = raw | wrong
         if environments > 1 and next_observations:
             rows = interleaved(rows, 800, environments)
-        with pytest.raises(UserError, match="a row late, or masks"):
+        with pytest.raises(UserError, match="`terminals` .* a row late, or masks"):
             qlearning_view(rows, 1_000)
+    for wrong in (~ends, np.ones(800, bool), np.append(False, ends[:-1])):
+        if not next_observations:
+            with pytest.raises(UserError, match="`timeouts` .* a row late, or masks"):
+                qlearning_view(raw | {"terminals": np.zeros(800, bool), "timeouts": wrong}, 1_000)
 
 
 def test_wrong_terminals_are_refused_where_no_leap_betrays_them(random_raw):
