@@ -72,7 +72,7 @@ class Sound(gym.Wrapper):
                 if self.seed is None or self.seed < 1 << 32:
                     raise
                 found = self.env.reset(**kwargs | {"seed": int(np.random.SeedSequence(self.seed).generate_state(1)[0])})
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the latter where a window was closed, and would pass for an end
             raise self.failure(error) from error
         if not isinstance(found, tuple) or len(found) != 2:
             raise self.fault("returns no pair of an observation and a dictionary")
@@ -88,7 +88,7 @@ class Sound(gym.Wrapper):
             )
         try:
             obs, reward, terminated, truncated, info = self.env.step(np.array(action))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self.failure(error) from error
         if not isinstance(info, dict):
             raise self.fault(f"returns {info!r:.80} as its info, which has to be a dictionary")
@@ -115,7 +115,7 @@ class Sound(gym.Wrapper):
         except (TypeError, ValueError, RuntimeError):  # the last: of a tensor
             raise self.fault(f"returns {value!r:.80} as {name}, which has to be one number") from None
 
-    def failure(self, error: Exception) -> Exception:
+    def failure(self, error: BaseException) -> BaseException:
         """What its own code raised, with the traceback from there on; what is not its fault stays what it is."""
         if is_not_theirs(error):
             return error
@@ -134,7 +134,7 @@ class Within(gym.ActionWrapper):
         return np.clip(action, space.low, space.high).astype(space.dtype)
 
 
-def is_not_theirs(error: Exception) -> bool:
+def is_not_theirs(error: BaseException) -> bool:
     """Whether what was raised is no environment's fault: it is said already, or memory is short."""
     return isinstance(error, (UserError, torch.cuda.OutOfMemoryError)) or is_out_of_memory(error)
 
@@ -144,7 +144,7 @@ def blamed(name: str, what: str):
     """Turn what the environment `name` raises meanwhile, of any kind, into a UserError that says where it did."""
     try:
         yield
-    except Exception as error:  # environments fail in many ways: a missing package or file, wrong arguments, their code
+    except (Exception, SystemExit) as error:  # they fail in many ways: missing packages, arguments, code
         if is_not_theirs(error):
             raise
         remedy = remedy_of(error, "mend it, or register it with what it needs")

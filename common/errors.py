@@ -34,7 +34,7 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
-def traceback_of(error: Exception) -> str:
+def traceback_of(error: BaseException) -> str:
     """The traceback from the first line of the user's own code on, "" where there is none."""
     here = error.__traceback__
     while here and not is_theirs(here.tb_frame.f_code.co_filename):

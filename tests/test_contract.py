@@ -3,6 +3,7 @@
 import functools
 import pickle
 import re
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -130,6 +131,11 @@ def raises(error: BaseException):
 def test_what_is_missing_or_not_the_environments_keeps_its_remedy():
     with pytest.raises(UserError, match=r"ModuleNotFoundError: no goggles, .*; install what it needs or mend"):
         agreement.repeats(task_of(answer=raises(ModuleNotFoundError("no goggles"))))
+    for error in (SystemExit(0), SystemExit("window closed")):  # which would end the run as if it were done
+        with pytest.raises(
+            UserError, match=f"cannot be played .SystemExit: {error}, test_contract.py line .* in step 1"
+        ):
+            agreement.repeats(task_of(answer=raises(error)))
     env = envs.make_env(task_of(answer=raises(MemoryError())))
     env.reset(seed=0)
     with pytest.raises(MemoryError):  # see `cli.run`
@@ -248,6 +254,8 @@ def test_what_cannot_be_used_or_made_is_named_with_what_helps():
         UserError, match=r"cannot be made here \(ZeroDivisionError: .*, test_contract.py line \d+\); mend"
     ):
         envs.make_env(task_of(lambda: Point(low=1 / 0)))
+    with pytest.raises(UserError, match=r"cannot be made here \(SystemExit: 1, .*; mend"):
+        envs.make_env(task_of(lambda: sys.exit(1)))
     with pytest.raises(UserError, match=r"\(ModuleNotFoundError: No module named 'missing_package'\); install"):
         envs.make_env(replace(wrapped, spec=replace(wrapped.spec, entry_point="missing_package:Point")))
 
