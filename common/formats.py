@@ -146,19 +146,35 @@ def check_declared(path: Path, found: dict[str, list]) -> None:
         raise UserError(f"{path} holds {rows} rows; it takes 2 or more to make a transition")
 
 
-def parts_of(path: Path, name: str, array: h5py.Dataset) -> list[Path]:
-    """The other files that a virtual array is put together from. Raises UserError where one is not there, of which HDF5
-    would read zeros."""
-    folders, found = (path.parent, Path(os.environ.get("HDF5_VDS_PREFIX", "."))), {}
-    for part in array.virtual_sources() if array.is_virtual else ():
-        files = [folder / part.file_name for folder in folders] if part.file_name != "." else [path]
+def parts_of(path: Path, name: str, array: h5py.Dataset) -> set[Path]:
+    """The files that a virtual array is put together from. Raises UserError where one, or its part of the array, is not
+    where HDF5 looks for it, of which it would read zeros."""
+    prefixes = os.environ.get("HDF5_VDS_PREFIX", "").split(":")
+    folders, found = (path.parent, *prefixes, ".", path.resolve().parent), set()
+    for part, inside in {(x.file_name, x.dset_name) for x in array.virtual_sources()} if array.is_virtual else ():
+        names = [part, Path(part).name] if os.path.isabs(part) else [part]  # the latter of a file that was moved
+        files = [path] if part == "." else [Path(folder, its) for its in names for folder in folders]
         if not (there := [file for file in files if file.is_file()]):
             raise UserError(
-                f"{path}: {name} is put together from {part.file_name}, which is not there; put that file beside this "
-                "one, or the array itself into it"
+                f"{path}: {name} is put together from {part}, which is not there; put that file beside this one, or "
+                "the array itself into it"
             )
-        found[there[0]] = True
-    return list(found)
+        if not (inside in array.file if part == "." else holds(there[0], inside)):
+            raise UserError(
+                f"{path}: {name} is put together from {inside} in {there[0]}, which lacks it; put the array itself "
+                "into this file"
+            )
+        found.add(there[0])
+    return found
+
+
+def holds(path: Path, name: str) -> bool:
+    """Whether an HDF5 file has something under this name. Raises UserError where it cannot be read."""
+    try:
+        with h5py.File(path, "r") as file:
+            return name in file
+    except OSError as error:
+        raise UserError(unreadable(path, error)) from error
 
 
 def check_stored(path: Path, name: str, array: h5py.Dataset) -> None:

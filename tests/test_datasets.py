@@ -410,7 +410,15 @@ def test_an_array_that_is_put_together_from_other_files(hdf5):
     with h5py.File(path, "a") as file:
         file.create_virtual_dataset("rewards", whole)
     assert datasets.load("hopper-medium-v2", str(path)).rewards.unique().tolist() == [3, 4]
-    path.with_name("second.hdf5").unlink()
+    second = path.with_name("second.hdf5")
+    with h5py.File(second, "a") as file:
+        file.move("r", "other")
+    assert f"put together from r in {second}, which lacks it" in refused(
+        env_id="hopper-medium-v2", dataset_path=str(path)
+    )
+    second.write_bytes(b"")
+    assert f"{second} is not a whole HDF5 file" in refused(env_id="hopper-medium-v2", dataset_path=str(path))
+    second.unlink()
     assert "rewards is put together from second.hdf5, which is not there" in refused(
         env_id="hopper-medium-v2", dataset_path=str(path)
     )
@@ -421,6 +429,27 @@ def test_an_array_that_is_put_together_from_other_files(hdf5):
         for i in range(9):
             whole[i] = h5py.VirtualSource(file["row"])
         formats.check_stored(path, "rows", file.create_virtual_dataset("rows", whole))
+
+
+@pytest.mark.parametrize("part", ["new/part.hdf5", "beside/part.hdf5", "beside/new/part.hdf5", "prefix/part.hdf5"])
+@pytest.mark.parametrize("whole_path", [True, False])
+def test_parts_of_an_array_are_looked_for_where_hdf5_does(whole_path, part, hdf5, tmp_path, monkeypatch):
+    """Beside the file or what it links to, and in folders that are named for it; what was moved by its own name."""
+    monkeypatch.setenv("HDF5_VDS_PREFIX", f"{tmp_path}:{tmp_path / 'prefix'}")
+    path, layout = hdf5(rewards=None), h5py.VirtualLayout((2_000,), "f4")
+    layout[:] = h5py.VirtualSource(tmp_path / "old" / "part.hdf5" if whole_path else "part.hdf5", "r", (2_000,))
+    with h5py.File(path, "a") as file:
+        file.create_virtual_dataset("rewards", layout)
+    for folder in ("new", "beside/new", "prefix"):
+        (tmp_path / folder).mkdir(parents=True)
+    link = tmp_path / "beside" / "link.hdf5"
+    link.symlink_to(path.rename(tmp_path / "new" / path.name))
+    with h5py.File(tmp_path / part, "w") as file:
+        file["r"] = np.full(2_000, 3.0)
+    if part.startswith("beside/new"):
+        assert "which is not there" in refused(env_id="hopper-medium-v2", dataset_path=str(link))
+    else:
+        assert (datasets.load("hopper-medium-v2", str(link)).rewards == 3).all()
 
 
 def test_a_filter_that_hdf5_lacks(hdf5, monkeypatch):
