@@ -199,13 +199,14 @@ def observed(task: Task) -> Task:
 
 
 def check_evaluation(task: Task, env: gym.Env) -> None:
-    """Refuse a dataset whose evaluation environment takes or shows other than `env`. Raises UserError."""
+    """Refuse a dataset whose evaluation environment takes other actions than `env`, or does not show what `env` does.
+    Raises UserError."""
     if not task.eval_spec:
         return
     other = unscaled_env(task, evaluation=True)
     other.close()
-    bounds = [(space.low.tolist(), space.high.tolist()) for space in (env.action_space, other.action_space)]
-    if bounds[0] != bounds[1] or parts_of(env) != parts_of(other):
+    bounds = [np.float32([space.low, space.high]).tolist() for space in (env.action_space, other.action_space)]
+    if bounds[0] != bounds[1] or not parts_of(env).items() <= parts_of(other).items():
         raise UserError(
             f"{task.env_id} is to be scored in {task.eval_spec.id}, its evaluation environment, whose actions or "
             f"observations are not those of {task.spec.id}; create the dataset again with another eval_env=…"

@@ -96,6 +96,29 @@ def test_the_evaluation_environment(store):
     assert trained_in.step(np.zeros(3))[1] < 2
 
 
+class Reach(gym.Env):
+    """Shows these parts of observations, and takes actions of this precision."""
+
+    def __init__(self, keys=("goal", "obs"), dtype="float32"):
+        self.observation_space = gym.spaces.Dict({key: gym.spaces.Box(-1, 1, (2,), np.float64) for key in keys})
+        self.action_space = gym.spaces.Box(-0.1, 0.1, (2,), dtype)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return {key: np.zeros(2) for key in self.observation_space}, {}
+
+    def step(self, action):
+        return self.reset()[0], 1.0, False, False, {}
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float64"}, {"keys": ("goal", "obs", "other")}])
+def test_an_evaluation_environment_may_show_more_and_take_actions_in_another_precision(store, monkeypatch, options):
+    monkeypatch.setitem(gym.registry, "Reach-v0", EnvSpec("Reach-v0", "tests.test_minari:Reach", max_episode_steps=3))
+    store("toy/reach-v0", gym.make("Reach-v0"), eval_env=gym.make("Reach-v0", **options))
+    evaluator = evaluation.Evaluator(datasets.load("toy/reach-v0").task, torch.zeros(4), torch.ones(4), episodes=2)
+    assert evaluator.returns(lambda obs: obs[:, :2] * 0, "cpu").tolist() == [3, 3]
+
+
 def test_an_evaluation_environment_of_another_kind_is_refused(store):
     wide = gym.wrappers.RescaleAction(gym.make("Hopper-v5"), -2.0, 2.0)
     for name, other in (("walker", gym.make("Walker2d-v5")), ("longer", gym.make("HalfCheetah-v5")), ("wide", wide)):
