@@ -118,9 +118,10 @@ def false_ends(raw: dict, terminals: np.ndarray, timeouts: np.ndarray, follows: 
     }
     if any(wrong.values()):
         name, ended = ("terminals", "really ended") if wrong["terminals"] else ("timeouts", "was cut off")
+        alone = "; or, if each row is an episode of its own, shuffle the rows" if (terminals | timeouts).all() else ""
         raise UserError(
             f"`{name}` marks rows after which the episode goes on: these flags are a row late, or masks (1 = goes on); "
-            f"write 1 in the last row of each episode that {ended}, and 0 in all others"
+            f"write 1 in the last row of each episode that {ended}, and 0 in all others{alone}"
         )
     firsts = raw["observations"][np.roll(ends, 1)]
     if not going.any() or going.sum() > 0.1 * ends.sum() or len(np.unique(firsts, axis=0)) < len(firsts):

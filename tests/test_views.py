@@ -165,23 +165,22 @@ def test_terminals_that_the_arrays_contradict_are_refused(next_observations, env
     raw = drifting([30, 10, 15, 25] * 10, next_observations)
     ends = raw["terminals"]
     assert qlearning_view(raw, 1_000)[0]["terminations"].sum() == 40 - (not next_observations)
-    timeouts = np.arange(800) % 80 == 79
-    for wrong in (
-        {"terminals": ~ends},
-        {"terminals": np.ones(800, bool)},
-        {"terminals": np.append(False, ends[:-1])},
-        {"terminals": np.ones(800, bool), "timeouts": timeouts},
-        {"terminals": np.append(False, (ends & ~timeouts)[:-1]), "timeouts": timeouts},
+    timeouts, every, none = np.arange(800) % 80 == 79, np.ones(800, bool), np.zeros(800, bool)
+    for name, wrong in (
+        ("terminals", {"terminals": ~ends}),
+        ("terminals", {"terminals": every}),
+        ("terminals", {"terminals": np.append(False, ends[:-1])}),
+        ("terminals", {"terminals": every, "timeouts": timeouts}),
+        ("terminals", {"terminals": np.append(False, (ends & ~timeouts)[:-1]), "timeouts": timeouts}),
+        ("timeouts", {"terminals": none, "timeouts": ~ends}),
+        ("timeouts", {"terminals": none, "timeouts": every}),
+        ("timeouts", {"terminals": none, "timeouts": np.append(False, ends[:-1])}),
     ):
         rows = raw | wrong
         if environments > 1 and next_observations:
             rows = interleaved(rows, 800, environments)
-        with pytest.raises(UserError, match="`terminals` .* a row late, or masks"):
+        with pytest.raises(UserError, match=f"`{name}` .* a row late, or masks"):
             qlearning_view(rows, 1_000)
-    for wrong in (~ends, np.ones(800, bool), np.append(False, ends[:-1])):
-        if not next_observations:
-            with pytest.raises(UserError, match="`timeouts` .* a row late, or masks"):
-                qlearning_view(raw | {"terminals": np.zeros(800, bool), "timeouts": wrong}, 1_000)
 
 
 def test_wrong_terminals_are_refused_where_no_leap_betrays_them(random_raw):
@@ -208,6 +207,20 @@ def test_ends_in_most_rows_are_no_masks():
             for noise in (0.0, 0.01):
                 raw["observations"][first] = noise * np.random.default_rng(1).normal(size=(first.sum(), 2))
                 assert len(qlearning_view(raw, 1_000)[0]["obs"]) == len(view["obs"]) and not notes
+
+
+@pytest.mark.parametrize("next_observations", [True, False])
+def test_episodes_of_one_step_whose_observations_are_sorted_say_what_to_do(next_observations):
+    raw = walk([1] * 200)
+    raw["observations"] = np.repeat(np.arange(20.0), 10)[:, None]  # tried ten times each
+    raw["terminals"][:] = True
+    if next_observations:
+        raw["next_observations"] = raw["observations"]
+    with pytest.raises(UserError, match="if each row is an episode of its own, shuffle the rows"):
+        qlearning_view(raw, 1_000)
+    order = np.random.default_rng(0).permutation(200)
+    view, notes = qlearning_view({key: value[order] for key, value in raw.items()}, 1_000)
+    assert len(view["returns"]) == 200 - (not next_observations) and not notes
 
 
 def test_a_few_terminals_after_which_the_episode_goes_on_are_no_ends():
