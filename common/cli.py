@@ -191,8 +191,13 @@ def parse(
 
 def at_home(args: Args) -> Args:
     """`args` with the home folder in the place of ~, which the shell leaves behind an equals sign and in quotes."""
-    paths = {name: value for name, value in vars(args).items() if isinstance(value, str) and value.startswith("~")}
-    return dataclasses.replace(args, **{name: os.path.expanduser(value) for name, value in paths.items()})
+
+    def home(value):
+        if isinstance(value, tuple):
+            return tuple(map(home, value))
+        return os.path.expanduser(value) if isinstance(value, str) else value
+
+    return dataclasses.replace(args, **{name: home(value) for name, value in vars(args).items()})
 
 
 def chosen(presets: dict[str, dict], families: dict[str, dict], preset: str, task: tasks.Task) -> dict:

@@ -107,10 +107,12 @@ def test_an_exported_policy_acts_as_it_did(kind, ranged, hidden):
         np.testing.assert_allclose(actions, policy.act(obs).numpy(), atol=1e-5)
 
 
-def test_home_is_found_behind_an_equals_sign(run_script, tmp_path, monkeypatch):
+def test_home_is_found_where_the_shell_leaves_it(run_script, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     code, _, err = run_script(export, SHIPPED / "hopper-medium-demo__iql.pt", "--out=~/iql.onnx")
     assert code == 0 and (tmp_path / "iql.onnx").is_file(), err
+    code, _, err = run_script(compare, "~/none", "--against", tmp_path)  # in quotes, and one of several
+    assert code == 2 and f"no folder {tmp_path}/none" in err
 
 
 def test_an_exported_policy_is_taken_back(run_script, tmp_path):
