@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, is_out_of_memory
 from common.spaces import joined
 from common.tasks import is_d4rls, minari_dataset
 
@@ -100,8 +100,8 @@ def names_in(file: h5py.File, keys: tuple[str, ...]) -> dict[str, tuple[str, ...
     return names
 
 
-def unreadable(path: Path, error: Exception) -> str:
-    """What to do about a file that HDF5 cannot read: a good one is never called damaged."""
+def unreadable(path: Path | str, error: Exception, damaged: str = "") -> str:
+    """What to do about a file that HDF5 cannot read: a good one is never called `damaged`."""
     words, number = str(error), getattr(error, "errno", None)
     if number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
         return f"{path} lies on a disk without file locks ({words}); set HDF5_USE_FILE_LOCKING=FALSE and start again"
@@ -109,7 +109,7 @@ def unreadable(path: Path, error: Exception) -> str:
         return f"{path} is open in another program ({words}); close it there and start again"
     if number in (errno.EACCES, errno.EPERM):
         return f"{path} may not be read ({words}); change its permissions"
-    return f"{path} is not a whole HDF5 file ({words}); copy it again from where it came from"
+    return f"{path} {damaged or f'is not a whole HDF5 file ({words}); copy it again from where it came from'}"
 
 
 def check_declared(path: Path, found: dict[str, list]) -> None:
@@ -211,10 +211,10 @@ def read_minari(env_id: str, keys: tuple[str, ...] = (), arrives: bool = False) 
     try:
         episodes = [episode for episode in dataset.iterate_episodes() if len(episode)]
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
-        raise UserError(
-            f"the Minari dataset {env_id} cannot be read ({error}); remove it with `minari delete {env_id}`, and "
-            "download or create it again"
-        ) from error
+        if is_out_of_memory(error):
+            raise
+        damaged = f"cannot be read ({error}); remove it with `minari delete {env_id}`, and download or create it again"
+        raise UserError(unreadable(f"the Minari dataset {env_id}", error, damaged)) from error
     if arrives:
         episodes = [until_arrival(episode) for episode in episodes]
     if not episodes:

@@ -1,6 +1,8 @@
 """Minari's datasets: the environment that they store, and every step of their episodes."""
 
+import errno
 import json
+from types import SimpleNamespace
 
 import gymnasium as gym
 import h5py
@@ -12,7 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 from minari.data_collector import EpisodeBuffer
 
 import o2sac
-from common import agreement, cli, datasets, envs, evaluation, tasks
+from common import agreement, cli, datasets, envs, evaluation, formats, tasks
 from common.cli import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -133,6 +135,20 @@ def test_a_dataset_that_is_not_whole(store, tmp_path):
     file.write_bytes(file.read_bytes()[:20_000])
     with pytest.raises(UserError, match="cannot be read .*truncated file.*; remove it with `minari delete toy/cut-v0`"):
         datasets.load("toy/cut-v0")
+
+
+def test_a_dataset_that_is_whole_is_not_to_be_removed(monkeypatch):
+    def fails(error):
+        def episodes():
+            raise error
+
+        monkeypatch.setattr(formats, "minari_dataset", lambda _: SimpleNamespace(iterate_episodes=episodes))
+        formats.read_minari("toy/mine-v0")
+
+    with pytest.raises(UserError, match="^the Minari dataset toy/mine-v0 may not be read .*; change its permissions$"):
+        fails(PermissionError(errno.EACCES, "Permission denied"))
+    with pytest.raises(MemoryError):  # see `cli.run`
+        fails(MemoryError())
 
 
 def test_a_hand_of_minaris_is_not_d4rls(store):
