@@ -98,145 +98,145 @@ def test_equations_are_where_the_page_says(script):
 README, DEMOS, EXPERIMENTS = (
     (ROOT / name).read_text() for name in ("README.md", "docs/demos.md", "docs/experiments.md")
 )
-_, *PARTS = re.split(r"^(?=`python o2|\*\*AntMaze)", DEMOS, flags=re.M)  # one a demo, each with one table
-MINUTES = {
-    name.lower(): f"{int(minutes) + int(seconds) / 60:.1f}"
-    for name, minutes, seconds in re.findall(r"(O2\w+)'s\s(?:demo took )?(\d+) min (\d+) s", DEMOS)
-}
+# The demos: what is said above the seeds, of how many that end above a bar, or without one above their own start
+COMMANDS = {
+    "python o2sac.py --preset demo --num-seeds 5": ("{end} at the end, above 90 on {above} of 5 seeds", 90),
+    "python o2td3.py --preset demo --num-seeds 5":
+        ("{end} at the end, above the offline policy on {above} of 5 seeds", None),
+    "python o2ppo.py --preset demo --num-seeds 5": ("{end} at the end, above 89 on {above} of 5 seeds", 89),
+    "python o2ppo.py --preset demo --env-id antmaze-umaze-demo --num-seeds 5":
+        ("Better at the end than at the start on {above} of 5 seeds", None),
+}  # fmt: skip
 
 
-def tables(text: str) -> list[list[dict[str, str]]]:
-    """The rows of each table, a dictionary of their cells by column."""
-    found = []
-    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
-        head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-        found.append([dict(zip(head, row, strict=True)) for row in rows])
-    return found
+def flat(text: str) -> str:
+    """A text as one line."""
+    return " ".join(text.split())
 
 
-def demo_of(part: str) -> dict[str, str]:
-    """What docs/demos.md says of one demo, as the README's table has it."""
-    text = " ".join(part.split())
-    command = re.search(r"`(python [^`]*)`", text)[1]
-    ((*_, mean),) = tables(part)
-    assert mean["seed"] == "mean ± std"
-    (offline,) = (value for name, value in mean.items() if name.endswith("offline"))
-    switches = re.findall(
-        r"naive switch, `(python [^`]*)` \(seed 0\), .*?ends at (\d+\.\d) ?\(mean of the last three", text
-    )
-    assert [name.split(" --no-")[0] for name, _ in switches] in ([], [command.split(" --num-")[0]])
-    trained = re.search(r"trains (\w+) for", text)
-    return {
-        "": f"`{command}`",
-        "from": f"{trained[1]}, trained first" if trained else re.search(r"from the (\S+) policy", text)[1],
-        "offline": offline.removesuffix(" ± 0.0"),
-        "at the end, five seeds": [*mean.values()][-1],
-        "naive switch, seed 0": switches[0][1] if switches else "–",
-        "minutes a seed": "–" if "--env-id" in command else MINUTES[command.split()[1].removesuffix(".py")],
-    }
+def numbers(text: str) -> list[float]:
+    return [float(x) for x in re.findall(r"\d+\.\d", text)]
 
 
-def numbers(line: str) -> list[float]:
-    return [float(x) for x in re.findall(r"\d+\.\d", line)]
+def cells(text: str) -> list[list[str]]:
+    """Those of every row of tables, but for the lines below their heads."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\| .*", text, re.M)]
+
+
+def demo(command: str) -> tuple[str, list[list[str]], list[str]]:
+    """Of docs/demos.md the words between a demo's command and its table, the cells of five seeds, and their means."""
+    words, table = DEMOS.split(f"`{command}`")[1].split("| seed |")[:2]
+    names, *seeds, means = cells(f"| seed |{table}")
+    assert names[1].endswith("offline") and names[-1] in ("mean of the last 3", "at the end")
+    assert [row[0] for row in (*seeds, means)] == ["0", "1", "2", "3", "4", "mean ± std"]
+    return flat(words), [row[1:] for row in seeds], [mean.removesuffix(" ± 0.0") for mean in means[1:]]
+
+
+def naive_scores(script: str) -> list[float]:
+    """The evaluations of a demo's naive switch."""
+    rows = read_rows(ROOT / "datasets" / f"demo_naive_{script}.csv")
+    assert {row["seed"] for row in rows} == {0}
+    return [row["score"] for row in rows]
 
 
 def test_means_of_the_demos_are_those_of_their_seeds():
-    tables = re.findall(r"\| seed \|.*\n\|[-|]+\|\n((?:\| \d .*\n)+)(\| mean .*)", DEMOS)
-    assert len(tables) == 4
-    for seeds, means in tables:
-        rows = np.array([numbers(line.split("|", 2)[2]) for line in seeds.splitlines()])
-        told = np.array(numbers(means)).reshape(-1, 2)  # of rows that are rounded themselves
+    assert DEMOS.count("| seed |") == len(COMMANDS)
+    for command in COMMANDS:
+        _, seeds, means = demo(command)
+        rows = np.array(seeds, float)
+        told = np.array([(*numbers(mean), 0.0)[:2] for mean in means])  # of rows that are rounded themselves
         assert np.abs(told - np.stack([rows.mean(0), rows.std(0)], 1)).max() < 0.11
 
 
 def test_the_readmes_table_of_the_demos_is_that_of_their_page():
-    (told,) = tables(section(README, "The demos"))
-    assert len(told) == 4 and sorted(told, key=str) == sorted(map(demo_of, PARTS), key=str)
-
-
-def test_what_the_readme_says_below_that_table_is_on_that_page():
-    for words in (
-        r"two seeds(?: of AntMaze)? side by side took (\d+) minutes",
-        r"a million(?: steps|, in bfloat16,) come to (\d+\.\d)",
-    ):
-        (told,), (found,) = (
-            re.findall(words, " ".join(text.split()), re.I) for text in (section(README, "The demos"), DEMOS)
-        )
-        assert told == found
-
-
-def test_what_the_demos_start_from_is_what_their_presets_do():
-    for part in PARTS:
-        demo = demo_of(part)
-        script, *words = demo[""].strip("`").split()[1:]
-        script = {f"{script.__name__}.py": script for script in SCRIPTS}[script]
-        args = cli.parse(script.Args, script.PRESETS, script.FAMILIES, words)
+    """And of the presets, and of the naive switches' files."""
+    expected = ["| | from | offline | at the end, five seeds | naive switch, seed 0 | minutes a seed |"]
+    for command in COMMANDS:
+        words, _, (offline, *_, end) = demo(command)
+        _, file, *flags = command.split()
+        name = file.removesuffix(".py")
+        script = next(script for script in SCRIPTS if script.__name__ == name)
+        args = cli.parse(script.Args, script.PRESETS, script.FAMILIES, flags)
+        start = args.offline.upper().replace("_", "+")
         ships = (ROOT / "datasets" / "policies" / f"{args.env_id}__{args.offline}.pt").exists()
-        assert demo["from"] == args.offline.upper().replace("_", "+") + ("" if ships else ", trained first")
+        assert (f"from the {start} policy" if ships else f"trains {start} for") in words
+        naive = minutes = "–"
+        if "--env-id" not in flags:
+            naive = f"{np.mean(naive_scores(name)[-3:]):.1f}"
+            took = re.search(rf"{name.upper()}'s (?:demo took )?(\d+) min (\d+) s", flat(DEMOS))
+            minutes = f"{int(took[1]) + int(took[2]) / 60:.1f}"
+        start += "" if ships else ", trained first"
+        expected.append(f"| `{command}` | {start} | {offline} | {end} | {naive} | {minutes} |")
+    head, _, *rows = re.findall(r"^\|.*", section(README, "The demos"), re.M)
+    assert [head, *rows] == expected
 
 
-def test_what_is_said_above_the_seeds_of_a_demo_is_of_them():
-    """The mean at the end, and how many seeds end above what."""
-    for part in PARTS:
-        demo, rows = demo_of(part), [numbers(line.split("|", 2)[2]) for line in re.findall(r"^\| \d .*", part, re.M)]
-        words = " ".join(part.split("| seed |")[0].split())
-        end, offline = demo["at the end, five seeds"], float(demo["offline"].split()[0])
-        bar, above = re.search(
-            r"(?:above (\d+|the offline policy)|Better at the end than at the start) on (\d) of 5 seeds", words
-        ).groups()
-        bars = [row[0] if bar is None else offline if bar == "the offline policy" else float(bar) for row in rows]
-        assert len(rows) == 5 and sum(row[-1] > bar for row, bar in zip(rows, bars, strict=True)) == int(above)
-        assert f": {end} at the end" in words or bar is None
+@pytest.mark.parametrize(
+    "words",
+    [r"two seeds(?: of AntMaze)? side by side took (\d+)", r"a million(?: steps|, in bfloat16,) come to (\d+\.\d)"],
+)
+def test_what_the_readme_says_below_that_table_is_on_that_page(words):
+    (told,), (found,) = (re.findall(words, flat(text), re.I) for text in (section(README, "The demos"), DEMOS))
+    assert told == found
 
 
-# Of the pages' figures that are no demo's: how they are told, and which row has them, of which section
-OTHERS = {
-    "o2sac": [("comes to {} on hopper]", "## Beside AWAC, IQL, PEX and ACA", "O2SAC from ACA's"),
-              ("where ACA has {}.", "## Beside AWAC, IQL, PEX and ACA", "ACA")],
-    "o2td3": [("to {} on three seeds", "## What is each step of the method worth?", "no constrain"),
-              ("(experiments.md#on-another-robot), to {}.", "### On another robot", "no constrain")],
-    "o2ppo": [],
-}  # fmt: skip
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_said_above_the_seeds_of_a_demo_is_of_them(command):
+    (text, seeds, means), (words, bar) = demo(command), COMMANDS[command]
+    above = sum(float(end) > (bar or float(start)) for start, *_, end in seeds)
+    assert words.format(end=means[-1], above=above) in text
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_results_are_those_of_the_other_pages(script):
-    """Each at the place that it is of, and no figure beside them."""
-    name, text = script.__name__, " ".join(section(page_of(script), "Results").split())
-    demos = [demo_of(part) for part in PARTS]
-    (demo,) = (demo for demo in demos if f"python {name}.py" in demo[""] and "--env-id" not in demo[""])
-    naive = re.search(rf"naive switch, `(python {name}\.py [^`]*)`", " ".join(DEMOS.split()))[1]
-    end, switched = demo["at the end, five seeds"], demo["naive switch, seed 0"]
-    said = [f"The policy to start from scores {demo['offline']}.", f"| {demo['']} | {end}, five seeds"]
-    said.append(f"| `{naive}` | {switched}, one seed")
-    if name == "o2td3":
-        said[-1] += f", of {re.search('mean of the last three: ([^)]*)', ' '.join(DEMOS.split()))[1]}"
-    if name == "o2ppo":
-        (maze,) = (demo for demo in demos if "antmaze" in demo[""])
-        offline, last = (float(maze[key].split()[0]) for key in ("offline", "at the end, five seeds"))
-        said.append(f"come from {offline:.0f}% to {last:.0f}% of the episodes")
-    for words, heading, row in OTHERS[name]:
-        part = re.search(rf"^{re.escape(heading)}\n(.*?)(?=^##|\Z)", EXPERIMENTS, re.M | re.S)[1]
-        (*_, found) = (cells for table in tables(part) for cells in table if next(iter(cells.values())) == row)
-        said.append(words.format(found["final"].split()[0]))  # of the last table, which is O2TD3's
-    assert not [words for words in said if words not in text]
-    assert sorted(re.findall(r"\d+\.\d", text)) == sorted(re.findall(r"\d+\.\d", " ".join(said)))
+def final(heading: str, name: str) -> str:
+    """A mean at the end, of the tables that say "final" in a section of docs/experiments.md."""
+    part = re.split(r"\n##", EXPERIMENTS.split(f"\n{heading}\n")[1])[0]
+    tables = map(cells, re.findall(r"(?:^\|.*\n)+", part, re.M))
+    found = {row[0]: row[names.index("final")] for names, *rows in tables if "final" in names for row in rows}
+    return found[name].split()[0]
 
 
-NAIVE = {
-    "o2sac": "falls to {first} within 1,000 steps of its first update, swings between {low} and {high}, and ends at "
-             "{end}",
-    "o2td3": "swings between {low} and {high} and ends at {end}",
-    "o2ppo": "stays between {low} and {high} and ends at {end}",
+NAIVE = {  # what the switch leaves out, and what is said of it
+    "o2sac": ("--no-reevaluate --no-align --no-constrain", "falls to {first} within 1,000 steps of its first update, "
+              "swings between {low} and {high}, and ends at {end} (mean of the last three)"),
+    "o2td3": ("--no-reevaluate --no-align --no-constrain", "swings between {low} and {high} and ends at {end} (mean of "
+              "the last three: {a}, {b} and {c})"),
+    "o2ppo": ("--no-reevaluate --no-constrain", "stays between {low} and {high} and ends at {end} (mean of the "
+              "last three)"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("script", NAIVE)
 def test_what_is_said_of_the_naive_switch_is_in_its_file(script):
-    rows = read_rows(ROOT / "datasets" / f"demo_naive_{script}.csv")
-    assert len({row["seed"] for row in rows}) == 1
-    scores = [row["score"] for row in rows]
+    (left_out, words), scores = NAIVE[script], naive_scores(script)
     changed = [score for score in scores if score != scores[0]]
-    told = dict(first=changed[0], low=min(changed), high=max(changed), end=np.mean(scores[-3:]))
-    text = " ".join(DEMOS.split())
-    assert NAIVE[script].format(**{name: f"{value:.1f}" for name, value in told.items()}) in text
+    told = {"first": changed[0], "low": min(changed), "high": max(changed), "end": np.mean(scores[-3:])}
+    told |= dict(zip("abc", scores[-3:], strict=True))
+    words = words.format(**{name: f"{value:.1f}" for name, value in told.items()})
+    assert f"naive switch, `python {script}.py --preset demo {left_out}` (seed 0), {words}" in flat(DEMOS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_results_are_those_of_the_other_pages(script):
+    """Each at the place that it is of, and no figure beside them."""
+    name, text = script.__name__, flat(section(page_of(script), "Results"))
+    command = f"python {name}.py --preset demo"
+    _, _, (offline, *_, end) = demo(f"{command} --num-seeds 5")
+    *_, a, b, c = naive_scores(name)
+    said = [
+        f"The policy to start from scores {offline}.",
+        f"| `{command} --num-seeds 5` | {end}, five seeds",
+        f"| `{command} {NAIVE[name][0]}` | {(a + b + c) / 3:.1f}, one seed",
+    ]
+    if script is o2sac:
+        ours, acas = (final("## Beside AWAC, IQL, PEX and ACA", row) for row in ("O2SAC from ACA's", "ACA"))
+        said += [f"comes to {ours} on hopper]", f"where ACA has {acas}."]
+    if script is o2td3:
+        said[-1] += f", of {a:.1f}, {b:.1f} and {c:.1f} |"
+        hopper = final("## What is each step of the method worth?", "no constrain")
+        walker = final("### On another robot", "no constrain")
+        said += [f"-of-the-method-worth), to {hopper} on three seeds", f"#on-another-robot), to {walker}."]
+    if script is o2ppo:
+        *_, maze = demo("python o2ppo.py --preset demo --env-id antmaze-umaze-demo --num-seeds 5")
+        said.append("come from {:.0f}% to {:.0f}% of the episodes".format(*(float(mean.split()[0]) for mean in maze)))
+    assert not [words for words in said if words not in text]
+    assert sorted(numbers(text)) == sorted(numbers(" ".join(said)))
