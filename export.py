@@ -12,7 +12,6 @@ from pathlib import Path
 
 from common import cli, policies
 from common.checkpoint import write_atomic
-from common.inert import absent
 from common.nn import Clip
 
 import onnx
@@ -103,8 +102,6 @@ def to_onnx(policy: policies.Policy, obs_dim: int, action_dim: int) -> onnx.Mode
 def main() -> None:
     args = cli.read(Args, __doc__)
     path = Path(args.policy)
-    if not path.is_file():
-        raise cli.UserError(absent(path))
     fields = policies.read(path)
     out = Path(args.out or path.with_suffix(".onnx"))
     model = to_onnx(policies.module(fields), fields["obs_dim"], fields["action_dim"])
